@@ -1,0 +1,5 @@
+// Package agentpb is the generated code of agent.proto, the protocol between
+// node agents and the controller.
+package agentpb
+
+//go:generate protoc --proto_path=. --go_out=. --go_opt=paths=source_relative --go-grpc_out=. --go-grpc_opt=paths=source_relative agent.proto

@@ -1,0 +1,132 @@
+// Package api is Dormouse's vocabulary as Go types: what the REST API, the
+// command line and the store exchange. It holds no logic beyond what a word
+// means (is this phase final?) and imports nothing else of Dormouse.
+//
+// Field names in JSON are a contract with programs outside this repository:
+// they may be added to, never renamed. Times are RFC 3339, sizes are bytes,
+// durations end in _ms.
+package api
+
+import "time"
+
+// Phase is where a job is in its life.
+type Phase string
+
+// The phases of a job, in the order of an undisturbed life, then the detours.
+const (
+	PhasePending      Phase = "pending"      // accepted, waits for room
+	PhaseProvisioning Phase = "provisioning" // a driver is making nodes for it
+	PhaseStarting     Phase = "starting"     // agents are building its sandboxes
+	PhaseRunning      Phase = "running"
+	PhaseCompleted    Phase = "completed" // every task exited with status 0
+	PhaseFailed       Phase = "failed"    // a task failed or its node was lost
+	PhaseCancelled    Phase = "cancelled" // ended by `dormouse kill`
+	PhaseSuspending   Phase = "suspending"
+	PhaseSuspended    Phase = "suspended" // lives in the repository only
+	PhaseRestoring    Phase = "restoring"
+	PhaseMigrating    Phase = "migrating"
+	PhaseRecovering   Phase = "recovering" // after a failure, from a checkpoint
+)
+
+// Final reports whether a job in phase p is over and uses nothing.
+func (p Phase) Final() bool {
+	return p == PhaseCompleted || p == PhaseFailed || p == PhaseCancelled
+}
+
+// Placed reports whether a job in phase p holds room on nodes.
+func (p Phase) Placed() bool {
+	switch p {
+	case PhaseStarting, PhaseRunning, PhaseSuspending, PhaseRestoring, PhaseMigrating, PhaseRecovering:
+		return true
+	}
+	return false
+}
+
+// RootKind says what a sandbox's root file system is made of.
+type RootKind string
+
+// The kinds of root: the node's own tree, a directory, an OCI image.
+const (
+	RootHost RootKind = "host"
+	RootDir  RootKind = "dir"
+	RootOCI  RootKind = "oci"
+)
+
+// Volume is a directory of the node bound into the sandbox. It is shared with
+// the outside, and so never part of a checkpoint.
+type Volume struct {
+	Source      string `json:"source"`
+	Destination string `json:"destination"`
+	ReadOnly    bool   `json:"read_only,omitempty"`
+}
+
+// JobSpec is what a user submits.
+type JobSpec struct {
+	Name    string   `json:"name,omitempty" yaml:"name"`
+	Command []string `json:"command" yaml:"command" doc:"program and its arguments"`
+	Tasks   int      `json:"tasks,omitempty" yaml:"tasks" doc:"number of tasks, 1 unless given"`
+	// CPUs and MemBytes are per task.
+	CPUs     float64 `json:"cpus,omitempty" yaml:"cpus" doc:"processors per task, 1 unless given"`
+	MemBytes int64   `json:"mem_bytes,omitempty" yaml:"mem_bytes" doc:"memory per task, 512 MiB unless given"`
+	Priority int     `json:"priority,omitempty" yaml:"priority"`
+	Cloud    string  `json:"cloud,omitempty" yaml:"cloud" doc:"run only in this cloud"`
+	// Root is "host", "dir:PATH", "oci:PATH", "oci:REFERENCE" or a plain path.
+	Root    string            `json:"root,omitempty" yaml:"root"`
+	Env     map[string]string `json:"env,omitempty" yaml:"env"`
+	Dir     string            `json:"dir,omitempty" yaml:"dir" doc:"working directory inside the sandbox"`
+	Volumes []Volume          `json:"volumes,omitempty" yaml:"volumes"`
+	// User is NAME, UID, NAME:GROUP or UID:GID, resolved inside the root.
+	User string `json:"user,omitempty" yaml:"user"`
+	// CapAdd names Linux capabilities beyond the default set of containers.
+	CapAdd []string `json:"cap_add,omitempty" yaml:"cap_add"`
+	// CPUBaseline keeps libraries from using what another cloud's processors
+	// lack: native, x86-64-v2, x86-64-v3 or x86-64-v4.
+	CPUBaseline string `json:"cpu_baseline,omitempty" yaml:"cpu_baseline"`
+	// Keep is how many durable checkpoints are retained; 0 keeps all.
+	Keep int `json:"keep,omitempty" yaml:"keep"`
+	// MaxRestarts is how often the job is recovered by itself from its newest
+	// durable checkpoint after a node was lost.
+	MaxRestarts int `json:"max_restarts,omitempty" yaml:"max_restarts"`
+}
+
+// Job is one submitted job and where it is in its life.
+type Job struct {
+	ID          string     `json:"id"`
+	Name        string     `json:"name"`
+	Phase       Phase      `json:"phase"`
+	Reason      string     `json:"reason"` // why it is in this phase, for people
+	Tasks       int        `json:"tasks"`
+	Priority    int        `json:"priority"`
+	Cloud       string     `json:"cloud"` // where it runs or ran last
+	Checkpoints int        `json:"checkpoints"`
+	Restarts    int        `json:"restarts"` // restores into running since submission
+	Created     time.Time  `json:"created"`
+	Started     *time.Time `json:"started,omitempty"`
+	Finished    *time.Time `json:"finished,omitempty"`
+	ExitCode    *int       `json:"exit_code,omitempty"` // of the first failing task; 128+signal when a signal ended it
+	Operation   string     `json:"operation,omitempty"` // id of the one under way
+}
+
+// JobDetail is a job with everything `dormouse inspect` shows.
+type JobDetail struct {
+	Job
+	Spec       JobSpec      `json:"spec"`
+	TaskStatus []TaskStatus `json:"task_status"`
+	// Run counts the job's starts and restores; an agent holding a task of an
+	// older run must destroy it.
+	Run int64 `json:"run"`
+	// From is the checkpoint that the present run was restored from.
+	From string `json:"from,omitempty"`
+}
+
+// TaskStatus is one task as its agent last reported it.
+type TaskStatus struct {
+	Index     int    `json:"index"`
+	Node      string `json:"node"`
+	Phase     Phase  `json:"phase"`
+	Pid       int    `json:"pid"` // of the task's pid 1, in the node's pid namespace
+	VirtualIP string `json:"virtual_ip"`
+	ExitCode  *int   `json:"exit_code,omitempty"`
+	Signal    string `json:"signal,omitempty"` // SIGKILL, ... when one ended it
+	Reason    string `json:"reason,omitempty"`
+}
