@@ -117,7 +117,7 @@ choose_suite() {
 		done
 	done
 	[ -s "$work/apt.log" ] || echo "no Debian mirror for $codename in /etc/apt" >"$work/apt.log"
-	die "cannot get CRIU $WANTED from Debian's newer suites (is there a network?):
+	die "cannot get CRIU $WANTED from Debian's newer suites, which needs the network this once:
 $(grep -v '^Get:\|^Hit:\|^Ign:' "$work/apt.log" | tail -n 6 | sed 's/^/    /')"
 }
 
@@ -180,6 +180,8 @@ install_prefix() {
 }
 
 [ "$(id -u)" = 0 ] || die "root is needed: CRIU saves and restores other processes; run this as root"
+unshare --mount --pid --net --fork true ||
+	die "this root may not make namespaces (it lacks CAP_SYS_ADMIN), so no CRIU can work here: use a real or virtual machine, or a privileged container"
 command -v gcc >/dev/null || die "gcc is needed to try CRIU out: apt-get install gcc libc6-dev"
 mkdir -p "$(dirname "$PREFIX")"
 exec 9<"$(dirname "$PREFIX")"

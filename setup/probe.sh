@@ -13,7 +13,6 @@ set -euo pipefail
 
 PORT=7999
 
-# field NAME: the value of "NAME: value" in `criu --version`.
 criu_version() {
 	"$1" --version 2>/dev/null | awk '/^Version:/ { print $2; exit }'
 }
@@ -72,8 +71,8 @@ outside() {
 	local criu=$1 version
 	[ "$(id -u)" = 0 ] || fail "only root can probe CRIU"
 	[ -x "$criu" ] || fail "there is no executable $criu"
-	version=$(criu_version "$criu")
-	[ -n "$version" ] || fail "it does not start: $("$criu" --version 2>&1 | tail -n 1)"
+	version=$(criu_version "$criu" || true)
+	[ -n "$version" ] || fail "it does not start: $("$criu" --version 2>&1 </dev/null | tail -n 1 || true)"
 	[ "${version%%.*}" -ge 4 ] 2>/dev/null || fail "its version is $version, 4 or newer is needed"
 
 	dir=$(mktemp -d)
