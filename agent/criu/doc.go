@@ -1,0 +1,42 @@
+// Package criu is Dormouse's engine for putting a process tree to sleep and
+// waking it: a thin, complete wrapper around CRIU (Checkpoint/Restore In
+// Userspace, version 4 or newer).
+//
+// # How it works
+//
+// Every dump and every restore is one `criu swrk FD` child that speaks CRIU's
+// RPC (protobuf messages over a SOCK_SEQPACKET socket pair):
+//
+//	dump                                     restore
+//	1 take notes: affinities, TCP sockets    1 start criu, put it into the target cgroups
+//	2 start criu, send the request           2 send the request
+//	3 answer its notifications:              3 answer its notifications:
+//	    pre-dump, network-lock, post-dump,       pre-restore, setup-namespaces,
+//	    (leave running: network-unlock)          post-setup-namespaces, post-restore,
+//	4 at post-dump compare what was dumped       network-unlock, pre-resume, post-resume
+//	  with the cgroup: a process left out    4 at pre-resume pin the threads again
+//	  fails the dump                         5 return the pid of the new tree's init
+//	5 read the statistics
+//
+// Every option CRIU gets is set in options.go and nowhere else. CRIU's answer
+// carries only the first error it logged, which is often a harmless one, so an
+// [Error] is built from the log file instead.
+//
+// # What a failure leaves behind
+//
+// A failed dump leaves the tree as it was: running, or frozen if the caller had
+// frozen its cgroup. CRIU is not killed while it works, because it holds TCP
+// sockets in repair mode (tcp(7), TCP_REPAIR) in which the application cannot
+// use them: a cancelled context makes the next notification fail and makes
+// CRIU's next large write fail, upon which CRIU undoes its work by itself. Only
+// if that takes longer than the request's Grace, or if somebody else kills
+// CRIU, does the engine take the sockets out of repair mode itself (repair.go).
+//
+// A failed restore may leave processes in the target cgroup; killing that
+// cgroup is the caller's part, CRIU itself is gone when Restore returns.
+//
+// # Before any of it
+//
+// [Engine.Preflight] looks for what CRIU cannot capture, without stopping
+// anything, and names each finding with the process and descriptor.
+package criu

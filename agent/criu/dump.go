@@ -1,0 +1,260 @@
+package criu
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/checkpoint-restore/go-criu/v7/rpc"
+	"golang.org/x/sys/unix"
+)
+
+// DumpMount is a mount of the task whose contents are not captured.
+type DumpMount struct {
+	Key        string // names it in the images
+	Mountpoint string // inside the task
+}
+
+// DumpRequest says what to dump and where to.
+type DumpRequest struct {
+	// Pid of the tree's init, in our own pid namespace.
+	Pid int
+	// ImagesDir receives the images. It must exist and should be empty.
+	ImagesDir string
+	// WorkDir receives the log and the statistics. Empty: ImagesDir.
+	WorkDir string
+	// LeaveRunning keeps the tree alive after the dump; otherwise all its
+	// processes are killed once the images are complete.
+	LeaveRunning bool
+	// FreezeCgroup is the tree's cgroup v2 directory. If it is frozen when Dump
+	// starts, it is frozen when Dump returns (unless the tree was killed), also
+	// after a failure. All its processes must belong to the tree.
+	FreezeCgroup string
+	// ExternalMounts are left out; a restore gives a source for each.
+	ExternalMounts []DumpMount
+	// ExternalNetNS leaves the network namespace (devices, routes) out; a
+	// restore brings its own. Sockets are captured in any case.
+	ExternalNetNS bool
+	// FreezeTimeout bounds the time until all processes stand still. Zero: 10 s.
+	FreezeTimeout time.Duration
+	// Grace is how long a cancelled dump may take to undo itself before CRIU is
+	// killed and its sockets are repaired. Zero: 20 s.
+	Grace time.Duration
+	// LogLevel is CRIU's: 1 errors, 2 warnings (the default), 3 info, 4 debug.
+	LogLevel int
+	// Notify may be nil.
+	Notify Notify
+}
+
+// DumpResult describes a complete dump.
+type DumpResult struct {
+	Stats   DumpStats     `json:"stats"`
+	Tree    []TreeProcess `json:"tree"`
+	Bytes   int64         `json:"bytes"` // of all image files
+	Version Version       `json:"criu_version"`
+	Wall    time.Duration `json:"wall_ns"` // of the whole call
+}
+
+// Dump captures a process tree. On any error the tree is left as it was; the
+// error is an *Error if CRIU had a part in it, and wraps ErrInFlight, ErrBusy,
+// ErrNoSpace, ErrLeftOut or ErrDied if that is the reason. The images of a
+// failed dump are worthless; removing them is the caller's part.
+func (e *Engine) Dump(ctx context.Context, r DumpRequest) (*DumpResult, error) {
+	begin := time.Now()
+	if err := r.check(); err != nil {
+		return nil, err
+	}
+	if r.WorkDir == "" {
+		r.WorkDir = r.ImagesDir
+	}
+	dirs, err := openDirs(r.ImagesDir, r.WorkDir)
+	if err != nil {
+		return nil, fmt.Errorf("criu dump: %w", err)
+	}
+	defer dirs.close()
+
+	pids, err := treePIDs(r.Pid)
+	if err != nil {
+		return nil, fmt.Errorf("criu dump: %w", err)
+	}
+	guard, err := newGuard(pids, r.FreezeCgroup)
+	if err != nil {
+		return nil, fmt.Errorf("criu dump: %w", err)
+	}
+	defer guard.close()
+	affinity, err := recordAffinity(pids)
+	if err != nil {
+		return nil, fmt.Errorf("criu dump: read CPU affinities: %w", err)
+	}
+	var netNS uint64
+	if r.ExternalNetNS {
+		if netNS, err = nsInode(r.Pid, "net"); err != nil {
+			return nil, fmt.Errorf("criu dump: %w", err)
+		}
+	}
+
+	s, err := e.start(sessionOptions{
+		grace: r.Grace,
+		abort: func(pid int) { failLargeWrites(pid, r.WorkDir) },
+		died:  guard.hold,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("criu dump: start %s: %w", e.path, err)
+	}
+	kind := rpc.CriuReqType_DUMP
+	req := &rpc.CriuReq{Type: &kind, Opts: dumpOptions(r, dirs.images, dirs.work, netNS)}
+	resp, err := s.call(ctx, req, func(ctx context.Context, event Event, pid int) error {
+		if event == EventPostDump {
+			if err := checkNoneLeftOut(r); err != nil {
+				return err
+			}
+		}
+		if r.Notify == nil {
+			return nil
+		}
+		return r.Notify(ctx, event, pid)
+	})
+	if err := e.dumpFailure(r, resp, err, guard, s); err != nil {
+		return nil, err
+	}
+	return e.dumpResult(r, affinity, begin)
+}
+
+func (r DumpRequest) check() error {
+	if r.Pid <= 0 {
+		return fmt.Errorf("criu dump: %d is no process number", r.Pid)
+	}
+	for _, m := range r.ExternalMounts {
+		if strings.Contains(m.Mountpoint, "]") || strings.Contains(m.Key, "]") || m.Key == "" {
+			return fmt.Errorf("criu dump: CRIU cannot name the mount %q", m.Mountpoint)
+		}
+	}
+	return nil
+}
+
+// dumpFailure turns CRIU's end into an error, and makes the tree usable again
+// where CRIU itself did not.
+func (e *Engine) dumpFailure(r DumpRequest, resp *rpc.CriuResp, err error, guard *guard, s *session) error {
+	if err == nil && resp.GetSuccess() {
+		return nil
+	}
+	if resp == nil {
+		// CRIU said nothing at the end, so it did not undo its work either.
+		if repairErr := guard.repair(); repairErr != nil {
+			err = errors.Join(err, repairErr)
+		}
+		if errors.Is(err, ErrDied) {
+			err = fmt.Errorf("%w (%s)", err, s.status())
+		}
+	}
+	if resp.GetSuccess() {
+		// A notification was refused and CRIU went on: possible only after the
+		// point of no return, so the dump is good.
+		return nil
+	}
+	return newError("dump", filepath.Join(r.WorkDir, dumpLog), resp.GetCrErrmsg(), err)
+}
+
+func (e *Engine) dumpResult(r DumpRequest, affinity []pinned, begin time.Time) (*DumpResult, error) {
+	if err := writeAffinity(r.ImagesDir, affinity); err != nil {
+		return nil, fmt.Errorf("criu dump: %w", err)
+	}
+	result := &DumpResult{Version: e.version}
+	var err error
+	if result.Stats, err = ReadDumpStats(r.WorkDir); err != nil {
+		return nil, fmt.Errorf("criu dump: %w", err)
+	}
+	if result.Tree, err = ReadTree(r.ImagesDir); err != nil {
+		return nil, fmt.Errorf("criu dump: %w", err)
+	}
+	if result.Bytes, err = imageBytes(r.ImagesDir); err != nil {
+		return nil, fmt.Errorf("criu dump: %w", err)
+	}
+	result.Wall = time.Since(begin)
+	e.log.Debug("dumped", "pid", r.Pid, "processes", len(result.Tree), "bytes", result.Bytes,
+		"frozen", result.Stats.Frozen, "wall", result.Wall)
+	return result, nil
+}
+
+// checkNoneLeftOut compares the dumped tree with the cgroup while the processes
+// still exist. CRIU itself only warns of processes that were put into the
+// sandbox from outside and leaves them out.
+func checkNoneLeftOut(r DumpRequest) error {
+	if r.FreezeCgroup == "" {
+		return nil
+	}
+	members, err := CgroupPIDs(r.FreezeCgroup)
+	if err != nil {
+		return err
+	}
+	tree, err := ReadTree(r.ImagesDir)
+	if err != nil {
+		return err
+	}
+	for _, pid := range members {
+		inner, err := innerID(procPath(pid), "NSpid")
+		if gone(err) && pid != 0 {
+			continue
+		}
+		if err != nil {
+			return fmt.Errorf("%w: process %d", ErrLeftOut, pid)
+		}
+		same, err := samePIDNamespace(pid, r.Pid)
+		if gone(err) {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		dumped := same && slices.ContainsFunc(tree, func(p TreeProcess) bool { return p.PID == inner })
+		if !dumped {
+			return fmt.Errorf("%w: process %d (%s) was entered from outside and would be lost: end it, then checkpoint", ErrLeftOut, pid, comm(pid))
+		}
+	}
+	return nil
+}
+
+func samePIDNamespace(a, b int) (bool, error) {
+	first, err := nsInode(a, "pid")
+	if err != nil {
+		return false, err
+	}
+	second, err := nsInode(b, "pid")
+	return first == second, err
+}
+
+// nsInode identifies a namespace of a process.
+func nsInode(pid int, kind string) (uint64, error) {
+	var st unix.Stat_t
+	path := procPath(pid, "ns", kind)
+	if err := unix.Stat(path, &st); err != nil {
+		return 0, &os.PathError{Op: "stat", Path: path, Err: err}
+	}
+	return st.Ino, nil
+}
+
+// dirs are the two directories that CRIU reaches through our descriptors.
+type dirs struct{ images, work *os.File }
+
+func openDirs(images, work string) (dirs, error) {
+	i, err := os.Open(images)
+	if err != nil {
+		return dirs{}, err
+	}
+	w, err := os.Open(work)
+	if err != nil {
+		i.Close()
+		return dirs{}, err
+	}
+	return dirs{i, w}, nil
+}
+
+func (d dirs) close() {
+	d.images.Close()
+	d.work.Close()
+}

@@ -1,0 +1,145 @@
+package criu
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/checkpoint-restore/go-criu/v7/rpc"
+	"golang.org/x/sys/unix"
+)
+
+// RestoreMount gives a source to a mount that was left out of the images.
+type RestoreMount struct {
+	Key    string // as in the dump
+	Source string // on this machine
+}
+
+// RestoreRequest says what to restore and into what.
+type RestoreRequest struct {
+	ImagesDir string
+	// WorkDir receives the log and the statistics. Empty: ImagesDir.
+	WorkDir string
+	// Root is the task's root. It must be a mount point with private
+	// propagation; after the restore it may be unmounted.
+	Root           string
+	ExternalMounts []RestoreMount
+	// NetNS is the network namespace of the task. Needed if and only if the
+	// dump had ExternalNetNS.
+	NetNS *os.File
+	// Enter puts CRIU's process into the target cgroups, before it does
+	// anything; the restored processes inherit them. May be nil.
+	Enter func(pid int) error
+	// Sibling makes the restored init a child of this process, instead of being
+	// adopted by the machine's init.
+	Sibling bool
+	// Grace is how long a cancelled restore may take to undo itself before CRIU
+	// is killed. Zero: 20 s.
+	Grace time.Duration
+	// LogLevel is CRIU's: 1 errors, 2 warnings (the default), 3 info, 4 debug.
+	LogLevel int
+	// Notify may be nil. At EventPreResume threads are pinned already.
+	Notify Notify
+}
+
+// RestoreResult describes a restored tree.
+type RestoreResult struct {
+	Pid   int           `json:"pid"` // of the init, in our own pid namespace
+	Stats RestoreStats  `json:"stats"`
+	Wall  time.Duration `json:"wall_ns"` // of the whole call
+}
+
+// Restore builds a process tree from images. When it returns without an error
+// the tree runs. After an error CRIU has ended, and processes that it may have
+// left are in the cgroups of Enter: killing those is the caller's part.
+func (e *Engine) Restore(ctx context.Context, r RestoreRequest) (*RestoreResult, error) {
+	begin := time.Now()
+	if err := r.check(); err != nil {
+		return nil, err
+	}
+	if r.WorkDir == "" {
+		r.WorkDir = r.ImagesDir
+	}
+	dirs, err := openDirs(r.ImagesDir, r.WorkDir)
+	if err != nil {
+		return nil, fmt.Errorf("criu restore: %w", err)
+	}
+	defer dirs.close()
+	affinity, err := readAffinity(r.ImagesDir)
+	if err != nil {
+		return nil, fmt.Errorf("criu restore: %w", err)
+	}
+
+	options := sessionOptions{grace: r.Grace}
+	netNSFD := -1
+	if r.NetNS != nil {
+		options.inherit = []*os.File{r.NetNS}
+		netNSFD = swrkFD + 1
+	}
+	s, err := e.start(options)
+	if err != nil {
+		return nil, fmt.Errorf("criu restore: start %s: %w", e.path, err)
+	}
+	if r.Enter != nil {
+		if err := r.Enter(s.pid()); err != nil {
+			s.discard()
+			return nil, fmt.Errorf("criu restore: enter the cgroups: %w", err)
+		}
+	}
+	kind := rpc.CriuReqType_RESTORE
+	req := &rpc.CriuReq{Type: &kind, Opts: restoreOptions(r, dirs.images, dirs.work, netNSFD)}
+	root := 0
+	resp, err := s.call(ctx, req, func(ctx context.Context, event Event, pid int) error {
+		if pid != 0 {
+			root = pid
+		}
+		if event == EventPreResume {
+			if err := applyAffinity(root, affinity); err != nil {
+				return err
+			}
+		}
+		if r.Notify == nil {
+			return nil
+		}
+		return r.Notify(ctx, event, pid)
+	})
+	if err != nil || !resp.GetSuccess() {
+		return nil, restoreFailure(r, resp, err, s)
+	}
+	result := &RestoreResult{Pid: int(resp.GetRestore().GetPid())}
+	if result.Stats, err = ReadRestoreStats(r.WorkDir); err != nil {
+		// Worth no failure: the tree runs.
+		e.log.Debug("restore statistics", "error", err)
+	}
+	result.Wall = time.Since(begin)
+	e.log.Debug("restored", "pid", result.Pid, "wall", result.Wall)
+	return result, nil
+}
+
+func (r RestoreRequest) check() error {
+	if r.Root == "" {
+		return errors.New("criu restore: no root directory given")
+	}
+	for _, m := range r.ExternalMounts {
+		if strings.Contains(m.Key, "]") || m.Key == "" {
+			return fmt.Errorf("criu restore: CRIU cannot name the mount %q", m.Key)
+		}
+	}
+	return nil
+}
+
+func restoreFailure(r RestoreRequest, resp *rpc.CriuResp, err error, s *session) error {
+	if resp == nil {
+		// CRIU did not clean up: end its process group, which the half-made
+		// processes are in until they get their own.
+		_ = unix.Kill(-s.pid(), unix.SIGKILL)
+		if errors.Is(err, ErrDied) {
+			err = fmt.Errorf("%w (%s)", err, s.status())
+		}
+	}
+	return newError("restore", filepath.Join(r.WorkDir, restoreLog), resp.GetCrErrmsg(), err)
+}
