@@ -1,0 +1,224 @@
+// Package client is the Go SDK of Dormouse's REST API; the command line uses
+// nothing else.
+//
+// A Client is made once per controller and is safe for concurrent use. Every
+// method takes a context that ends the call. What can go wrong is one of:
+//
+//   - *api.Problem: the controller answered with an error; Status is the HTTP
+//     status (404 not found, 409 refused, 400 and 422 a bad request) and Detail
+//     one sentence for people.
+//   - *UnreachableError: no controller answered at that address.
+//   - *CertificateError: something answered that is not the pinned controller.
+//   - the context's error.
+//
+// Nothing is retried: a caller who waits for something long, such as an
+// operation, decides itself how long a controller may be away.
+//
+// Long-running actions (Checkpoint, Suspend, Resume, ...) answer an
+// api.Operation at once; Operation with a wait follows it. Logs and Events are
+// streams read with a callback; Exec upgrades its connection and exchanges
+// frames (see Session).
+package client
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"mime"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"strings"
+	"time"
+
+	"dormouse/api"
+)
+
+// dialTimeout bounds how long a controller may take to accept a connection.
+const dialTimeout = 10 * time.Second
+
+// maxProblemBytes bounds how much of an error's body is read.
+const maxProblemBytes = 64 << 10
+
+// Config says where the controller is and how to prove who is calling.
+type Config struct {
+	URL   string // https://HOST:PORT
+	Token string // bearer token
+	// CAFile holds the PEM certificates that may have signed the controller's
+	// certificate. Empty: the system's authorities.
+	CAFile string
+}
+
+// Client calls one controller.
+type Client struct {
+	base   *url.URL
+	token  string
+	caFile string
+	http   *http.Client
+}
+
+// New checks the configuration; it does not connect.
+func New(config Config) (*Client, error) {
+	base, err := url.Parse(strings.TrimRight(config.URL, "/"))
+	if err != nil || base.Host == "" || (base.Scheme != "https" && base.Scheme != "http") {
+		return nil, fmt.Errorf("the controller's address %q is not a URL such as https://127.0.0.1:7117", config.URL)
+	}
+	tlsConfig := &tls.Config{MinVersion: tls.VersionTLS12}
+	if config.CAFile != "" {
+		tlsConfig.RootCAs, err = readCA(config.CAFile)
+		if err != nil {
+			return nil, err
+		}
+	}
+	// HTTP/1.1 only (ForceAttemptHTTP2 stays false): Exec upgrades its
+	// connection, which HTTP/2 cannot.
+	transport := &http.Transport{
+		Proxy:               http.ProxyFromEnvironment,
+		DialContext:         (&net.Dialer{Timeout: dialTimeout}).DialContext,
+		TLSClientConfig:     tlsConfig,
+		TLSHandshakeTimeout: dialTimeout,
+	}
+	return &Client{base: base, token: config.Token, caFile: config.CAFile, http: &http.Client{Transport: transport}}, nil
+}
+
+func readCA(file string) (*x509.CertPool, error) {
+	pem, err := os.ReadFile(file)
+	if err != nil {
+		return nil, fmt.Errorf("read the controller's CA certificate: %w", err)
+	}
+	pool := x509.NewCertPool()
+	if !pool.AppendCertsFromPEM(pem) {
+		return nil, fmt.Errorf("%s holds no PEM certificate: it must be the controller's ca.pem", file)
+	}
+	return pool, nil
+}
+
+// URL is the controller's address.
+func (c *Client) URL() string { return c.base.String() }
+
+// Close lets go of idle connections.
+func (c *Client) Close() { c.http.CloseIdleConnections() }
+
+// one asks for one thing.
+func one[T any](ctx context.Context, c *Client, method, path string, query url.Values, in any) (*T, error) {
+	answer := new(T)
+	if err := c.call(ctx, method, path, query, in, answer); err != nil {
+		return nil, err
+	}
+	return answer, nil
+}
+
+// list asks for a list; it is never nil when there is no error.
+func list[T any](ctx context.Context, c *Client, path string, query url.Values) ([]T, error) {
+	answer, err := one[[]T](ctx, c, http.MethodGet, path, query, nil)
+	if err != nil {
+		return nil, err
+	}
+	if *answer == nil {
+		return []T{}, nil
+	}
+	return *answer, nil
+}
+
+// call sends in (nil: no body) and reads one JSON answer into out (nil: ignored).
+func (c *Client) call(ctx context.Context, method, path string, query url.Values, in, out any) error {
+	response, err := c.send(ctx, method, path, query, in)
+	if err != nil {
+		return err
+	}
+	defer response.Body.Close()
+	if out == nil || response.StatusCode == http.StatusNoContent {
+		return nil
+	}
+	if err := json.NewDecoder(response.Body).Decode(out); err != nil {
+		return c.failed(ctx, fmt.Errorf("read the answer to %s %s: %w", method, path, err))
+	}
+	return nil
+}
+
+// send returns the response of a call that succeeded; its body is the caller's
+// to close.
+func (c *Client) send(ctx context.Context, method, path string, query url.Values, in any) (*http.Response, error) {
+	request, err := c.request(ctx, method, path, query, in)
+	if err != nil {
+		return nil, err
+	}
+	response, err := c.http.Do(request)
+	if err != nil {
+		return nil, c.failed(ctx, err)
+	}
+	if response.StatusCode >= 300 {
+		defer response.Body.Close()
+		return nil, problem(response)
+	}
+	return response, nil
+}
+
+func (c *Client) request(ctx context.Context, method, path string, query url.Values, in any) (*http.Request, error) {
+	var body io.Reader
+	if in != nil {
+		encoded, err := json.Marshal(in)
+		if err != nil {
+			return nil, fmt.Errorf("encode the request for %s %s: %w", method, path, err)
+		}
+		body = bytes.NewReader(encoded)
+	}
+	address := c.base.String() + path
+	if len(query) > 0 {
+		address += "?" + query.Encode()
+	}
+	request, err := http.NewRequestWithContext(ctx, method, address, body)
+	if err != nil {
+		return nil, fmt.Errorf("make the request %s %s: %w", method, path, err)
+	}
+	if in != nil {
+		request.Header.Set("Content-Type", "application/json")
+	}
+	request.Header.Set("Accept", "application/json, application/problem+json")
+	if c.token != "" {
+		request.Header.Set("Authorization", "Bearer "+c.token)
+	}
+	return request, nil
+}
+
+// problem reads the error document of a failed call. An answer that is not one
+// comes from something that is not a Dormouse controller, or from a proxy.
+func problem(response *http.Response) error {
+	body, _ := io.ReadAll(io.LimitReader(response.Body, maxProblemBytes))
+	kind, _, _ := mime.ParseMediaType(response.Header.Get("Content-Type"))
+	found := &api.Problem{}
+	if (kind == "application/problem+json" || kind == "application/json") && json.Unmarshal(body, found) == nil && found.Error() != "" {
+		found.Status = response.StatusCode
+		return found
+	}
+	return &api.Problem{
+		Title:  http.StatusText(response.StatusCode),
+		Status: response.StatusCode,
+		Detail: fmt.Sprintf("the controller answered %s to %s %s", response.Status, response.Request.Method, response.Request.URL.Path),
+	}
+}
+
+// failed explains why no whole answer came.
+func (c *Client) failed(ctx context.Context, err error) error {
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	var certificate *tls.CertificateVerificationError
+	if errors.As(err, &certificate) {
+		return &CertificateError{URL: c.URL(), CAFile: c.caFile, Err: certificate.Err}
+	}
+	var wrapped *url.Error
+	if errors.As(err, &wrapped) {
+		err = wrapped.Err
+	}
+	return &UnreachableError{URL: c.URL(), Err: err}
+}
+
+// segment makes a user's word one segment of a path.
+func segment(word string) string { return url.PathEscape(word) }

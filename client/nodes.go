@@ -1,0 +1,33 @@
+package client
+
+import (
+	"context"
+	"net/http"
+
+	"dormouse/api"
+)
+
+// Nodes lists the nodes of all clouds.
+func (c *Client) Nodes(ctx context.Context) ([]api.Node, error) {
+	return list[api.Node](ctx, c, "/v1/nodes", nil)
+}
+
+// KillNode cuts the power of a virtual node: its agent and tasks are gone at once.
+func (c *Client) KillNode(ctx context.Context, node string) error {
+	return c.call(ctx, http.MethodPost, "/v1/nodes/"+segment(node)+"/kill", nil, nil, nil)
+}
+
+// StartNode brings a virtual node back, empty.
+func (c *Client) StartNode(ctx context.Context, node string) error {
+	return c.call(ctx, http.MethodPost, "/v1/nodes/"+segment(node)+"/start", nil, nil, nil)
+}
+
+// Clouds lists the platforms the controller knows.
+func (c *Client) Clouds(ctx context.Context) ([]api.Cloud, error) {
+	return list[api.Cloud](ctx, c, "/v1/clouds", nil)
+}
+
+// Version asks the controller for its version.
+func (c *Client) Version(ctx context.Context) (*api.Version, error) {
+	return one[api.Version](ctx, c, http.MethodGet, "/v1/version", nil, nil)
+}
