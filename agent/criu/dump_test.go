@@ -1,0 +1,307 @@
+package criu
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+)
+
+// numbers checks that lines count up from 0 without a gap or a repetition.
+func checkCounted(t *testing.T, lines []string) {
+	t.Helper()
+	for i, line := range lines {
+		if line != strconv.Itoa(i) {
+			t.Fatalf("line %d is %q: output was lost or repeated", i, line)
+		}
+	}
+}
+
+func mustDump(t *testing.T, s *sandbox, r DumpRequest) *DumpResult {
+	t.Helper()
+	result, err := s.engine.Dump(t.Context(), r)
+	if err != nil {
+		log, _ := os.ReadFile(filepath.Join(r.ImagesDir, dumpLog))
+		t.Fatalf("dump: %v\n%s", err, tail(string(log)))
+	}
+	return result
+}
+
+func TestDumpKillsTheTreeAndRestoreContinuesIt(t *testing.T) {
+	e := newEngine(t)
+	s := startSandbox(t, e, job(t), "counter")
+	s.moreLines(5)
+	r := s.request()
+	result := mustDump(t, s, r)
+	if pids, _ := CgroupPIDs(s.cgroup); len(pids) != 0 {
+		t.Errorf("processes %v live after a dump that does not leave running", pids)
+	}
+	if result.Stats.Frozen <= 0 || result.Stats.PagesWritten == 0 || result.Bytes < 4096 {
+		t.Errorf("statistics are missing: %+v, %d bytes", result.Stats, result.Bytes)
+	}
+	if len(result.Tree) != 1 || result.Tree[0].PID != 1 {
+		t.Errorf("tree is %+v, expected one process with pid 1", result.Tree)
+	}
+	restored := s.restore(r.ImagesDir)
+	checkCounted(t, restored.moreLines(20))
+	pids, err := CgroupPIDs(restored.cgroup)
+	if err != nil || !slices.Equal(pids, []int{restored.pid}) {
+		t.Errorf("the new cgroup has %v (%v), expected only %d", pids, err, restored.pid)
+	}
+}
+
+func TestSecondGenerationOfARestoredTree(t *testing.T) {
+	e := newEngine(t)
+	s := startSandbox(t, e, job(t), "counter")
+	s.moreLines(2)
+	for range 3 {
+		r := s.request()
+		mustDump(t, s, r)
+		s = s.restore(r.ImagesDir)
+		checkCounted(t, s.moreLines(5))
+	}
+}
+
+func TestLeaveRunningKeepsTheCgroupAsItWas(t *testing.T) {
+	e := newEngine(t)
+	for _, frozen := range []bool{true, false} {
+		t.Run(fmt.Sprintf("frozen=%v", frozen), func(t *testing.T) {
+			s := startSandbox(t, e, job(t), "counter")
+			s.moreLines(2)
+			if frozen {
+				s.freeze()
+			}
+			r := s.request()
+			r.LeaveRunning = true
+			mustDump(t, s, r)
+			if s.frozen() != frozen {
+				t.Errorf("the cgroup is frozen=%v after the dump, it was %v", s.frozen(), frozen)
+			}
+			s.thaw()
+			checkCounted(t, s.moreLines(5))
+			restored := s.restore(r.ImagesDir)
+			checkCounted(t, restored.moreLines(5))
+		})
+	}
+}
+
+func TestTCPConnectionUnderTrafficSurvives(t *testing.T) {
+	e := newEngine(t)
+	s := startSandbox(t, e, job(t), "tcp")
+	s.moreLines(2)
+	for range 2 {
+		r := s.request()
+		s.freeze()
+		mustDump(t, s, r)
+		s = s.restore(r.ImagesDir)
+		s.moreLines(5) // fails on any error of the program
+	}
+}
+
+func TestJobOfAnOrdinaryUser(t *testing.T) {
+	e := newEngine(t)
+	s := startSandbox(t, e, job(t), "counter", "65534")
+	s.moreLines(2)
+	if uid, _ := statusField(procPath(s.pid, "status"), "Uid"); !strings.HasPrefix(uid, "65534") {
+		t.Fatalf("the job runs as %s", uid)
+	}
+	r := s.request()
+	mustDump(t, s, r)
+	restored := s.restore(r.ImagesDir)
+	checkCounted(t, restored.moreLines(5))
+	if uid, _ := statusField(procPath(restored.pid, "status"), "Uid"); !strings.HasPrefix(uid, "65534") {
+		t.Errorf("the restored job runs as %s", uid)
+	}
+}
+
+func TestPinnedThreadsStayPinned(t *testing.T) {
+	if runtime.NumCPU() < 2 {
+		missing(t, "two CPUs")
+	}
+	e := newEngine(t)
+	s := startSandbox(t, e, job(t), "affinity")
+	s.moreLines(10)
+	before := cpusOf(t, s)
+	r := s.request()
+	mustDump(t, s, r)
+	restored := s.restore(r.ImagesDir)
+	seen := len(strings.Split(s.output(), "\n"))
+	lines := restored.moreLines(10)[max(0, seen-1):]
+	for _, line := range lines {
+		if strings.HasPrefix(line, "thread") && !strings.Contains(line, " has 1 cpus") {
+			t.Fatalf("a thread ran unpinned after the restore: %q", line)
+		}
+	}
+	if after := cpusOf(t, restored); !slices.Equal(before, after) {
+		t.Errorf("threads may use %v after the restore, %v before", after, before)
+	}
+}
+
+// cpusOf lists the CPUs allowed to each thread, by ascending thread number.
+func cpusOf(t *testing.T, s *sandbox) []string {
+	t.Helper()
+	tids, err := threadIDs(s.pid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	slices.Sort(tids)
+	var list []string
+	for _, tid := range tids {
+		cpus, err := statusField(procPath(s.pid, "task", strconv.Itoa(tid), "status"), "Cpus_allowed_list")
+		if err != nil {
+			t.Fatal(err)
+		}
+		list = append(list, cpus)
+	}
+	return list
+}
+
+func TestMonotonicClockContinues(t *testing.T) {
+	e := newEngine(t)
+	s := startSandbox(t, e, job(t), "monotonic")
+	s.moreLines(5)
+	r := s.request()
+	mustDump(t, s, r)
+	const asleep = 1500 * time.Millisecond
+	time.Sleep(asleep) // the time that must not be seen
+	restored := s.restore(r.ImagesDir)
+	last := 0
+	for _, line := range restored.moreLines(10) {
+		now, err := strconv.Atoi(line)
+		if err != nil {
+			t.Fatalf("unexpected line %q", line)
+		}
+		if last != 0 && (now < last || now-last > 1000) {
+			t.Fatalf("CLOCK_MONOTONIC went from %d to %d ms across a restore after %v", last, now, asleep)
+		}
+		last = now
+	}
+}
+
+func TestFailedDumpLeavesTheTreeRunning(t *testing.T) {
+	e := newEngine(t)
+	refused := errors.New("refused by the test")
+	for _, event := range []Event{EventPreDump, EventNetworkLock, EventPostDump} {
+		t.Run(string(event), func(t *testing.T) {
+			s := startSandbox(t, e, job(t), "tcp")
+			s.moreLines(2)
+			s.freeze()
+			r := s.request()
+			r.Notify = func(_ context.Context, at Event, _ int) error {
+				if at == event {
+					return refused
+				}
+				return nil
+			}
+			_, err := e.Dump(t.Context(), r)
+			var failure *Error
+			if !errors.Is(err, refused) || !errors.As(err, &failure) {
+				t.Fatalf("got %v, expected the notification's error", err)
+			}
+			if !s.frozen() {
+				t.Error("the cgroup is thawed after the failure")
+			}
+			s.thaw()
+			s.moreLines(5)
+		})
+	}
+}
+
+func TestCancelledDumpUndoesItself(t *testing.T) {
+	e := newEngine(t)
+	s := startSandbox(t, e, job(t), "memory", "0", "512")
+	s.moreLines(2)
+	s.freeze()
+	r := s.request()
+	ctx, cancel := context.WithCancel(t.Context())
+	var written atomic.Bool
+	r.Notify = func(_ context.Context, at Event, _ int) error {
+		if at == EventNetworkLock {
+			go func() { // during the dump of memory
+				waitFor(t, "pages to be written", func() bool {
+					n, _ := imageBytes(r.ImagesDir)
+					return n > 64<<20
+				})
+				cancel()
+			}()
+		}
+		written.Store(written.Load() || at == EventPostDump)
+		return nil
+	}
+	_, err := e.Dump(ctx, r)
+	if !errors.Is(err, context.Canceled) || errors.Is(err, ErrDied) {
+		t.Fatalf("got %v, expected a dump that CRIU itself gave up", err)
+	}
+	if n, _ := imageBytes(r.ImagesDir); written.Load() || n > 500<<20 {
+		t.Errorf("CRIU wrote %d MiB to the end instead of giving up", n>>20)
+	}
+	if !s.frozen() {
+		t.Error("the cgroup is thawed after the cancellation")
+	}
+	s.thaw()
+	checkCounted(t, s.moreLines(5))
+	mustDump(t, s, s.request())
+}
+
+func TestDumpRefusesToLeaveAProcessOut(t *testing.T) {
+	e := newEngine(t)
+	s := startSandbox(t, e, job(t), "counter")
+	outsider := exec.Command("nsenter", "-t", strconv.Itoa(s.pid), "-p", "-m", "-n", "-i", "-u", "sleep", "1000")
+	if err := outsider.Start(); err != nil {
+		missing(t, "nsenter")
+	}
+	defer outsider.Wait()
+	defer outsider.Process.Kill()
+	var inside []int
+	waitFor(t, "sleep to run inside", func() bool {
+		for _, pid := range []int{outsider.Process.Pid} {
+			inside, _ = treePIDs(pid)
+		}
+		return len(inside) == 2 && comm(inside[1]) == "sleep"
+	})
+	s.write("cgroup.procs", strconv.Itoa(inside[1]))
+	_, err := e.Dump(t.Context(), s.request())
+	if !errors.Is(err, ErrLeftOut) || !strings.Contains(err.Error(), "sleep") {
+		t.Fatalf("got %v, expected the process to be named", err)
+	}
+	checkCounted(t, s.moreLines(5))
+}
+
+func TestDumpOfMissingProcessSaysSo(t *testing.T) {
+	e := newEngine(t)
+	_, err := e.Dump(t.Context(), DumpRequest{Pid: 1 << 22, ImagesDir: t.TempDir()})
+	if err == nil || !strings.Contains(err.Error(), "4194304 does not exist") {
+		t.Fatalf("got %v", err)
+	}
+}
+
+func TestRestoreOfDamagedImagesFailsWithCRIUsWords(t *testing.T) {
+	e := newEngine(t)
+	s := startSandbox(t, e, job(t), "counter")
+	s.moreLines(2)
+	r := s.request()
+	mustDump(t, s, r)
+	if err := os.Truncate(filepath.Join(r.ImagesDir, "core-1.img"), 20); err != nil {
+		t.Fatal(err)
+	}
+	root := filepath.Join(s.dir, "root2")
+	if err := os.Mkdir(root, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	ns := newNetNS(t)
+	defer ns.Close()
+	_, err := e.Restore(t.Context(), RestoreRequest{ImagesDir: r.ImagesDir, WorkDir: s.dir, Root: root, NetNS: ns})
+	var failure *Error
+	if !errors.As(err, &failure) || len(failure.Lines) == 0 || !strings.Contains(err.Error(), "core-1") {
+		t.Fatalf("got %v (%+v), expected CRIU's line about core-1", err, failure)
+	}
+}
