@@ -1,0 +1,46 @@
+package main
+
+import (
+	"fmt"
+	"strconv"
+
+	"github.com/spf13/cobra"
+
+	"dormouse/api"
+)
+
+func (c *cli) nodesCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "nodes",
+		Short: "List nodes",
+		Example: `  dormouse nodes
+  dormouse nodes -o json`,
+		Args: exactly(),
+		RunE: func(command *cobra.Command, _ []string) error {
+			controller, err := c.connect()
+			if err != nil {
+				return err
+			}
+			defer controller.Close()
+			nodes, err := controller.Nodes(command.Context())
+			if err != nil {
+				return err
+			}
+			if c.json() {
+				return c.printDocument(nodes)
+			}
+			return c.printNodes(nodes)
+		},
+	}
+}
+
+func (c *cli) printNodes(nodes []api.Node) error {
+	rows := [][]string{}
+	for _, node := range nodes {
+		rows = append(rows, []string{
+			node.Name, node.Cloud, string(node.State), fmt.Sprintf("%v of %v", node.CPUsUsed, node.CPUs),
+			fmt.Sprintf("%s of %s", humanSize(node.MemUsed), humanSize(node.MemBytes)), strconv.Itoa(node.Tasks), node.CRIUVersion, node.Reason,
+		})
+	}
+	return c.printTable([]string{"NAME", "CLOUD", "STATE", "CPUS", "MEMORY", "TASKS", "CRIU", "REASON"}, rows)
+}

@@ -1,0 +1,184 @@
+package main
+
+import (
+	"os/user"
+
+	"github.com/spf13/cobra"
+
+	"dormouse/api"
+)
+
+// What a task is given when nothing is said.
+const (
+	defaultCPUs = 1.0
+	defaultMem  = 512 << 20
+)
+
+// submitFlags are the values of submit's flags.
+type submitFlags struct {
+	file         string
+	spec         api.JobSpec
+	env, volumes []string
+}
+
+func (c *cli) submitCommand() *cobra.Command {
+	flags := submitFlags{}
+	command := &cobra.Command{
+		Use:   "submit [flags] -- COMMAND [ARG...]",
+		Short: "Submit a job and print its id",
+		Long: `Submit a job and print its id.
+
+The command runs in a sandbox on a node, as the user who submits it. By default
+the sandbox sees the node's own file tree below a private, writable layer; what
+the job changes travels with its checkpoints. /tmp is private too. A volume is a
+directory of the node that the job shares with it; it is never checkpointed.
+
+A job file (-f) is YAML or JSON with the fields that ` + "`dormouse inspect -o json`" + ` shows
+under "spec". Flags override the file.`,
+		Example: `  dormouse submit -- sleep 600
+  dormouse submit --name db --cpus 2 --mem 4G --cloud east -- redis-server --save ''
+  dormouse submit --env SEED=7 --volume /srv/data:/data:ro --dir /data -- ./simulate
+  dormouse submit --root oci:./python.tar -- python3 -m http.server
+  dormouse submit -f job.yaml`,
+		RunE: func(command *cobra.Command, args []string) error {
+			spec, err := c.jobSpec(command, flags, args)
+			if err != nil {
+				return err
+			}
+			controller, err := c.connect()
+			if err != nil {
+				return err
+			}
+			defer controller.Close()
+			job, err := controller.Submit(command.Context(), spec)
+			if err != nil {
+				return err
+			}
+			return c.show(job, "%s", job.ID)
+		},
+	}
+	set := command.Flags()
+	set.StringVarP(&flags.file, "file", "f", "", "read the job from a YAML or JSON `file` (-: standard input)")
+	set.StringVar(&flags.spec.Name, "name", "", "`name` by which the job can be called instead of its id")
+	set.IntVar(&flags.spec.Tasks, "tasks", 1, "`number` of tasks")
+	set.Float64Var(&flags.spec.CPUs, "cpus", defaultCPUs, "processors per task (`number`, 0.5 is half of one)")
+	flags.spec.MemBytes = defaultMem
+	set.Var(sizeFlag{&flags.spec.MemBytes}, "mem", "memory per task, such as 512M or 2G")
+	set.IntVar(&flags.spec.Priority, "priority", 0, "`priority`: higher goes first")
+	set.StringVar(&flags.spec.Cloud, "cloud", "", "run only in this `cloud`")
+	set.StringVar(&flags.spec.Root, "root", "", "`root` file system: host, dir:PATH, oci:PATH or oci:REFERENCE (default host)")
+	set.StringArrayVarP(&flags.env, "env", "e", nil, "environment variable `NAME=VALUE`, or NAME to pass on yours (may be repeated)")
+	set.StringVarP(&flags.spec.Dir, "dir", "w", "", "working `directory` in the sandbox")
+	set.StringVar(&flags.spec.Dir, "workdir", "", "the same as --dir")
+	set.StringArrayVarP(&flags.volumes, "volume", "v", nil, "directory of the node to share with the job, `SRC:DST[:ro]` (may be repeated)")
+	set.StringVarP(&flags.spec.User, "user", "u", "", "`user` to run as: NAME, UID, NAME:GROUP or UID:GID (default: you)")
+	set.StringArrayVar(&flags.spec.CapAdd, "cap-add", nil, "Linux `capability` beyond the default set of containers (may be repeated)")
+	set.StringVar(&flags.spec.CPUBaseline, "cpu-baseline", "", "processor `level` that libraries may use: native, x86-64-v2, x86-64-v3 or x86-64-v4")
+	set.IntVar(&flags.spec.Keep, "keep", 0, "`number` of durable checkpoints to keep (0: all)")
+	set.IntVar(&flags.spec.MaxRestarts, "max-restarts", 0, "`times` the job is restored by itself after its node was lost")
+	set.Lookup("workdir").Hidden = true
+	mustComplete(command, "cloud", c.clouds())
+	mustComplete(command, "cpu-baseline", fixed(cpuBaselines...))
+	mustComplete(command, "root", fixed("host", "dir:", "oci:"))
+	return command
+}
+
+// jobSpec merges the job file, the flags that were given and the command.
+func (c *cli) jobSpec(command *cobra.Command, flags submitFlags, args []string) (api.JobSpec, error) {
+	spec := api.JobSpec{}
+	if flags.file != "" {
+		read, err := readJobFile(flags.file, c.in)
+		if err != nil {
+			return spec, err
+		}
+		spec = read
+	}
+	if len(args) > 0 {
+		spec.Command = args
+	}
+	overrideSpec(command, &spec, flags.spec)
+	if err := c.addLists(&spec, flags); err != nil {
+		return spec, usagef("%v", err)
+	}
+	if err := defaultSpec(command, &spec); err != nil {
+		return spec, err
+	}
+	return spec, checkSpec(spec)
+}
+
+// overrideSpec takes over what was given as flags.
+func overrideSpec(command *cobra.Command, spec *api.JobSpec, given api.JobSpec) {
+	changed := command.Flags().Changed
+	override(changed("name"), &spec.Name, given.Name)
+	override(changed("tasks"), &spec.Tasks, given.Tasks)
+	override(changed("cpus"), &spec.CPUs, given.CPUs)
+	override(changed("mem"), &spec.MemBytes, given.MemBytes)
+	override(changed("priority"), &spec.Priority, given.Priority)
+	override(changed("cloud"), &spec.Cloud, given.Cloud)
+	override(changed("root"), &spec.Root, given.Root)
+	override(changed("dir") || changed("workdir"), &spec.Dir, given.Dir)
+	override(changed("user"), &spec.User, given.User)
+	override(changed("cap-add"), &spec.CapAdd, given.CapAdd)
+	override(changed("cpu-baseline"), &spec.CPUBaseline, given.CPUBaseline)
+	override(changed("keep"), &spec.Keep, given.Keep)
+	override(changed("max-restarts"), &spec.MaxRestarts, given.MaxRestarts)
+}
+
+func override[T any](changed bool, field *T, given T) {
+	if changed {
+		*field = given
+	}
+}
+
+// addLists adds --env and --volume to what the file said.
+func (c *cli) addLists(spec *api.JobSpec, flags submitFlags) error {
+	for _, text := range flags.env {
+		key, value, err := parseEnv(text, c.getenv)
+		if err != nil {
+			return err
+		}
+		if spec.Env == nil {
+			spec.Env = map[string]string{}
+		}
+		spec.Env[key] = value
+	}
+	for _, text := range flags.volumes {
+		volume, err := parseVolume(text)
+		if err != nil {
+			return err
+		}
+		spec.Volumes = append(spec.Volumes, volume)
+	}
+	root, err := parseRoot(spec.Root)
+	spec.Root = root
+	return err
+}
+
+// defaultSpec fills what neither the file nor the flags said. A zero that was
+// given on purpose stays, to be refused.
+func defaultSpec(command *cobra.Command, spec *api.JobSpec) error {
+	changed := command.Flags().Changed
+	if spec.Tasks == 0 && !changed("tasks") {
+		spec.Tasks = 1
+	}
+	if spec.CPUs == 0 && !changed("cpus") {
+		spec.CPUs = defaultCPUs
+	}
+	if spec.MemBytes == 0 && !changed("mem") {
+		spec.MemBytes = defaultMem
+	}
+	if spec.User != "" {
+		return nil
+	}
+	me, err := user.Current()
+	if err != nil {
+		return usagef("find out who you are: %v; say it with --user", err)
+	}
+	// By name on the node's own tree, which gives supplementary groups; by
+	// number elsewhere, where the name may be unknown or somebody else.
+	spec.User = me.Username
+	if spec.Root != "" && spec.Root != string(api.RootHost) {
+		spec.User = me.Uid + ":" + me.Gid
+	}
+	return nil
+}
