@@ -96,8 +96,7 @@ newer_keyring() {
 	private_apt "$codename" "$1" "$KEYRING" || return 1
 	(cd "$work" && apt-get -q -c "$work/$codename/apt.conf" download debian-archive-keyring) >"$work/apt.log" 2>&1 || return 1
 	dpkg-deb -x "$work"/debian-archive-keyring_*.deb "$work/keyring"
-	KEYRING=$work/keyring$KEYRING
-	[ -e "$KEYRING" ]
+	[ -e "$work/keyring/$KEYRING" ] && KEYRING=$work/keyring/$KEYRING
 }
 
 # choose_suite: leaves in $suite the first suite that has the wanted CRIU.

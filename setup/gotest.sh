@@ -1,0 +1,68 @@
+#!/bin/bash
+# Runs `go test` so that a person sees what matters: one line per top-level test
+# as it ends, the whole output of packages that failed, and at the end go's own
+# line of each package, every skipped test with its reason, and the counts.
+#
+# usage: gotest.sh ARGUMENTS OF go test...
+#
+# Exit status: that of go test. With CI=true a skipped test is a failure, too:
+# there, everything that tests need is expected to be present.
+set -uo pipefail
+
+tab=$'\t'
+
+# summarise: reads the output of go test -v.
+summarise() {
+	local line passed=0 failed=0 skipped=0
+	local held=() reason=() packages=() skips=() # reason: what a test said last
+	while IFS= read -r line; do
+		case $line in
+		'=== '* | PASS | FAIL)
+			reason=()
+			continue
+			;;
+		"?   $tab"*)
+			continue
+			;;
+		"ok  $tab"* | "FAIL$tab"*)
+			[[ $line != FAIL* ]] || printf '%s\n' ${held[@]+"${held[@]}"}
+			echo "$line"
+			packages+=("$line")
+			held=()
+			continue
+			;;
+		esac
+		held+=("$line")
+		case $line in
+		'--- PASS: '*) passed=$((passed + 1)) ;;
+		'--- FAIL: '*) failed=$((failed + 1)) ;;
+		*'--- SKIP: '*)
+			skipped=$((skipped + 1))
+			skips+=("$line" ${reason[@]+"${reason[@]}"})
+			;;
+		*'--- PASS: '* | *'--- FAIL: '*) ;;
+		*)
+			reason+=("$line")
+			continue
+			;;
+		esac
+		reason=()
+		[[ $line != ---* ]] || echo "$line"
+	done
+	# What is left belongs to no package: go test itself failed.
+	[ ${#held[@]} -eq 0 ] || printf '%s\n' "${held[@]}"
+
+	echo "----"
+	[ ${#packages[@]} -eq 0 ] || printf '%s\n' "${packages[@]}"
+	[ ${#skips[@]} -eq 0 ] || printf '%s\n' "skipped:" "${skips[@]}"
+	echo "top-level tests: $passed passed, $failed failed; tests and subtests skipped: $skipped"
+	if [ "$skipped" -gt 0 ] && [ "${CI:-}" = true ]; then
+		echo "failed: with CI=true no test may be skipped"
+		return 1
+	fi
+}
+
+go test -v "$@" 2>&1 | summarise
+status=("${PIPESTATUS[@]}")
+[ "${status[0]}" -eq 0 ] || exit "${status[0]}"
+exit "${status[1]}"

@@ -1,0 +1,66 @@
+#!/bin/bash
+# Prepares a Debian machine with Go, gcc, make and root for Dormouse's demo and
+# tests. Only what is missing is added, every change is said, a second run
+# changes nothing, and afterwards no network is needed.
+#
+# usage: setup.sh [demo|test]    what to prepare for; test (the default) is more
+set -euo pipefail
+
+HERE=$(cd "$(dirname "$0")" && pwd)
+
+say() { echo "setup: $*"; }
+die() {
+	echo "setup: $*" >&2
+	exit 1
+}
+
+missing=()
+# need COMMAND PACKAGE: notes the package for installation unless the command exists.
+need() {
+	command -v "$1" >/dev/null || missing+=("$2")
+}
+
+install_missing() {
+	[ ${#missing[@]} -gt 0 ] || return 0
+	command -v apt-get >/dev/null ||
+		die "this is no Debian: install what gives these commands yourself: ${missing[*]}"
+	say "installing ${missing[*]}"
+	local log
+	log=$(mktemp)
+	if ! { apt-get -q -o APT::Update::Error-Mode=any update &&
+		DEBIAN_FRONTEND=noninteractive apt-get -q -y --no-install-recommends install "${missing[@]}"; } >"$log" 2>&1 </dev/null; then
+		tail -n 8 "$log" >&2
+		rm -f "$log"
+		die "apt-get could not install ${missing[*]}"
+	fi
+	rm -f "$log"
+}
+
+# Debian's package redis-server brings a service that starts with the machine,
+# and nothing but a link to the server's program in package redis-tools. So take
+# the latter, and make the link.
+link_redis_server() {
+	command -v redis-server >/dev/null && return
+	[ -x /usr/bin/redis-check-rdb ] || die "package redis-tools has no /usr/bin/redis-check-rdb: install redis-server yourself"
+	ln -s /usr/bin/redis-check-rdb /usr/local/bin/redis-server
+	say "linked /usr/local/bin/redis-server to the server in package redis-tools; no service was set up"
+}
+
+case ${1:-test} in
+demo | test) purpose=${1:-test} ;;
+*) die "usage: setup.sh [demo|test]" ;;
+esac
+[ "$(id -u)" = 0 ] || die "root is needed: Dormouse saves, moves and restores other processes; run this as root"
+command -v go >/dev/null || die "Go is needed and not in PATH: install Go $(awk '$1 == "go" { print $2 }' "$HERE/../go.mod") or newer"
+command -v gcc >/dev/null || die "gcc is needed: apt-get install gcc libc6-dev"
+
+need ip iproute2 # CRIU saves network namespaces with it
+need python3 python3
+command -v redis-server >/dev/null && need redis-cli redis-tools || need redis-check-rdb redis-tools
+[ "$purpose" = demo ] || need node nodejs
+install_missing
+link_redis_server
+
+(cd "$HERE/.." && go mod download) || die "go mod download failed: the Go modules of go.mod are fetched once and need the network"
+"$HERE/criu.sh"
+say "ready"
