@@ -13,22 +13,23 @@ tab=$'\t'
 
 # summarise: reads the output of go test -v.
 summarise() {
-	local line passed=0 failed=0 skipped=0
-	local held=() reason=() packages=() skips=() # reason: what a test said last
+	local line name='' passed=0 failed=0 skipped=0
+	local held=() packages=() skips=()
+	local -A said=() # what each test of this package printed
 	while IFS= read -r line; do
 		case $line in
-		'=== '* | PASS | FAIL)
-			reason=()
+		'=== '*)
+			name=${line##* }
 			continue
 			;;
-		"?   $tab"*)
+		PASS | FAIL | "?   $tab"*)
 			continue
 			;;
 		"ok  $tab"* | "FAIL$tab"*)
 			[[ $line != FAIL* ]] || printf '%s\n' ${held[@]+"${held[@]}"}
 			echo "$line"
 			packages+=("$line")
-			held=()
+			held=() said=()
 			continue
 			;;
 		esac
@@ -37,16 +38,14 @@ summarise() {
 		'--- PASS: '*) passed=$((passed + 1)) ;;
 		'--- FAIL: '*) failed=$((failed + 1)) ;;
 		*'--- SKIP: '*)
+			name=${line##*--- SKIP: }
+			name=${name%% *}
 			skipped=$((skipped + 1))
-			skips+=("$line" ${reason[@]+"${reason[@]}"})
+			skips+=("$line${said[$name]:-}")
 			;;
 		*'--- PASS: '* | *'--- FAIL: '*) ;;
-		*)
-			reason+=("$line")
-			continue
-			;;
+		*) [ -z "$name" ] || said[$name]+=$'\n'$line ;;
 		esac
-		reason=()
 		[[ $line != ---* ]] || echo "$line"
 	done
 	# What is left belongs to no package: go test itself failed.
@@ -62,7 +61,8 @@ summarise() {
 	fi
 }
 
-go test -v "$@" 2>&1 | summarise
+# What go itself has to say, as errors of the compiler, it says on standard error.
+go test -v "$@" | summarise
 status=("${PIPESTATUS[@]}")
 [ "${status[0]}" -eq 0 ] || exit "${status[0]}"
 exit "${status[1]}"
