@@ -1,0 +1,287 @@
+package criu
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"slices"
+	"strings"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
+)
+
+// network is one network namespace of the task.
+type network struct {
+	inode     uint64
+	file      *os.File
+	addresses map[netip.Addr]bool // of its interfaces
+}
+
+func (n *network) close() { n.file.Close() }
+
+func (i *inspection) addNetwork(pid int) error {
+	inode, err := nsInode(pid, "net")
+	if err != nil {
+		return err
+	}
+	if i.network(inode) != nil {
+		return nil
+	}
+	f, err := os.Open(procPath(pid, "ns", "net"))
+	if err != nil {
+		return err
+	}
+	n := &network{inode: inode, file: f, addresses: map[netip.Addr]bool{}}
+	i.nets = append(i.nets, n)
+	h, err := netlink.NewHandleAt(netns.NsHandle(f.Fd()), unix.NETLINK_ROUTE)
+	if err != nil {
+		return fmt.Errorf("reach its network namespace: %w", err)
+	}
+	defer h.Close()
+	list, err := h.AddrList(nil, netlink.FAMILY_ALL)
+	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
+		return fmt.Errorf("list its addresses: %w", err)
+	}
+	for _, a := range list {
+		if ip, ok := netip.AddrFromSlice(a.IP); ok {
+			n.addresses[ip.Unmap()] = true
+		}
+	}
+	return nil
+}
+
+func (i *inspection) network(inode uint64) *network {
+	for _, n := range i.nets {
+		if n.inode == inode {
+			return n
+		}
+	}
+	return nil
+}
+
+// stays tells whether an address is one of the task or of the job.
+func (i *inspection) stays(n *network, a netip.Addr) bool {
+	a = a.Unmap().WithZone("")
+	if a.IsLoopback() || n.addresses[a] {
+		return true
+	}
+	return slices.ContainsFunc(i.request.JobNetworks, func(p netip.Prefix) bool { return p.Contains(a) })
+}
+
+// checkSockets duplicates each socket for a moment and asks it what it is:
+// /proc names neither family nor protocol of most.
+func (i *inspection) checkSockets(pid int, fds []int) error {
+	if len(fds) == 0 {
+		return nil
+	}
+	pidfd, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		return fmt.Errorf("pidfd_open: %w", err)
+	}
+	defer unix.Close(pidfd)
+	for _, fd := range fds {
+		s, err := unix.PidfdGetfd(pidfd, fd, 0)
+		if errors.Is(err, unix.EBADF) || errors.Is(err, unix.ESRCH) {
+			continue
+		}
+		if err != nil {
+			return fmt.Errorf("pidfd_getfd: %w", err)
+		}
+		err = i.checkSocket(pid, fd, s)
+		unix.Close(s)
+		if err != nil {
+			return fmt.Errorf("descriptor %d: %w", fd, err)
+		}
+	}
+	return nil
+}
+
+// families that CRIU does not know, with names for people.
+var families = map[int]string{
+	unix.AF_VSOCK: "vsock", unix.AF_ALG: "kernel crypto (AF_ALG)", unix.AF_XDP: "XDP", unix.AF_CAN: "CAN",
+	unix.AF_TIPC: "TIPC", unix.AF_RDS: "RDS", unix.AF_BLUETOOTH: "Bluetooth", unix.AF_KEY: "IPsec key (AF_KEY)",
+	unix.AF_SMC: "SMC", unix.AF_QIPCRTR: "QIPCRTR", unix.AF_PPPOX: "PPP", unix.AF_RXRPC: "RxRPC", unix.AF_KCM: "KCM",
+}
+
+// protocols on top of IP that CRIU does not know, except in raw sockets.
+var protocols = map[int]string{
+	unix.IPPROTO_MPTCP: "MPTCP", unix.IPPROTO_SCTP: "SCTP", unix.IPPROTO_DCCP: "DCCP",
+	unix.IPPROTO_ICMP: "ping (ICMP)", unix.IPPROTO_ICMPV6: "ping (ICMPv6)", unix.IPPROTO_L2TP: "L2TP",
+}
+
+func (i *inspection) checkSocket(pid, fd, s int) error {
+	domain, err := unix.GetsockoptInt(s, unix.SOL_SOCKET, unix.SO_DOMAIN)
+	if err != nil {
+		return fmt.Errorf("SO_DOMAIN: %w", err)
+	}
+	kind, err := unix.GetsockoptInt(s, unix.SOL_SOCKET, unix.SO_TYPE)
+	if err != nil {
+		return fmt.Errorf("SO_TYPE: %w", err)
+	}
+	protocol, err := unix.GetsockoptInt(s, unix.SOL_SOCKET, unix.SO_PROTOCOL)
+	if err != nil {
+		return fmt.Errorf("SO_PROTOCOL: %w", err)
+	}
+	where := fmt.Sprintf("(descriptor %d)", fd)
+	switch domain {
+	case unix.AF_NETLINK, unix.AF_PACKET:
+		return nil
+	case unix.AF_UNIX:
+		return i.noteUnix(pid, fd, s)
+	case unix.AF_INET, unix.AF_INET6:
+	default:
+		name := cmp.Or(families[domain], fmt.Sprintf("family %d", domain))
+		i.refuse(pid, fmt.Sprintf("has a %s socket %s", name, where), "close such sockets before the checkpoint")
+		return nil
+	}
+	if name := protocols[protocol]; name != "" && kind != unix.SOCK_RAW {
+		fix := "close such sockets before the checkpoint"
+		if protocol == unix.IPPROTO_MPTCP {
+			fix = "use plain TCP (Go programs: GODEBUG=multipathtcp=0)"
+		}
+		i.refuse(pid, fmt.Sprintf("has an %s socket %s", name, where), fix)
+		return nil
+	}
+	if protocol != unix.IPPROTO_TCP {
+		return nil
+	}
+	return i.checkTCP(pid, fd, s)
+}
+
+func (i *inspection) checkTCP(pid, fd, s int) error {
+	peer, err := unix.Getpeername(s)
+	if errors.Is(err, unix.ENOTCONN) || errors.Is(err, unix.EINVAL) {
+		return nil // listening, or closed
+	}
+	if err != nil {
+		return fmt.Errorf("getpeername: %w", err)
+	}
+	own, err := unix.Getsockname(s)
+	if err != nil {
+		return fmt.Errorf("getsockname: %w", err)
+	}
+	c := Connection{Comm: comm(pid), FD: fd, Local: addrPort(own), Remote: addrPort(peer)}
+	if c.Pid, err = innerID(procPath(pid), "NSpid"); err != nil {
+		return err
+	}
+	n, err := i.networkOf(s)
+	if errors.Is(err, errUnknownNetwork) {
+		c.LeavesJob = true
+		i.report.Connections = append(i.report.Connections, c)
+		i.refuse(pid, fmt.Sprintf("has a TCP connection (descriptor %d, %s to %s) that was made outside of the task", fd, c.Local, c.Remote),
+			"close it before the checkpoint")
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	c.LeavesJob = !i.stays(n, c.Remote.Addr())
+	i.report.Connections = append(i.report.Connections, c)
+	if c.LeavesJob {
+		i.refuse(pid, fmt.Sprintf("has a TCP connection that leaves the job, from %s to %s (descriptor %d)", c.Local, c.Remote, fd),
+			"close it before the checkpoint")
+	}
+	return nil
+}
+
+// networkOf finds the network namespace of a socket (ioctl SIOCGSKNS gives a
+// descriptor of it).
+func (i *inspection) networkOf(s int) (*network, error) {
+	ns, err := unix.IoctlRetInt(s, unix.SIOCGSKNS)
+	if err != nil {
+		return nil, fmt.Errorf("SIOCGSKNS: %w", err)
+	}
+	defer unix.Close(ns)
+	var st unix.Stat_t
+	if err := unix.Fstat(ns, &st); err != nil {
+		return nil, err
+	}
+	if n := i.network(st.Ino); n != nil {
+		return n, nil
+	}
+	return nil, errUnknownNetwork
+}
+
+func addrPort(sa unix.Sockaddr) netip.AddrPort {
+	switch a := sa.(type) {
+	case *unix.SockaddrInet4:
+		return netip.AddrPortFrom(netip.AddrFrom4(a.Addr), uint16(a.Port))
+	case *unix.SockaddrInet6:
+		return netip.AddrPortFrom(netip.AddrFrom16(a.Addr).Unmap(), uint16(a.Port))
+	}
+	return netip.AddrPort{}
+}
+
+// unixSocket is a unix socket held by a process of the task.
+type unixSocket struct {
+	pid, fd int
+	inode   uint32
+}
+
+func (i *inspection) noteUnix(pid, fd, s int) error {
+	var st unix.Stat_t
+	if err := unix.Fstat(s, &st); err != nil {
+		return err
+	}
+	i.unixOwned = append(i.unixOwned, unixSocket{pid, fd, uint32(st.Ino)})
+	if _, err := i.networkOf(s); errors.Is(err, errUnknownNetwork) {
+		i.refuse(pid, fmt.Sprintf("has a unix socket (descriptor %d) that was made outside of the task", fd), "close it before the checkpoint")
+	}
+	return nil
+}
+
+// checkUnixPeers refuses unix sockets whose other end nobody in the task holds.
+// Should the kernel not tell, CRIU, which asks the same way, fails by itself.
+func (i *inspection) checkUnixPeers() {
+	owned := map[uint32]bool{}
+	for _, s := range i.unixOwned {
+		owned[s.inode] = true
+	}
+	peers, names := map[uint32]uint32{}, map[uint32]string{}
+	for _, n := range i.nets {
+		for _, d := range unixDiag(n) {
+			if d.Peer != nil {
+				peers[d.DiagMsg.INode] = *d.Peer
+			}
+			if d.Name != nil {
+				names[d.DiagMsg.INode] = socketName(*d.Name)
+			}
+		}
+	}
+	for _, s := range i.unixOwned {
+		peer := peers[s.inode]
+		if peer == 0 || owned[peer] {
+			continue
+		}
+		to := cmp.Or(names[peer], names[s.inode], "an unnamed socket")
+		i.refuse(s.pid, fmt.Sprintf("has a unix socket (descriptor %d) connected to %s, outside of the job", s.fd, to),
+			"close it before the checkpoint")
+	}
+}
+
+// socketName shows an abstract address, which begins with a zero byte, as @NAME.
+func socketName(name string) string {
+	if rest, ok := strings.CutPrefix(name, "\x00"); ok {
+		return "@" + rest
+	}
+	return strings.TrimRight(name, "\x00")
+}
+
+func unixDiag(n *network) []*netlink.UnixDiagInfoResp {
+	h, err := netlink.NewHandleAt(netns.NsHandle(n.file.Fd()), unix.NETLINK_INET_DIAG)
+	if err != nil {
+		return nil
+	}
+	defer h.Close()
+	var list []*netlink.UnixDiagInfoResp
+	for range 3 { // an interrupted dump may lack sockets
+		if list, err = h.UnixSocketDiagInfo(); err == nil {
+			break
+		}
+	}
+	return list
+}
