@@ -111,6 +111,7 @@ func addGrouped(parent *cobra.Command, group string, commands ...*cobra.Command)
 // is called with anything else. Left alone, cobra would print help and succeed.
 func onlyCommands(parent *cobra.Command) {
 	parent.Args = cobra.ArbitraryArgs
+	parent.SuggestionsMinimumDistance = 2
 	parent.RunE = func(command *cobra.Command, args []string) error {
 		if len(args) == 0 {
 			return command.Help()
