@@ -106,6 +106,11 @@ func (e *Engine) Dump(ctx context.Context, r DumpRequest) (*DumpResult, error) {
 	if err != nil {
 		return nil, fmt.Errorf("criu dump: start %s: %w", e.path, err)
 	}
+	if err := noteRunning(r.WorkDir, s.pid()); err != nil {
+		s.discard()
+		return nil, fmt.Errorf("criu dump: %w", err)
+	}
+	defer forgetRunning(r.WorkDir)
 	kind := rpc.CriuReqType_DUMP
 	req := &rpc.CriuReq{Type: &kind, Opts: dumpOptions(r, dirs.images, dirs.work, netNS)}
 	resp, err := s.call(ctx, req, func(ctx context.Context, event Event, pid int) error {

@@ -90,6 +90,11 @@ func (e *Engine) Restore(ctx context.Context, r RestoreRequest) (*RestoreResult,
 			return nil, fmt.Errorf("criu restore: enter the cgroups: %w", err)
 		}
 	}
+	if err := noteRunning(r.WorkDir, s.pid()); err != nil {
+		s.discard()
+		return nil, fmt.Errorf("criu restore: %w", err)
+	}
+	defer forgetRunning(r.WorkDir)
 	kind := rpc.CriuReqType_RESTORE
 	req := &rpc.CriuReq{Type: &kind, Opts: restoreOptions(r, dirs.images, dirs.work, netNSFD)}
 	root := 0
