@@ -86,6 +86,7 @@ private_apt() {
 		Dir::State "$dir/state";
 		Dir::State::status "$dir/status";
 		Dir::Cache "$dir/cache";
+		$dates
 	EOF
 	apt-get -q -c "$dir/apt.conf" update >"$work/apt.log" 2>&1
 }
@@ -99,17 +100,30 @@ newer_keyring() {
 	[ -e "$work/keyring/$KEYRING" ] && KEYRING=$work/keyring/$KEYRING
 }
 
+# read_suite SUITE MIRROR: reads the suite's package list, and overcomes a keyring
+# and a date that are too old. Nothing is ever read without a good signature.
+read_suite() {
+	private_apt "$1" "$2" "$KEYRING" && return
+	if grep -q 'NO_PUBKEY\|is not signed' "$work/apt.log"; then
+		say "this machine's Debian keyring is too old for $1: reading a newer one, verified with it"
+		newer_keyring "$2" || return 1
+		private_apt "$1" "$2" "$KEYRING" && return
+	fi
+	if grep -q 'is expired\|not valid yet' "$work/apt.log"; then
+		say "the mirror is behind or this machine's clock is wrong: using the package list of $1 outside its dates, its signature is good"
+		dates='Acquire::Check-Valid-Until "false"; Acquire::Check-Date "false";'
+		private_apt "$1" "$2" "$KEYRING" && return
+	fi
+	return 1
+}
+
 # choose_suite: leaves in $suite the first suite that has the wanted CRIU.
 choose_suite() {
 	local mirror version
 	for mirror in $(mirrors "$codename"); do
 		for suite in $SUITES; do
 			say "reading the package list of Debian $suite"
-			if ! private_apt "$suite" "$mirror" "$KEYRING"; then
-				grep -q 'NO_PUBKEY\|is not signed' "$work/apt.log" || continue
-				say "this machine's Debian keyring is too old for $suite: reading a newer one, verified with it"
-				newer_keyring "$mirror" && private_apt "$suite" "$mirror" "$KEYRING" || continue
-			fi
+			read_suite "$suite" "$mirror" || continue
 			version=$(apt-cache -c "$work/$suite/apt.conf" policy criu | awk '/Candidate:/ { print $2 }')
 			dpkg --compare-versions "${version:-0}" ge "$WANTED" && return 0
 			echo "Debian $suite has criu ${version:-(none)}, $WANTED or newer is needed" >"$work/apt.log"
@@ -201,6 +215,7 @@ esac
 	die "$PREFIX exists and was not made by this script: move it away or set DORMOUSE_PREFIX to another directory"
 codename=$(. /etc/os-release && echo "${VERSION_CODENAME:-}")
 
+dates=''
 work=$(mktemp -d)
 trap 'rm -rf "$work" "$PREFIX.tmp"' EXIT
 choose_suite

@@ -54,6 +54,7 @@ esac
 command -v go >/dev/null || die "Go is needed and not in PATH: install Go $(awk '$1 == "go" { print $2 }' "$HERE/../go.mod") or newer"
 command -v gcc >/dev/null || die "gcc is needed: apt-get install gcc libc6-dev"
 
+[ -e /etc/ssl/certs/ca-certificates.crt ] || missing+=(ca-certificates) # Go fetches modules over HTTPS
 need ip iproute2 # CRIU saves network namespaces with it
 need python3 python3
 command -v redis-server >/dev/null && need redis-cli redis-tools || need redis-check-rdb redis-tools
@@ -61,6 +62,6 @@ command -v redis-server >/dev/null && need redis-cli redis-tools || need redis-c
 install_missing
 link_redis_server
 
-(cd "$HERE/.." && go mod download) || die "go mod download failed: the Go modules of go.mod are fetched once and need the network"
+(cd "$HERE/.." && go mod download) || die "go mod download failed: the modules in go.mod are fetched this once and need the network"
 "$HERE/criu.sh"
 say "ready"
