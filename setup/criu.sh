@@ -1,17 +1,18 @@
 #!/bin/bash
 # Gets a CRIU that works on this machine.
 #
-# The first of these that passes setup/probe.sh is used as it is:
-#   $DORMOUSE_CRIU, $DORMOUSE_PREFIX/sbin/criu, the criu in PATH.
-# Otherwise CRIU 4.2.1 or newer is taken from Debian's newer suites, together
-# with every library it needs down to the C library, into a private directory:
+# The first that exists of $DORMOUSE_CRIU, $DORMOUSE_PREFIX/sbin/criu and the
+# criu in PATH is used as it is if it passes setup/probe.sh. If not, CRIU 4.2.1
+# or newer is taken from Debian's newer suites, together with every library it
+# needs down to the C library, into a private directory:
 #   $DORMOUSE_PREFIX (/opt/dormouse/criu when unset).
 # Nothing of the system changes: apt runs with lists, cache and package states
 # of its own, on the mirror that this machine already uses, verified with this
 # machine's own Debian keyring; packages are unpacked, never installed.
 set -euo pipefail
 
-PREFIX=${DORMOUSE_PREFIX:-/opt/dormouse/criu}
+STANDARD=/opt/dormouse/criu # where dormouse looks by itself
+PREFIX=$(realpath -m "${DORMOUSE_PREFIX:-$STANDARD}")
 WANTED=4.2.1
 SUITES="testing unstable"
 KEYRING=/usr/share/keyrings/debian-archive-keyring.gpg
@@ -23,9 +24,9 @@ die() {
 	exit 1
 }
 
-# usable CRIU: probes it and says the outcome. The last errors stay in $why.
+# usable CRIU: probes it and says the outcome.
 usable() {
-	local version
+	local version why
 	why=$(mktemp)
 	if version=$("$HERE/probe.sh" "$1" 2>"$why"); then
 		rm -f "$why"
@@ -37,17 +38,18 @@ usable() {
 	return 1
 }
 
-# find_usable: succeeds when a CRIU that is already here works.
+# find_usable: succeeds when a CRIU that is already here works. It looks where
+# dormouse looks, in the same order, and stops where dormouse would.
 find_usable() {
 	local path
 	if [ -n "${DORMOUSE_CRIU:-}" ]; then
-		usable "$DORMOUSE_CRIU" && return 0
+		usable "$DORMOUSE_CRIU" || die "DORMOUSE_CRIU names a CRIU that does not work: name another one, or unset it"
+	elif [ -e "$PREFIX/sbin/criu" ]; then
+		usable "$PREFIX/sbin/criu"
+	else
+		path=$(command -v criu || true)
+		[ -n "$path" ] && usable "$path"
 	fi
-	if [ -e "$PREFIX/sbin/criu" ]; then
-		usable "$PREFIX/sbin/criu" && return 0
-	fi
-	path=$(command -v criu || true)
-	[ -n "$path" ] && usable "$path"
 }
 
 # mirrors: the Debian mirrors in this machine's own apt configuration.
@@ -190,6 +192,7 @@ install_prefix() {
 	mv -T "$PREFIX.tmp" "$PREFIX"
 	rm -rf "$PREFIX.old"
 	say "installed CRIU $version at $PREFIX/sbin/criu ($(du -sh "$PREFIX" | cut -f1), probe passed)"
+	[ "$PREFIX" = "$STANDARD" ] || say "dormouse looks there only when it is told: export DORMOUSE_CRIU=$PREFIX/sbin/criu"
 }
 
 [ "$(id -u)" = 0 ] || die "root is needed: CRIU saves and restores other processes; run this as root"
