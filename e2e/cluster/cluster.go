@@ -1,0 +1,279 @@
+// Package cluster runs a whole Dormouse for the demonstration, the benchmarks
+// and the end-to-end tests: the real binary, as a user starts it.
+//
+// Start runs `dormouse up` in the background with a state directory of its own
+// and waits for the line `ready URL`. Every command goes through the command
+// line. Stop ends it as Ctrl-C would and Leftovers tells what it did not clean up.
+package cluster
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+)
+
+// Options say what to start.
+type Options struct {
+	Binary string   // path of bin/dormouse
+	State  string   // state directory, made by the caller
+	Args   []string // of `dormouse up`, such as --cloud east=2
+	Env    []string // added to the environment of `up`
+	Log    io.Writer
+}
+
+// Cluster is a running `dormouse up`.
+type Cluster struct {
+	binary string
+	env    []string
+	up     *exec.Cmd
+	exited chan struct{} // closed after up was waited for
+	before map[string]bool
+	state  string
+}
+
+// ExitError is a command that ended with another status than 0.
+type ExitError struct {
+	Args   []string
+	Status int
+	Stderr string
+}
+
+func (e *ExitError) Error() string {
+	return fmt.Sprintf("dormouse %s: exit status %d: %s", strings.Join(e.Args, " "), e.Status, strings.TrimSpace(e.Stderr))
+}
+
+// Start runs `dormouse up` and returns when jobs can be submitted.
+func Start(ctx context.Context, o Options) (*Cluster, error) {
+	before, err := traces()
+	if err != nil {
+		return nil, err
+	}
+	c := &Cluster{binary: o.Binary, state: o.State, before: before, exited: make(chan struct{})}
+	c.up = exec.Command(o.Binary, append([]string{"up", "--state", o.State}, o.Args...)...)
+	c.up.Env = append(os.Environ(), o.Env...)
+	c.up.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // Ctrl-C at the terminal is ours to pass on
+	log := &tail{to: o.Log}
+	c.up.Stderr = log
+	stdout, err := c.up.StdoutPipe()
+	if err != nil {
+		return nil, err
+	}
+	if err := c.up.Start(); err != nil {
+		return nil, fmt.Errorf("start %s up: %w", o.Binary, err)
+	}
+	ready := make(chan bool, 1)
+	go func() {
+		defer close(c.exited)
+		ready <- scanReady(stdout, log)
+		io.Copy(log, stdout)
+		c.up.Wait()
+	}()
+	select {
+	case ok := <-ready:
+		if !ok {
+			<-c.exited
+			return nil, fmt.Errorf("`dormouse up` ended before it was ready: %s", log)
+		}
+	case <-ctx.Done():
+		c.up.Process.Signal(syscall.SIGTERM)
+		<-c.exited
+		return nil, fmt.Errorf("`dormouse up` was not ready in time: %s", log)
+	}
+	return c, c.readEnv(ctx)
+}
+
+// scanReady reads lines until `ready URL` and reports whether it came.
+func scanReady(stdout io.Reader, log io.Writer) bool {
+	lines := bufio.NewReader(stdout)
+	for {
+		line, err := lines.ReadString('\n')
+		fmt.Fprint(log, line)
+		if strings.HasPrefix(line, "ready ") {
+			return true
+		}
+		if err != nil {
+			return false
+		}
+	}
+}
+
+// readEnv learns from `dormouse env` how another shell reaches this cluster.
+func (c *Cluster) readEnv(ctx context.Context) error {
+	out, err := c.Run(ctx, "env", "--state", c.state)
+	if err != nil {
+		return err
+	}
+	c.env = os.Environ()
+	for _, line := range strings.Split(out, "\n") {
+		pair, ok := strings.CutPrefix(strings.TrimSpace(line), "export ")
+		if !ok {
+			continue
+		}
+		name, value, _ := strings.Cut(pair, "=")
+		c.env = append(c.env, name+"="+strings.Trim(value, `'"`))
+	}
+	return nil
+}
+
+// Command returns a command of this cluster that is ready to run.
+func (c *Cluster) Command(ctx context.Context, args ...string) *exec.Cmd {
+	cmd := exec.CommandContext(ctx, c.binary, args...)
+	cmd.Env = c.env
+	return cmd
+}
+
+// Run runs one command and returns its standard output.
+func (c *Cluster) Run(ctx context.Context, args ...string) (string, error) {
+	return c.RunInput(ctx, nil, args...)
+}
+
+// RunInput is Run with something on standard input.
+func (c *Cluster) RunInput(ctx context.Context, stdin io.Reader, args ...string) (string, error) {
+	cmd := c.Command(ctx, args...)
+	var stdout, stderr bytes.Buffer
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = stdin, &stdout, &stderr
+	err := cmd.Run()
+	var exit *exec.ExitError
+	if errors.As(err, &exit) {
+		return stdout.String(), &ExitError{Args: args, Status: exit.ExitCode(), Stderr: stderr.String()}
+	}
+	return stdout.String(), err
+}
+
+// JSON runs one command with -o json and decodes what it prints.
+func (c *Cluster) JSON(ctx context.Context, into any, args ...string) error {
+	args = append([]string{"-o", "json"}, args...)
+	out, err := c.Run(ctx, args...)
+	if err != nil {
+		return err
+	}
+	if err := json.Unmarshal([]byte(out), into); err != nil {
+		return fmt.Errorf("dormouse %s: %w in %q", strings.Join(args, " "), err, out)
+	}
+	return nil
+}
+
+// Up returns the process of `dormouse up`, for tests that kill it.
+func (c *Cluster) Up() *os.Process { return c.up.Process }
+
+// Exited is closed when `dormouse up` has ended.
+func (c *Cluster) Exited() <-chan struct{} { return c.exited }
+
+// Stop ends `dormouse up` as Ctrl-C does and waits for it.
+func (c *Cluster) Stop(ctx context.Context) error {
+	c.up.Process.Signal(syscall.SIGINT)
+	select {
+	case <-c.exited:
+	case <-ctx.Done():
+		return fmt.Errorf("`dormouse up` did not end: %w", ctx.Err())
+	}
+	if status := c.up.ProcessState.ExitCode(); status != 0 {
+		return fmt.Errorf("`dormouse up` ended with status %d", status)
+	}
+	return nil
+}
+
+// Leftovers names every process, mount, cgroup and network namespace of
+// Dormouse that is on the machine now and was not before Start.
+func (c *Cluster) Leftovers() ([]string, error) {
+	now, err := traces()
+	if err != nil {
+		return nil, err
+	}
+	var left []string
+	for trace := range now {
+		if !c.before[trace] {
+			left = append(left, trace)
+		}
+	}
+	return left, nil
+}
+
+// traces lists what Dormouse can leave on a machine.
+func traces() (map[string]bool, error) {
+	found := map[string]bool{}
+	mounts, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		return nil, err
+	}
+	for _, line := range strings.Split(string(mounts), "\n") {
+		if strings.Contains(line, "dormouse") {
+			found["mount: "+line] = true
+		}
+	}
+	executables, _ := filepath.Glob("/proc/[0-9]*/exe")
+	for _, exe := range executables {
+		target, err := os.Readlink(exe)
+		if err != nil || !strings.Contains(filepath.Base(target), "dormouse") && !strings.Contains(target, "/.dormouse/") {
+			continue
+		}
+		if pid := filepath.Base(filepath.Dir(exe)); pid != fmt.Sprint(os.Getpid()) {
+			found["process "+pid+": "+target] = true
+		}
+	}
+	for _, pattern := range []string{"/sys/fs/cgroup/dormouse*", "/sys/fs/cgroup/*/dormouse*", "/run/netns/dormouse*"} {
+		paths, err := filepath.Glob(pattern)
+		if err != nil {
+			return nil, err
+		}
+		for _, path := range paths {
+			found[path] = true
+		}
+	}
+	return found, nil
+}
+
+// tail keeps the last bytes written, for error messages, and passes all on.
+type tail struct {
+	mu   sync.Mutex
+	to   io.Writer
+	last []byte
+}
+
+const tailBytes = 4096
+
+func (t *tail) Write(p []byte) (int, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.last = append(t.last, p...)
+	if over := len(t.last) - tailBytes; over > 0 {
+		t.last = t.last[over:]
+	}
+	if t.to != nil {
+		return t.to.Write(p)
+	}
+	return len(p), nil
+}
+
+func (t *tail) String() string {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return strings.TrimSpace(string(t.last))
+}
+
+// WaitFor polls condition, which looks at something outside of this process,
+// until it is true, fails or ctx ends.
+func WaitFor(ctx context.Context, what string, condition func() (bool, error)) error {
+	for {
+		ok, err := condition()
+		if err != nil || ok {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("wait for %s: %w", what, ctx.Err())
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
+}
