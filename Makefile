@@ -48,7 +48,7 @@ demo: setup-demo
 test: setup
 	@$(MAKE) --no-print-directory build
 	@unit=0 e2e=0; \
-	setup/gotest.sh -count=1 -timeout 15m $$(go list ./... | grep -v '/e2e\(/\|$$\)') || unit=$$?; \
+	setup/gotest.sh -count=1 -timeout 8m $$(go list ./... | grep -v '/e2e\(/\|$$\)') || unit=$$?; \
 	setup/gotest.sh -count=1 -timeout 40m -p 1 ./e2e/... || e2e=$$?; \
 	exit $$((unit ? unit : e2e))
 
