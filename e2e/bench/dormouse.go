@@ -1,0 +1,142 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"dormouse/api"
+	"dormouse/e2e/cluster"
+)
+
+// dormouse measures Dormouse through its command line.
+type dormouse struct {
+	c       *cluster.Cluster
+	subject string
+}
+
+// dormouseResult is one round of Dormouse.
+type dormouseResult struct {
+	pause    time.Duration // as the application felt it
+	durable  time.Duration // from the command to durable
+	restore  time.Duration // from `resume` to the first instruction
+	stored   int64
+	second   time.Duration // the checkpoint after 1 % was rewritten, to durable
+	pause2   time.Duration
+	newBytes int64 // of the second
+	changed  int64 // bytes really rewritten before the second
+	peak     int64 // the agent's, so far
+}
+
+func (d *dormouse) round(ctx context.Context, s scenario, scratch string) (result dormouseResult, err error) {
+	tickFile, dirty := filepath.Join(scratch, "ticks"), filepath.Join(scratch, "dirty")
+	if err := os.RemoveAll(tickFile); err != nil {
+		return result, err
+	}
+	args := []string{"submit", "--mem", strconv.Itoa(s.mib+256) + "M", "--volume", scratch + ":/bench",
+		"--volume", filepath.Dir(d.subject) + ":/subject:ro", "--", "/subject/" + filepath.Base(d.subject)}
+	out, err := d.c.Run(ctx, append(args, s.args("/bench/ticks", "/bench/dirty")...)...)
+	if err != nil {
+		return result, err
+	}
+	job := strings.TrimSpace(out)
+	defer d.remove(job)
+	if err := waitTicking(ctx, tickFile); err != nil {
+		return result, err
+	}
+	first, pause, err := d.checkpoint(ctx, job, tickFile)
+	if err != nil {
+		return result, err
+	}
+	result.pause, result.stored = pause, first.StoredBytes
+	result.durable = milliseconds(first.DurableMS)
+	if err := rewrite(ctx, dirty, perMille); err != nil {
+		return result, err
+	}
+	result.changed = s.randomPages() * perMille / 1000 * pageSize
+	second, pause, err := d.checkpoint(ctx, job, tickFile)
+	if err != nil {
+		return result, err
+	}
+	result.second, result.pause2, result.newBytes = milliseconds(second.DurableMS), pause, second.NewBytes
+	if _, err := d.c.Run(ctx, "suspend", job); err != nil {
+		return result, err
+	}
+	begin := time.Now()
+	if _, err := d.c.Run(ctx, "resume", job); err != nil {
+		return result, err
+	}
+	tick, err := firstTick(ctx, tickFile, begin)
+	if err != nil {
+		return result, err
+	}
+	result.restore = tick.Sub(begin)
+	result.peak, err = d.agentPeak(ctx)
+	return result, err
+}
+
+func (d *dormouse) checkpoint(ctx context.Context, job, tickFile string) (cp api.Checkpoint, pause time.Duration, err error) {
+	begin := time.Now()
+	if err := d.c.JSON(ctx, &cp, "checkpoint", job); err != nil {
+		return cp, 0, err
+	}
+	if cp.State != api.CheckpointDurable {
+		return cp, 0, fmt.Errorf("checkpoint %s is %s, expected durable", cp.ID, cp.State)
+	}
+	pause, err = longestGap(tickFile, begin)
+	return cp, pause, err
+}
+
+func (d *dormouse) remove(job string) {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	for _, verb := range []string{"kill", "rm"} {
+		if _, err := d.c.Run(ctx, verb, job); err != nil {
+			fmt.Fprintln(os.Stderr, "bench:", err)
+		}
+	}
+}
+
+// agentPeak returns the largest peak of resident memory of any agent.
+func (d *dormouse) agentPeak(ctx context.Context) (int64, error) {
+	var nodes []api.Node
+	if err := d.c.JSON(ctx, &nodes, "nodes"); err != nil {
+		return 0, err
+	}
+	var peak int64
+	for _, node := range nodes {
+		if node.AgentPid == 0 {
+			continue
+		}
+		bytes, err := peakResident(node.AgentPid)
+		if err != nil {
+			return 0, err
+		}
+		peak = max(peak, bytes)
+	}
+	return peak, nil
+}
+
+// peakResident reads VmHWM, proc(5).
+func peakResident(pid int) (int64, error) {
+	f, err := os.Open(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		return 0, err
+	}
+	defer f.Close()
+	lines := bufio.NewScanner(f)
+	for lines.Scan() {
+		if value, ok := strings.CutPrefix(lines.Text(), "VmHWM:"); ok {
+			kib, err := strconv.ParseInt(strings.TrimSpace(strings.TrimSuffix(value, "kB")), 10, 64)
+			return kib << 10, err
+		}
+	}
+	return 0, fmt.Errorf("/proc/%d/status has no VmHWM", pid)
+}
+
+func milliseconds(ms float64) time.Duration { return time.Duration(ms * float64(time.Millisecond)) }

@@ -1,0 +1,117 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"syscall"
+	"time"
+)
+
+// raw measures plain CRIU: the same subject without a sandbox, images on tmpfs.
+type raw struct {
+	criu    string
+	subject string
+	images  string // directory on a tmpfs
+}
+
+// rawResult is one round of plain CRIU.
+type rawResult struct {
+	pause   time.Duration
+	restore time.Duration // to the first instruction
+	copied  time.Duration // cp and sync of the images to disk
+	bytes   int64
+}
+
+func (r *raw) round(ctx context.Context, s scenario, scratch string) (result rawResult, err error) {
+	tickFile, dirty := filepath.Join(scratch, "raw-ticks"), filepath.Join(scratch, "raw-dirty")
+	images := filepath.Join(r.images, "raw")
+	for _, path := range []string{tickFile, images} {
+		if err := os.RemoveAll(path); err != nil {
+			return result, err
+		}
+	}
+	if err := os.Mkdir(images, 0o700); err != nil {
+		return result, err
+	}
+	defer os.RemoveAll(images)
+	subject := exec.Command(r.subject, s.args(tickFile, dirty)...)
+	subject.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	subject.Dir = "/"
+	if err := subject.Start(); err != nil {
+		return result, err
+	}
+	pid := subject.Process.Pid
+	ended := make(chan struct{})
+	go func() { subject.Wait(); close(ended) }()
+	defer func() {
+		subject.Process.Kill()
+		<-ended
+	}()
+	if err := waitTicking(ctx, tickFile); err != nil {
+		return result, err
+	}
+	begin := time.Now()
+	if err := r.run(ctx, images, "dump", "-t", strconv.Itoa(pid), "--leave-running"); err != nil {
+		return result, err
+	}
+	if _, err := firstTick(ctx, tickFile, time.Now()); err != nil {
+		return result, err
+	}
+	if result.pause, err = longestGap(tickFile, begin); err != nil {
+		return result, err
+	}
+	if result.bytes, err = treeSize(images); err != nil {
+		return result, err
+	}
+	subject.Process.Kill()
+	<-ended
+	if result.copied, err = copyAndSync(ctx, images, filepath.Join(scratch, "copy")); err != nil {
+		return result, err
+	}
+	begin = time.Now()
+	if err := r.run(ctx, images, "restore", "--restore-detached"); err != nil {
+		return result, err
+	}
+	defer syscall.Kill(pid, syscall.SIGKILL) // the restored subject has its old pid and is not our child
+	first, err := firstTick(ctx, tickFile, begin)
+	result.restore = first.Sub(begin)
+	return result, err
+}
+
+func (r *raw) run(ctx context.Context, images, verb string, args ...string) error {
+	cmd := exec.CommandContext(ctx, r.criu, append([]string{verb, "-D", images, "-v1", "-o", "criu.log"}, args...)...)
+	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
+	if out, err := cmd.CombinedOutput(); err != nil {
+		log, _ := os.ReadFile(filepath.Join(images, "criu.log"))
+		return fmt.Errorf("criu %s: %w: %s%s", verb, err, out, log)
+	}
+	return nil
+}
+
+// copyAndSync copies the images as cp does and returns how long that and a
+// sync took.
+func copyAndSync(ctx context.Context, from, to string) (time.Duration, error) {
+	defer os.RemoveAll(to)
+	begin := time.Now()
+	if out, err := exec.CommandContext(ctx, "cp", "-r", from, to).CombinedOutput(); err != nil {
+		return 0, fmt.Errorf("cp: %w: %s", err, out)
+	}
+	if out, err := exec.CommandContext(ctx, "sync", "-f", to).CombinedOutput(); err != nil {
+		return 0, fmt.Errorf("sync: %w: %s", err, out)
+	}
+	return time.Since(begin), nil
+}
+
+func treeSize(dir string) (total int64, err error) {
+	err = filepath.Walk(dir, func(_ string, info os.FileInfo, err error) error {
+		if err == nil && info.Mode().IsRegular() {
+			total += info.Size()
+		}
+		return err
+	})
+	return total, err
+}
