@@ -101,7 +101,7 @@ func (e *Engine) Dump(ctx context.Context, r DumpRequest) (*DumpResult, error) {
 	s, err := e.start(sessionOptions{
 		grace: r.Grace,
 		abort: func(pid int) { failLargeWrites(pid, r.WorkDir) },
-		died:  guard.hold,
+		dying: guard.hold,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("criu dump: start %s: %w", e.path, err)
@@ -154,7 +154,7 @@ func (e *Engine) dumpFailure(r DumpRequest, resp *rpc.CriuResp, err error, guard
 			err = errors.Join(err, repairErr)
 		}
 		if errors.Is(err, ErrDied) {
-			err = fmt.Errorf("%w (%s)", err, s.status())
+			err = fmt.Errorf("%w (%s)", err, s.child.status)
 		}
 	}
 	if resp.GetSuccess() {

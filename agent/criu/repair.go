@@ -19,9 +19,9 @@ import (
 // application's send(2) and recv(2) fail with EPERM; and the cgroup is thawed,
 // or frozen, depending on the instant.
 //
-// guard holds a duplicate of every TCP socket of the tree during a dump, so that
-// the repair begins the moment CRIU's end of the RPC socket closes, which the
-// kernel does before it lets the processes go.
+// guard holds a duplicate of every TCP socket of the tree during a dump. Its
+// hold runs while the dying CRIU still has the processes stopped (child.go), so
+// that they never see an unusable socket.
 type guard struct {
 	freezer freezer
 	pids    []int
@@ -109,7 +109,7 @@ func isTCP(fd int) bool {
 	return err == nil && protocol == unix.IPPROTO_TCP
 }
 
-// hold is called the moment CRIU is known to be dead.
+// hold makes the tree usable. It is called when CRIU can do nothing any more.
 func (g *guard) hold() {
 	g.mu.Lock()
 	defer g.mu.Unlock()

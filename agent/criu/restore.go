@@ -143,7 +143,7 @@ func restoreFailure(r RestoreRequest, resp *rpc.CriuResp, err error, s *session)
 		// processes are in until they get their own.
 		_ = unix.Kill(-s.pid(), unix.SIGKILL)
 		if errors.Is(err, ErrDied) {
-			err = fmt.Errorf("%w (%s)", err, s.status())
+			err = fmt.Errorf("%w (%s)", err, s.child.status)
 		}
 	}
 	return newError("restore", filepath.Join(r.WorkDir, restoreLog), resp.GetCrErrmsg(), err)

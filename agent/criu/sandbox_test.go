@@ -202,7 +202,7 @@ func startSandbox(t *testing.T, e *Engine, program string, args ...string) *sand
 		t.Fatalf("start the sandbox: %v", err)
 	}
 	s.pid = cmd.Process.Pid
-	go cmd.Wait()
+	go func() { err := cmd.Wait(); fmt.Println("sandbox exit:", err, cmd.ProcessState) }()
 	waitFor(t, "the program's first line", func() bool {
 		if state(s.pid) == 0 || state(s.pid) == 'Z' {
 			text, _ := os.ReadFile(log.Name())

@@ -7,8 +7,8 @@ import (
 	"os"
 	"os/exec"
 	"strconv"
-	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -58,21 +58,22 @@ const defaultGrace = 20 * time.Second
 
 // session is one criu child process that serves one request.
 type session struct {
-	cmd   *exec.Cmd
+	child *child
 	sock  int
 	grace time.Duration
-	// abort makes CRIU fail soon and in order; may be nil.
 	abort func(pid int)
-	// died runs first thing when CRIU ends without an answer; may be nil.
-	died   func()
-	exited chan struct{}
+	// answered is set once CRIU has given its final answer.
+	answered *atomic.Bool
 }
 
 type sessionOptions struct {
 	inherit []*os.File    // become descriptors swrkFD+1, ...
 	grace   time.Duration // zero: defaultGrace
-	abort   func(pid int)
-	died    func()
+	// abort makes CRIU fail soon and in order; may be nil.
+	abort func(pid int)
+	// dying runs when CRIU is about to end without an answer, while it still
+	// holds the processes it has stopped; see child.go. May be nil.
+	dying func()
 }
 
 // start starts `criu swrk`. The caller must call session.call exactly once, or
@@ -93,18 +94,22 @@ func (e *Engine) start(o sessionOptions) (*session, error) {
 	cmd.ExtraFiles = append([]*os.File{remote}, o.inherit...)
 	// Its own process group: a terminal's ^C must not reach it.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	if err := cmd.Start(); err != nil {
-		unix.Close(pair[0])
-		return nil, err
-	}
-	s := &session{cmd: cmd, sock: pair[0], grace: o.grace, abort: o.abort, died: o.died, exited: make(chan struct{})}
+	s := &session{sock: pair[0], grace: o.grace, abort: o.abort, answered: &atomic.Bool{}}
 	if s.grace == 0 {
 		s.grace = defaultGrace
 	}
-	go func() {
-		defer close(s.exited)
-		_ = cmd.Wait() // the answer on the socket tells success; the status adds nothing
-	}()
+	var dying func()
+	if o.dying != nil {
+		dying = func() {
+			if !s.answered.Load() {
+				o.dying()
+			}
+		}
+	}
+	if s.child, err = startChild(cmd, dying); err != nil {
+		unix.Close(pair[0])
+		return nil, err
+	}
 	return s, nil
 }
 
@@ -121,12 +126,12 @@ func (e *Engine) environ() []string {
 	return env
 }
 
-func (s *session) pid() int { return s.cmd.Process.Pid }
+func (s *session) pid() int { return s.child.pid }
 
 // discard ends a child to which nothing has been sent yet.
 func (s *session) discard() {
 	unix.Close(s.sock)
-	<-s.exited
+	s.child.close()
 }
 
 // message is one packet from CRIU, with a descriptor if it brought one.
@@ -147,7 +152,7 @@ func (s *session) call(ctx context.Context, req *rpc.CriuReq, notify Notify) (*r
 	reader.Go(func() { s.read(messages, stop) })
 	reader.Go(func() {
 		// A child of CRIU's may hold its end of the socket open longer.
-		<-s.exited
+		<-s.child.exited
 		_ = unix.Shutdown(s.sock, unix.SHUT_RD)
 	})
 	defer func() {
@@ -178,7 +183,7 @@ func (s *session) call(ctx context.Context, req *rpc.CriuReq, notify Notify) (*r
 			deadline = timer.C
 		case <-deadline:
 			// The last resort; read sees the end of the connection next.
-			_ = s.cmd.Process.Kill()
+			s.child.kill()
 			deadline = nil
 		case m := <-messages:
 			if m.err != nil {
@@ -229,17 +234,12 @@ func (s *session) send(req *rpc.CriuReq) error {
 	return unix.Sendto(s.sock, packet, unix.MSG_NOSIGNAL, nil)
 }
 
-// read delivers CRIU's packets until the connection ends. If it ends before a
-// final answer, died runs here at once, on this thread.
+// read delivers CRIU's packets until its final answer or the connection's end.
 func (s *session) read(out chan<- message, stop <-chan struct{}) {
-	answered := false
 	for {
 		m := s.receive()
-		if m.err != nil && !answered && s.died != nil {
-			s.died()
-		}
 		if m.err == nil && m.resp.GetType() != rpc.CriuReqType_NOTIFY {
-			answered = true
+			s.answered.Store(true)
 		}
 		select {
 		case out <- m:
@@ -247,7 +247,7 @@ func (s *session) read(out chan<- message, stop <-chan struct{}) {
 			m.close()
 			return
 		}
-		if m.err != nil || answered {
+		if m.err != nil || s.answered.Load() {
 			return
 		}
 	}
@@ -297,19 +297,7 @@ func passedFile(oob []byte) *os.File {
 // CRIU which waits for us fails; one that still does not end is killed.
 func (s *session) finish() {
 	_ = unix.Shutdown(s.sock, unix.SHUT_RDWR)
-	select {
-	case <-s.exited:
-	case <-time.After(s.grace):
-		_ = s.cmd.Process.Kill()
-		<-s.exited
-	}
-}
-
-// status describes how the child ended, for ErrDied.
-func (s *session) status() string {
-	state := s.cmd.ProcessState
-	if state == nil {
-		return "still running"
-	}
-	return strings.TrimSpace(state.String())
+	timer := time.AfterFunc(s.grace, s.child.kill)
+	s.child.close()
+	timer.Stop()
 }

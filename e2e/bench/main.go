@@ -104,7 +104,7 @@ func run(ctx context.Context, sizes string, rounds int, file, binary, criu strin
 	if err := os.Mkdir(filepath.Dir(subject), 0o755); err != nil {
 		return err
 	}
-	if out, err := exec.CommandContext(ctx, "gcc", "-O2", "-o", subject, "e2e/bench/subject.c").CombinedOutput(); err != nil {
+	if out, err := exec.CommandContext(ctx, "gcc", "-O2", "-o", subject, "e2e/bench/subject/subject.c").CombinedOutput(); err != nil {
 		return fmt.Errorf("compile subject.c: %w: %s", err, out)
 	}
 	c, err := cluster.Start(ctx, cluster.Options{Binary: binary, State: filepath.Join(dir, "state"),
