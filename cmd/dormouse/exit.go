@@ -38,6 +38,11 @@ type timeoutError struct{ reason string }
 
 func (e *timeoutError) Error() string { return e.reason }
 
+// refusedError is something that the state of this machine forbids.
+type refusedError struct{ reason string }
+
+func (e *refusedError) Error() string { return e.reason }
+
 // statusError ends the command with a status of its own and no message: the
 // command that exec ran has said what there was to say.
 type statusError struct{ status int }
@@ -77,6 +82,7 @@ func exitStatus(err error) int {
 	var silent *statusError
 	var usage *usageError
 	var timeout *timeoutError
+	var refused *refusedError
 	var operation *operationError
 	switch {
 	case err == nil:
@@ -87,6 +93,8 @@ func exitStatus(err error) int {
 		return exitUsage
 	case errors.As(err, &timeout):
 		return exitTimedOut
+	case errors.As(err, &refused):
+		return exitRefused
 	case errors.As(err, &operation):
 		if operation.operation.Refused {
 			return exitRefused

@@ -11,7 +11,7 @@ import (
 
 func (c *cli) nodeCommand() *cobra.Command {
 	command := &cobra.Command{
-		Use:   "node",
+		Use:   "node COMMAND",
 		Short: "Cut or restore the power of a virtual node",
 		Example: `  dormouse node kill east-0
   dormouse node start east-0`,

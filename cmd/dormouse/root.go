@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -51,7 +52,7 @@ func run(ctx context.Context, c *cli, args []string) int {
 
 func newRoot(c *cli) *cobra.Command {
 	root := &cobra.Command{
-		Use:   "dormouse",
+		Use:   "dormouse COMMAND",
 		Short: "Put jobs to sleep and wake them elsewhere",
 		Long: `Dormouse checkpoints unmodified programs with CRIU, stores the checkpoints, and
 restores them on another node.
@@ -98,6 +99,8 @@ or a policy forbids it); 5 timed out. ` + "`dormouse exec`" + ` passes on that o
 	addGrouped(root, groupDaemons, c.doctorCommand(), c.envCommand(), c.versionCommand(), c.completionCommand())
 	root.AddCommand(c.docsCommand())
 	onlyCommands(root)
+	// Our usage lines say COMMAND themselves.
+	root.SetUsageTemplate(strings.Replace(root.UsageTemplate(), "{{if .HasAvailableSubCommands}}\n  {{.CommandPath}} [command]{{end}}", "", 1))
 	return root
 }
 
@@ -112,6 +115,7 @@ func addGrouped(parent *cobra.Command, group string, commands ...*cobra.Command)
 // is called with anything else. Left alone, cobra would print help and succeed.
 func onlyCommands(parent *cobra.Command) {
 	parent.Args = cobra.ArbitraryArgs
+	parent.DisableFlagsInUseLine = true
 	parent.SuggestionsMinimumDistance = 2
 	parent.RunE = func(command *cobra.Command, args []string) error {
 		if len(args) == 0 {
