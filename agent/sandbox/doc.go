@@ -1,0 +1,34 @@
+// Package sandbox builds, restores, watches and ends the sandbox of one task:
+// pid, mount, network, ipc and uts namespaces, cgroups, and an overlay root
+// with a small pid 1 of our own (cmd/dormouse-init) that travels inside.
+//
+// A sandbox is a directory:
+//
+//	DIR/sandbox.json   what it is and which process is its pid 1 (Open reads it)
+//	DIR/upper          the overlay's upper layer: all that the task changed
+//	DIR/upper/.dormouse  pid 1's own files: binary, output, control socket, exit status
+//	DIR/work           the overlay's work directory
+//	DIR/root           where the root is mounted
+//
+// Birth:
+//
+//	Create    directories, cgroups, the image unpacked       (steps, undone in reverse)
+//	Start     pid 1's files into upper, network namespace, clone, then in the
+//	          child: mounts, identity, privileges dropped, command executed.
+//	          A failure in the child comes back through a pipe as one sentence.
+//
+// Restore, with CRIU between the two halves:
+//
+//	Create, upper filled by the caller
+//	PrepareRestore   overlay mounted at DIR/root, network namespace, cgroups
+//	FinishRestore    unmounted again (the tree has its own mounts), pid recorded
+//
+// The agent need not be the parent of pid 1: after an agent's restart Open finds
+// it by pid and start time and checks that it is in the sandbox's cgroup. So the
+// end of a sandbox is seen through a pidfd, and how its command ended is read
+// from a file that pid 1 writes before it exits.
+//
+// Nothing inside is trusted: files below upper that the agent reads are opened
+// without following links out of it, and the process behind the control socket
+// has to be the sandbox's pid 1.
+package sandbox

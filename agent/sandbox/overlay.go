@@ -1,0 +1,139 @@
+package sandbox
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+
+	"dormouse/agent/sandbox/pid1"
+
+	"golang.org/x/sys/unix"
+)
+
+// overlayOptions are the mount options of a sandbox's root. Each is fixed, as a
+// kernel's own defaults may differ between nodes: what one node writes to the
+// upper layer another one must be able to use.
+func overlayOptions(lower, upper, work string) string {
+	return fmt.Sprintf("lowerdir=%s,upperdir=%s,workdir=%s,index=off,metacopy=off,redirect_dir=off,xino=off", lower, upper, work)
+}
+
+// KeepXattr reports whether an extended attribute of a file in an upper layer
+// means the same on another node. The overlay's own bookkeeping names inodes of
+// this node's lower layer; only "this directory hides what is below" is content.
+func KeepXattr(name string) bool {
+	mark, ok := strings.CutPrefix(name, "trusted.overlay.")
+	return !ok || mark == "opaque"
+}
+
+// hide covers the directory host of the lower layer by an empty one in upper.
+// Directories above it are made with the attributes they have below.
+func hide(upper, host string) error {
+	made := upper
+	below := ""
+	for name := range strings.SplitSeq(strings.Trim(host, "/"), "/") {
+		made, below = filepath.Join(made, name), below+"/"+name
+		if err := copyDirectory(below, made); err != nil {
+			return fmt.Errorf("cannot hide %s from the sandbox: %w", host, err)
+		}
+	}
+	if err := unix.Setxattr(made, "trusted.overlay.opaque", []byte("y"), 0); err != nil {
+		return fmt.Errorf("cannot hide %s from the sandbox: the file system of %s does not take trusted attributes: %w", host, upper, err)
+	}
+	return nil
+}
+
+// copyDirectory makes the directory to with owner and mode of from.
+func copyDirectory(from, to string) error {
+	var stat syscall.Stat_t
+	if err := syscall.Lstat(from, &stat); err != nil {
+		return err
+	}
+	if stat.Mode&syscall.S_IFMT != syscall.S_IFDIR {
+		return fmt.Errorf("%s is not a directory", from)
+	}
+	if err := os.Mkdir(to, 0o700); errors.Is(err, os.ErrExist) {
+		return nil
+	} else if err != nil {
+		return err
+	}
+	if err := os.Lchown(to, int(stat.Uid), int(stat.Gid)); err != nil {
+		return err
+	}
+	return syscall.Chmod(to, stat.Mode&0o7777)
+}
+
+// hideHost covers, in the upper layer of a host root, what a task must not see
+// of its node: the given directories, and /run, whose sockets and pid files
+// speak of daemons that are not there.
+func hideHost(upper string, dirs []string) error {
+	for _, dir := range append([]string{"/run"}, dirs...) {
+		real, err := filepath.EvalSymlinks(dir)
+		if errors.Is(err, os.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return fmt.Errorf("cannot hide %s from the sandbox: %w", dir, err)
+		}
+		if err := hide(upper, real); err != nil {
+			return err
+		}
+	}
+	lock := filepath.Join(upper, "run/lock")
+	if err := os.MkdirAll(lock, 0o755); err != nil {
+		return fmt.Errorf("cannot make the sandbox's /run: %w", err)
+	}
+	return os.Chmod(lock, 0o777|os.ModeSticky)
+}
+
+// plantInit puts pid 1's directory and binary into the upper layer. It is a
+// copy, never a link: root in the sandbox may write to it.
+func plantInit(upper, binary string) error {
+	dir := filepath.Join(upper, pid1.Directory)
+	if err := os.Mkdir(dir, 0o711); err != nil {
+		return fmt.Errorf("cannot make pid 1's directory: %w", err)
+	}
+	if err := os.Mkdir(filepath.Join(dir, pid1.EmptyDir), 0o555); err != nil {
+		return fmt.Errorf("cannot make pid 1's directory: %w", err)
+	}
+	from, err := os.Open(binary)
+	if err != nil {
+		return fmt.Errorf("cannot copy dormouse-init into the sandbox: %w", err)
+	}
+	defer from.Close()
+	to, err := os.OpenFile(filepath.Join(dir, pid1.InitFile), os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o700)
+	if err != nil {
+		return fmt.Errorf("cannot copy dormouse-init into the sandbox: %w", err)
+	}
+	_, err = to.ReadFrom(from)
+	if err := errors.Join(err, to.Close()); err != nil {
+		return fmt.Errorf("cannot copy dormouse-init into the sandbox: %w", err)
+	}
+	return nil
+}
+
+// mountRoot mounts the overlay privately in the agent's mount namespace.
+func (s *Sandbox) mountRoot() error {
+	if err := unix.Mount("overlay", s.rootDir(), "overlay", unix.MS_NODEV, s.overlay()); err != nil {
+		return fmt.Errorf("cannot mount the root of %s: %w", s.state.Config.ID, err)
+	}
+	if err := unix.Mount("", s.rootDir(), "", unix.MS_PRIVATE, ""); err != nil {
+		return errors.Join(fmt.Errorf("cannot make the root of %s private: %w", s.state.Config.ID, err), s.unmountRoot())
+	}
+	return nil
+}
+
+// unmountRoot undoes mountRoot; not being mounted is fine.
+func (s *Sandbox) unmountRoot() error {
+	err := unix.Unmount(s.rootDir(), unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW)
+	if err != nil && err != unix.EINVAL && err != unix.ENOENT {
+		return fmt.Errorf("cannot unmount the root of %s: %w", s.state.Config.ID, err)
+	}
+	return nil
+}
+
+func (s *Sandbox) overlay() string {
+	return overlayOptions(s.state.Lower, s.UpperDir(), filepath.Join(s.Dir(), "work"))
+}

@@ -1,0 +1,125 @@
+package sandbox
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"dormouse/agent/sandbox/pid1"
+)
+
+// RestoreTarget is where CRIU is to put a tree.
+type RestoreTarget struct {
+	// Root is the sandbox's root, a private mount in the agent's mount
+	// namespace: criu --root.
+	Root string
+	// NetNS is the network namespace: criu --inherit-fd fd[N]:KEY.
+	NetNS *os.File
+	// Cgroup is the v2 cgroup's directory: start criu in it, and Enter it
+	// before it forks, so that v1 limits hold too.
+	Cgroup   *os.File
+	External []External
+}
+
+// Close lets go of the files; CRIU has its own by then.
+func (t *RestoreTarget) Close() error {
+	return errors.Join(t.NetNS.Close(), t.Cgroup.Close())
+}
+
+// PrepareRestore builds what a restored tree lands in. The caller has filled
+// UpperDir with the checkpoint's upper layer, changes the root as needed
+// through RestoreTarget.Root, runs CRIU, and calls FinishRestore or Destroy.
+func (s *Sandbox) PrepareRestore(ctx context.Context) (*RestoreTarget, error) {
+	if s.Pid() != 0 {
+		return nil, fmt.Errorf("the sandbox %s was started before", s.ID())
+	}
+	for _, v := range s.state.Config.Volumes {
+		if _, err := os.Stat(v.Source); err != nil {
+			return nil, refuse("the volume %s cannot be opened on this node: %v", v.Source, err)
+		}
+	}
+	target := &RestoreTarget{Root: s.rootDir(), External: s.External()}
+	err := take(ctx, []step{
+		{do: s.forgetExit},
+		{do: func(context.Context) error {
+			if !s.state.HostRoot {
+				return nil
+			}
+			return hideHost(s.UpperDir(), s.hidden())
+		}},
+		{
+			do:   func(context.Context) error { return s.mountRoot() },
+			undo: func(context.Context) error { return s.unmountRoot() },
+		},
+		{
+			do: func(context.Context) (err error) {
+				target.NetNS, err = newNetwork(s.state.Config.VirtualIP)
+				return err
+			},
+			undo: func(context.Context) error { return closeIfOpen(target.NetNS) },
+		},
+		{
+			do: func(context.Context) (err error) {
+				target.Cgroup, err = os.Open(s.CgroupPath())
+				return err
+			},
+			undo: func(context.Context) error { return closeIfOpen(target.Cgroup) },
+		},
+		{do: func(context.Context) (err error) {
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			s.state.NetNS, err = inodeOf(target.NetNS)
+			return err
+		}},
+	})
+	if err != nil {
+		return nil, fmt.Errorf("cannot prepare the restore of %s: %w", s.ID(), err)
+	}
+	return target, nil
+}
+
+// forgetExit makes sure that the upper layer is a live sandbox's.
+func (s *Sandbox) forgetExit(context.Context) error {
+	info, err := os.Lstat(filepath.Join(s.UpperDir(), pid1.Directory))
+	if err != nil || !info.IsDir() {
+		return fmt.Errorf("the upper layer in %s is not that of a sandbox: %s is missing", s.UpperDir(), pid1.Directory)
+	}
+	return nil
+}
+
+// FinishRestore takes over the restored tree, whose pid 1 is pid in the agent's
+// pid namespace. Exec sessions from before the checkpoint are hung up: their
+// users are on another node.
+func (s *Sandbox) FinishRestore(ctx context.Context, pid int) error {
+	if inside, err := s.state.Cgroup.Contains(pid); err != nil || !inside {
+		return errors.Join(fmt.Errorf("the restored process %d is not in the cgroup of sandbox %s", pid, s.ID()), err)
+	}
+	network, err := os.Open(fmt.Sprintf("/proc/%d/ns/net", pid))
+	if err != nil {
+		return fmt.Errorf("cannot find the restored network namespace: %w", err)
+	}
+	defer network.Close()
+	if inode, err := inodeOf(network); err != nil || inode != s.NetNS() {
+		return errors.Join(fmt.Errorf("the restored process %d is not in the network namespace made for sandbox %s", pid, s.ID()), err)
+	}
+	if err := s.adopt(pid, network); err != nil {
+		return err
+	}
+	if err := s.save(ctx); err != nil {
+		return err
+	}
+	if err := s.unmountRoot(); err != nil {
+		return err
+	}
+	s.runtime.log.Info("sandbox restored", "sandbox", s.ID(), "pid", pid)
+	return s.keepSessions(ctx)
+}
+
+func closeIfOpen(file *os.File) error {
+	if file == nil {
+		return nil
+	}
+	return file.Close()
+}

@@ -1,0 +1,184 @@
+package sandbox
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"dormouse/agent/sandbox/cgroup"
+	"dormouse/agent/sandbox/oci"
+	"dormouse/api"
+)
+
+// Options are what a Runtime needs.
+type Options struct {
+	Init   string       // path of the dormouse-init binary
+	Cgroup string       // where tasks' cgroups go: a path below the cgroup v2 mount
+	Images string       // directory of unpacked OCI images; made when missing
+	Hide   []string     // directories of the node that no sandbox may see
+	Log    *slog.Logger // nil: no logs
+}
+
+// Runtime makes the sandboxes of one agent.
+type Runtime struct {
+	options     Options
+	hierarchies *cgroup.Hierarchies
+	parent      string // of tasks' cgroups, relative to every hierarchy
+	images      *oci.Cache
+	log         *slog.Logger
+}
+
+// New checks that this machine can hold sandboxes.
+func New(o Options) (*Runtime, error) {
+	info, err := os.Stat(o.Init)
+	if err != nil || !info.Mode().IsRegular() || info.Mode()&0o111 == 0 {
+		return nil, fmt.Errorf("dormouse-init is not an executable file at %s: build it with `make build`", o.Init)
+	}
+	hierarchies, err := cgroup.Detect()
+	if err != nil {
+		return nil, err
+	}
+	parent, err := hierarchies.Relative(o.Cgroup)
+	if err != nil {
+		return nil, err
+	}
+	log := o.Log
+	if log == nil {
+		log = slog.New(slog.NewTextHandler(io.Discard, nil))
+	}
+	return &Runtime{options: o, hierarchies: hierarchies, parent: parent, images: oci.NewCache(o.Images), log: log}, nil
+}
+
+// Create makes a sandbox with nothing running in it and an empty upper layer:
+// Start fills it from what Config says, a restore from a checkpoint. On failure
+// nothing is left.
+func (r *Runtime) Create(ctx context.Context, cfg Config) (*Sandbox, error) {
+	if err := cfg.validate(); err != nil {
+		return nil, err
+	}
+	root, err := ParseRoot(cfg.Root)
+	if err != nil {
+		return nil, err
+	}
+	s := &Sandbox{runtime: r, dir: cfg.Dir, state: state{Version: 1, Config: cfg}}
+	err = take(ctx, []step{
+		{do: func(ctx context.Context) error { return r.findRoot(ctx, s, root) }},
+		{do: s.makeDirs, undo: s.removeDirs},
+		{do: s.makeCgroup, undo: s.removeCgroup},
+		{do: s.save},
+	})
+	if err != nil {
+		return nil, err
+	}
+	return s, nil
+}
+
+// findRoot decides what lies below the overlay.
+func (r *Runtime) findRoot(ctx context.Context, s *Sandbox, root Root) error {
+	switch root.Kind {
+	case api.RootOCI:
+		image, err := r.images.Get(ctx, root.Path)
+		if err != nil {
+			return err
+		}
+		s.state.Lower, s.state.Image = image.Root, &image.Config
+	case api.RootDir:
+		info, err := os.Stat(root.Path)
+		if err != nil || !info.IsDir() {
+			return refuse("the root %s is not a directory on this node", root.Path)
+		}
+		s.state.Lower = root.Path
+	default:
+		s.state.Lower, s.state.HostRoot = "/", true
+	}
+	if strings.ContainsAny(s.state.Lower, `,:\`) {
+		return refuse("the root %s has a comma, colon or backslash in its path, which an overlay cannot take", s.state.Lower)
+	}
+	if len(s.command()) == 0 {
+		return refuse("no command was given, and the root does not name one")
+	}
+	return nil
+}
+
+func (s *Sandbox) makeDirs(context.Context) error {
+	if err := os.MkdirAll(filepath.Dir(s.dir), 0o700); err != nil {
+		return fmt.Errorf("cannot make the sandbox: %w", err)
+	}
+	if err := os.Mkdir(s.dir, 0o700); err != nil {
+		return fmt.Errorf("cannot make the sandbox: %w", err)
+	}
+	s.madeDir = true
+	for _, name := range []string{"upper", "work", "root"} {
+		// The upper directory's attributes are those of "/" in the sandbox.
+		if err := os.Mkdir(filepath.Join(s.dir, name), 0o755); err != nil {
+			return fmt.Errorf("cannot make the sandbox: %w", err)
+		}
+	}
+	return nil
+}
+
+// removeDirs takes back makeDirs, and nothing that was there before.
+func (s *Sandbox) removeDirs(context.Context) error {
+	if !s.madeDir {
+		return nil
+	}
+	return os.RemoveAll(s.dir)
+}
+
+func (s *Sandbox) makeCgroup(context.Context) error {
+	group, err := s.runtime.hierarchies.Create(filepath.Join(s.runtime.parent, s.state.Config.ID), cgroup.Limits{
+		CPUs: s.state.Config.CPUs, MemBytes: s.state.Config.MemBytes,
+	})
+	if err != nil {
+		return err
+	}
+	s.state.Cgroup = *group
+	return nil
+}
+
+func (s *Sandbox) removeCgroup(ctx context.Context) error {
+	if s.state.Cgroup.Unified == "" {
+		return nil
+	}
+	return s.state.Cgroup.Remove(ctx)
+}
+
+// Open finds the sandbox in dir again, after a restart of the agent. Its error
+// is fs.ErrNotExist when there is none.
+func (r *Runtime) Open(ctx context.Context, dir string) (*Sandbox, error) {
+	s := &Sandbox{runtime: r, dir: dir, madeDir: true}
+	if err := s.load(); err != nil {
+		return nil, err
+	}
+	if s.state.Pid == 0 {
+		return s, nil
+	}
+	boot, err := bootID()
+	if err != nil {
+		return nil, err
+	}
+	if boot != s.state.Boot {
+		return s, nil // the machine has been started anew: it is gone
+	}
+	pidfd, err := openProcess(s.state.Pid, s.state.StartTime)
+	if errors.Is(err, errGone) {
+		return s, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	if inside, err := s.state.Cgroup.Contains(s.state.Pid); err != nil || !inside {
+		// An ended process that nobody has waited for is in no cgroup.
+		if err == nil && pidfd.ended() {
+			return s, pidfd.Close()
+		}
+		return nil, errors.Join(fmt.Errorf("process %d of sandbox %s is not in its cgroup %s: it is not ours to touch", s.state.Pid, s.ID(), s.state.Cgroup.Unified), err, pidfd.Close())
+	}
+	s.process = pidfd
+	return s, nil
+}

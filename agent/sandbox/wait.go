@@ -1,0 +1,120 @@
+package sandbox
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"syscall"
+
+	"dormouse/agent/sandbox/pid1"
+
+	"golang.org/x/sys/unix"
+)
+
+// ExitStatus is how a sandbox's command ended.
+type ExitStatus struct {
+	Code   int    // 128+signal when a signal ended it
+	Signal string // SIGKILL, ...; empty when it exited by itself
+	// OOMKilled: it was killed because the sandbox's memory was used up.
+	OOMKilled bool
+	Reason    string // for people; empty when the code says it all
+}
+
+// Wait returns when the sandbox has ended, with how.
+func (s *Sandbox) Wait(ctx context.Context) (ExitStatus, error) {
+	s.mu.Lock()
+	p, status, started := s.process, s.status, s.state.Pid != 0
+	s.mu.Unlock()
+	if status != nil {
+		return *status, nil
+	}
+	if !started {
+		return ExitStatus{}, fmt.Errorf("the sandbox %s was never started", s.ID())
+	}
+	if p != nil {
+		if err := p.wait(ctx); err != nil {
+			return ExitStatus{}, fmt.Errorf("waiting for sandbox %s: %w", s.ID(), err)
+		}
+	}
+	return s.settle()
+}
+
+// settle works out the exit status of a sandbox whose pid 1 is gone.
+func (s *Sandbox) settle() (ExitStatus, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.status != nil {
+		return *s.status, nil
+	}
+	exit, err := readExit(s.UpperDir())
+	ownEnd := err == nil
+	if errors.Is(err, os.ErrNotExist) {
+		// pid 1 writes how the command ended before it ends itself. It did not
+		// come to that, and against its will only SIGKILL ends it.
+		exit, err = pid1.Exit{Code: 128 + int(syscall.SIGKILL), Signal: syscall.SIGKILL}, nil
+	}
+	if err != nil {
+		return ExitStatus{}, fmt.Errorf("cannot learn how sandbox %s ended: %w", s.ID(), err)
+	}
+	status := ExitStatus{Code: exit.Code}
+	if exit.Signal != 0 {
+		status.Signal = unix.SignalName(exit.Signal)
+	}
+	// The count is gone with a cgroup that was removed behind our back.
+	kills, _ := s.state.Cgroup.OOMKills()
+	switch {
+	case exit.Signal == syscall.SIGKILL && kills > 0 && !s.killed:
+		status.OOMKilled = true
+		status.Reason = fmt.Sprintf("killed by the kernel because its memory limit of %d bytes was reached", s.state.Config.MemBytes)
+	case !ownEnd && s.killed:
+		status.Reason = "the sandbox was killed"
+	case !ownEnd:
+		status.Reason = "the sandbox's first process was killed from outside"
+	}
+	s.status = &status
+	return status, nil
+}
+
+func readExit(upper string) (pid1.Exit, error) {
+	var exit pid1.Exit
+	file, err := openInside(upper, filepath.Join(pid1.Directory, pid1.ExitFile))
+	if err != nil {
+		return exit, err
+	}
+	defer file.Close()
+	content, err := io.ReadAll(io.LimitReader(file, 4096))
+	if err != nil {
+		return exit, err
+	}
+	if err := json.Unmarshal(content, &exit); err != nil {
+		return exit, fmt.Errorf("%s is damaged: %w", pid1.ExitFile, err)
+	}
+	return exit, nil
+}
+
+// openInside opens a regular file below the directory upper for reading. The
+// task may have put anything there, so links out of it are not followed and
+// nothing but a regular file is opened.
+func openInside(upper, name string) (*os.File, error) {
+	root, err := os.OpenRoot(upper)
+	if err != nil {
+		return nil, err
+	}
+	defer root.Close()
+	file, err := root.OpenFile(filepath.Clean(name)[1:], os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, err
+	}
+	info, err := file.Stat()
+	if err == nil && !info.Mode().IsRegular() {
+		err = fmt.Errorf("%s is not a regular file", name)
+	}
+	if err != nil {
+		return nil, errors.Join(err, file.Close())
+	}
+	return file, nil
+}

@@ -1,0 +1,192 @@
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"sync"
+	"syscall"
+
+	"dormouse/agent/sandbox/pid1"
+)
+
+// control is the server on the control socket. It uses bare system calls and
+// os.File, not package net, which would double this program.
+type control struct {
+	socket *os.File
+	family *family
+	run    *pid1.Run
+
+	mu       sync.Mutex
+	last     uint64
+	sessions map[uint64]*session
+}
+
+func listen(f *family, run *pid1.Run) (*control, error) {
+	path := inside(pid1.ControlSocket)
+	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("cannot replace the control socket: %w", err)
+	}
+	fd, err := syscall.Socket(syscall.AF_UNIX, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC|syscall.SOCK_NONBLOCK, 0)
+	if err != nil {
+		return nil, fmt.Errorf("cannot make the control socket: %w", err)
+	}
+	socket := os.NewFile(uintptr(fd), "control socket")
+	err = syscall.Bind(fd, &syscall.SockaddrUnix{Name: path})
+	if err == nil {
+		err = os.Chmod(path, 0o600)
+	}
+	if err == nil {
+		err = syscall.Listen(fd, 64)
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("cannot listen on the control socket: %w", err), socket.Close())
+	}
+	return &control{socket: socket, family: f, run: run, sessions: map[uint64]*session{}}, nil
+}
+
+// serve answers connections for the life of the process.
+func (c *control) serve() {
+	raw, err := c.socket.SyscallConn()
+	for err == nil {
+		var fd int
+		var failed error
+		err = raw.Read(func(listener uintptr) bool {
+			fd, _, failed = syscall.Accept4(int(listener), syscall.SOCK_CLOEXEC|syscall.SOCK_NONBLOCK)
+			return failed != syscall.EAGAIN
+		})
+		if err == nil && failed == nil {
+			go c.answer(&conn{file: os.NewFile(uintptr(fd), "control connection")})
+		}
+	}
+	fmt.Fprintln(os.Stderr, "the control socket failed:", err)
+}
+
+// conn is one connection; several goroutines may send.
+type conn struct {
+	file *os.File
+	mu   sync.Mutex
+}
+
+func (c *conn) send(kind pid1.FrameType, payload []byte) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return pid1.WriteFrame(c.file, kind, payload)
+}
+
+func (c *conn) sendJSON(kind pid1.FrameType, value any) error {
+	content, err := json.Marshal(value)
+	if err != nil {
+		return err
+	}
+	return c.send(kind, content)
+}
+
+// answer serves one connection. When the agent is gone there is nobody to tell
+// about an error.
+func (c *control) answer(link *conn) {
+	defer link.file.Close()
+	kind, payload, err := pid1.ReadFrame(link.file)
+	if err != nil || kind != pid1.FrameRequest {
+		return
+	}
+	var request pid1.Request
+	if err := json.Unmarshal(payload, &request); err != nil {
+		return
+	}
+	s, err := c.do(&request)
+	if err != nil {
+		_ = link.sendJSON(pid1.FrameFailure, failureOf(err))
+		return
+	}
+	if s == nil {
+		_ = link.sendJSON(pid1.FrameOK, pid1.OK{})
+		return
+	}
+	if err := link.sendJSON(pid1.FrameOK, pid1.OK{Session: s.id}); err != nil {
+		c.end(s)
+		return
+	}
+	if !s.converse(link) {
+		c.end(s)
+		return
+	}
+	c.detached(s)
+	_ = link.send(pid1.FrameDetached, nil)
+}
+
+// do carries out a request and returns the session it opened or found.
+func (c *control) do(r *pid1.Request) (*session, error) {
+	switch r.Op {
+	case pid1.OpSignal:
+		return nil, syscall.Kill(c.family.command, r.Signal)
+	case pid1.OpKeep:
+		c.keep(r.Sessions)
+		return nil, nil
+	case pid1.OpAttach:
+		return c.attach(r.Session)
+	case pid1.OpExec:
+		return c.exec(r)
+	}
+	return nil, fmt.Errorf("pid 1 of this sandbox is older than the agent: it does not know the request %q", r.Op)
+}
+
+func (c *control) exec(r *pid1.Request) (*session, error) {
+	if len(r.Command) == 0 {
+		return nil, pid1.Refuse("no command was given")
+	}
+	s, err := startSession(c.family, c.run, r)
+	if err != nil {
+		return nil, err
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.last++
+	s.id, s.attached = c.last, true
+	c.sessions[s.id] = s
+	return s, nil
+}
+
+func (c *control) attach(id uint64) (*session, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	s, ok := c.sessions[id]
+	if !ok || s.attached {
+		return nil, fmt.Errorf("there is no waiting session %d in this sandbox", id)
+	}
+	s.attached = true
+	return s, nil
+}
+
+// keep hangs up every session that waits for an agent who will not come back:
+// all but ids. The agent says so after a restore and after each checkpoint.
+func (c *control) keep(ids []uint64) {
+	var drop []*session
+	c.mu.Lock()
+	for id, s := range c.sessions {
+		if !s.attached && !slices.Contains(ids, id) {
+			s.attached = true // nobody else may take it
+			drop = append(drop, s)
+		}
+	}
+	c.mu.Unlock()
+	for _, s := range drop {
+		c.end(s)
+	}
+}
+
+// detached marks s as waiting for an attach.
+func (c *control) detached(s *session) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	s.attached = false
+}
+
+func (c *control) end(s *session) {
+	c.mu.Lock()
+	delete(c.sessions, s.id)
+	c.mu.Unlock()
+	s.hangUp(c.family)
+}

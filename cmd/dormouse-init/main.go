@@ -1,0 +1,43 @@
+// Command dormouse-init is pid 1 of every sandbox: small, static, and copied
+// into the sandbox so that it travels with every checkpoint.
+//
+// It has two stages. `setup` is started by the agent in new namespaces: it
+// mounts the sandbox's file systems, makes the new root its own, gives up what
+// a sandbox must not have, and replaces itself by the copy inside the sandbox.
+// `run` is that copy: it starts the command, reaps every orphan, forwards
+// signals, starts what is exec'ed into the sandbox as its own children (or CRIU
+// would not see them), and ends when the command ends, having written how. See
+// package pid1 for what it says to the agent.
+//
+// In stage `run` it holds no descriptor from outside the sandbox but
+// connections that the agent can ask it to drop, and no timer, so CRIU can take
+// and restore it at any instant.
+package main
+
+import (
+	"fmt"
+	"os"
+	"runtime"
+)
+
+func init() {
+	// Capabilities and namespaces belong to threads: set-up has to happen on,
+	// and the second stage has to be executed from, the first one.
+	runtime.LockOSThread()
+}
+
+func main() {
+	stage := ""
+	if len(os.Args) == 2 {
+		stage = os.Args[1]
+	}
+	switch stage {
+	case "setup":
+		setup()
+	case "run":
+		run()
+	default:
+		fmt.Fprintln(os.Stderr, "dormouse-init is started by the dormouse agent as the first process of a sandbox; it is of no use by hand")
+		os.Exit(2)
+	}
+}

@@ -1,0 +1,193 @@
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/signal"
+	"runtime"
+	"sync"
+	"syscall"
+
+	"dormouse/agent/sandbox/pid1"
+)
+
+// run is the second stage: it starts the command and ends with it.
+func run() {
+	runtime.UnlockOSThread()
+	syscall.CloseOnExec(pid1.StatusFD)
+	status := os.NewFile(pid1.StatusFD, "status")
+	family := newFamily()
+	// A channel of its own: no flood of other signals may displace SIGCHLD.
+	children, signals := make(chan os.Signal, 1), make(chan os.Signal, 64)
+	signal.Notify(children, syscall.SIGCHLD)
+	signal.Notify(signals)
+
+	control, exited, err := begin(family)
+	if err != nil {
+		report(status, pid1.Report{Failure: failureOf(err)})
+		os.Exit(1)
+	}
+	report(status, pid1.Report{Volumes: control.run.Volumes})
+	go control.serve()
+
+	for {
+		select {
+		case <-children:
+			family.reap()
+		case s := <-signals:
+			family.forward(s.(syscall.Signal))
+		case status := <-exited:
+			finish(pid1.ExitOf(status))
+		}
+	}
+}
+
+// begin listens on the control socket and starts what the sandbox is for.
+func begin(f *family) (*control, <-chan syscall.WaitStatus, error) {
+	content, err := os.ReadFile(inside(pid1.RunFile))
+	if err != nil {
+		return nil, nil, fmt.Errorf("cannot read the command: %w", err)
+	}
+	var cmd pid1.Run
+	if err := json.Unmarshal(content, &cmd); err != nil {
+		return nil, nil, fmt.Errorf("cannot understand the command: %w", err)
+	}
+	control, err := listen(f, &cmd)
+	if err != nil {
+		return nil, nil, err
+	}
+	exited, err := startCommand(f, &cmd)
+	return control, exited, err
+}
+
+// startCommand starts the command with its output going to files.
+func startCommand(f *family, cmd *pid1.Run) (<-chan syscall.WaitStatus, error) {
+	var files []uintptr
+	defer func() {
+		for _, fd := range files {
+			_ = syscall.Close(int(fd))
+		}
+	}()
+	for _, f := range []struct {
+		name  string
+		flags int
+	}{{"/dev/null", os.O_RDONLY}, {inside(pid1.StdoutFile), os.O_WRONLY | os.O_APPEND}, {inside(pid1.StderrFile), os.O_WRONLY | os.O_APPEND}} {
+		fd, err := syscall.Open(f.name, f.flags|syscall.O_CLOEXEC, 0)
+		if err != nil {
+			return nil, fmt.Errorf("cannot open %s: %w", f.name, err)
+		}
+		files = append(files, uintptr(fd))
+	}
+	pid, exited, err := f.start(cmd, cmd.Path, cmd.Command, cmd.Env, files, false)
+	f.command = pid
+	return exited, err
+}
+
+// finish writes down how the command ended, and ends the sandbox: the kernel
+// kills what is left of it.
+func finish(exit pid1.Exit) {
+	content, err := json.Marshal(exit)
+	if err == nil {
+		draft := inside(pid1.ExitFile + ".new")
+		err = os.WriteFile(draft, content, 0o600)
+		if err == nil {
+			err = os.Rename(draft, inside(pid1.ExitFile))
+		}
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "cannot record the exit status:", err)
+	}
+	os.Exit(exit.Code)
+}
+
+// family are the processes of the sandbox as seen by their first ancestor.
+type family struct {
+	command int // pid of the command
+
+	mu      sync.Mutex
+	waiting map[int]chan<- syscall.WaitStatus
+}
+
+func newFamily() *family {
+	return &family{waiting: map[int]chan<- syscall.WaitStatus{}}
+}
+
+// start executes file as run's user. The channel gets its status when it ends.
+func (f *family) start(run *pid1.Run, file string, argv, env []string, files []uintptr, tty bool) (int, <-chan syscall.WaitStatus, error) {
+	attr := &syscall.ProcAttr{Dir: run.WorkDir, Env: env, Files: files, Sys: &syscall.SysProcAttr{
+		Setsid:     true,
+		Setctty:    tty,
+		Credential: &syscall.Credential{Uid: run.UID, Gid: run.GID, Groups: run.Groups},
+	}}
+	for _, c := range run.Ambient {
+		attr.Sys.AmbientCaps = append(attr.Sys.AmbientCaps, uintptr(c))
+	}
+	// Held over the fork, so that reap cannot meet a child it does not know.
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	pid, err := syscall.ForkExec(file, argv, attr)
+	if err != nil {
+		return 0, nil, startError(argv[0], err)
+	}
+	exited := make(chan syscall.WaitStatus, 1)
+	f.waiting[pid] = exited
+	return pid, exited, nil
+}
+
+func startError(name string, err error) error {
+	switch {
+	case errors.Is(err, syscall.ENOENT):
+		return pid1.NotFound("the command %s cannot be run: its interpreter or dynamic loader is not in the sandbox's root", name)
+	case errors.Is(err, syscall.ENOEXEC):
+		return pid1.NotFound("the command %s cannot be run: it is neither a program of this machine's kind nor a script that names its interpreter (#!)", name)
+	case errors.Is(err, syscall.EACCES):
+		return pid1.NotFound("the command %s cannot be run: permission denied", name)
+	}
+	return pid1.Refuse("the command %s cannot be run: %v", name, err)
+}
+
+// forward passes a signal that was sent to pid 1 on to the command it was
+// meant for. What this process causes itself stays here.
+func (f *family) forward(s syscall.Signal) {
+	switch s {
+	case syscall.SIGCHLD, syscall.SIGURG, syscall.SIGPIPE:
+		// SIGURG is how Go's scheduler interrupts its own threads.
+	default:
+		// The command may be gone; its status is then on the way.
+		_ = syscall.Kill(f.command, s)
+	}
+}
+
+// hangUp tells the process group of a child, if it still lives, that its
+// session is over.
+func (f *family) hangUp(pid int) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if _, alive := f.waiting[pid]; alive {
+		_ = syscall.Kill(-pid, syscall.SIGHUP)
+		_ = syscall.Kill(-pid, syscall.SIGCONT)
+	}
+}
+
+// reap takes the status of every child that has ended: of our own and of the
+// orphans that the kernel gave to pid 1. One SIGCHLD may stand for many.
+func (f *family) reap() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for {
+		var status syscall.WaitStatus
+		pid, err := syscall.Wait4(-1, &status, syscall.WNOHANG, nil)
+		if err == syscall.EINTR {
+			continue
+		}
+		if err != nil || pid == 0 {
+			return
+		}
+		if exited, ok := f.waiting[pid]; ok {
+			exited <- status
+			delete(f.waiting, pid)
+		}
+	}
+}
