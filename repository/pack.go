@@ -1,0 +1,154 @@
+package repository
+
+import (
+	"bytes"
+	"crypto/rand"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+)
+
+// A pack is a file of chunks:
+//
+//	header   "DMPACK" 0x00 0x01, 16 random bytes
+//	chunks   as stored, back to back
+//	table    per chunk 48 bytes: id [32], offset u32, stored u32, raw u32, codec u8, 3 zero bytes
+//	trailer  number of chunks u32, "DMPK"
+//
+// Integers are little-endian. The name of a pack is the BLAKE3 hash of the
+// whole file, in hexadecimal. The random bytes make every pack's name new, so
+// that a pack that is about to be deleted can never be written again.
+const (
+	packTarget    = 16 << 20 // a pack is closed when its chunks reach this
+	packMaxChunks = 8192
+	packHeader    = 24
+	packEntry     = 48
+	packTrailer   = 8
+	packMaxSize   = packHeader + packTarget + maxChunk + packMaxChunks*packEntry + packTrailer
+)
+
+var (
+	packMagic = []byte("DMPACK\x00\x01")
+	packTail  = []byte("DMPK")
+)
+
+// packChunk is one line of a pack's table.
+type packChunk struct {
+	ID ID
+	location
+}
+
+// packBuilder gathers chunks in memory.
+type packBuilder struct {
+	buf    []byte
+	chunks []packChunk
+}
+
+func newPackBuilder() *packBuilder {
+	b := &packBuilder{buf: make([]byte, 0, packMaxSize)}
+	b.reset()
+	return b
+}
+
+func (b *packBuilder) reset() {
+	b.buf = append(b.buf[:0], packMagic...)
+	b.buf = b.buf[:packHeader]
+	rand.Read(b.buf[len(packMagic):])
+	b.chunks = b.chunks[:0]
+}
+
+func (b *packBuilder) add(id ID, stored []byte, raw int, how byte) {
+	b.chunks = append(b.chunks, packChunk{id, location{
+		Offset: uint32(len(b.buf)), Stored: uint32(len(stored)), Raw: uint32(raw), Codec: how,
+	}})
+	b.buf = append(b.buf, stored...)
+}
+
+func (b *packBuilder) full() bool {
+	return len(b.buf) >= packHeader+packTarget || len(b.chunks) == packMaxChunks
+}
+
+// finish appends table and trailer and returns the pack's name.
+func (b *packBuilder) finish() ID {
+	for i := range b.chunks {
+		b.buf = appendPackEntry(b.buf, b.chunks[i])
+	}
+	b.buf = binary.LittleEndian.AppendUint32(b.buf, uint32(len(b.chunks)))
+	b.buf = append(b.buf, packTail...)
+	name := hashOf(b.buf)
+	for i := range b.chunks {
+		b.chunks[i].Pack = name
+	}
+	return name
+}
+
+func appendPackEntry(p []byte, c packChunk) []byte {
+	p = append(p, c.ID[:]...)
+	p = binary.LittleEndian.AppendUint32(p, c.Offset)
+	p = binary.LittleEndian.AppendUint32(p, c.Stored)
+	p = binary.LittleEndian.AppendUint32(p, c.Raw)
+	return append(p, c.Codec, 0, 0, 0)
+}
+
+// parsePackEntry reads one table line of a pack whose chunks end at end.
+func parsePackEntry(p []byte, end int64) (packChunk, error) {
+	c := packChunk{ID: ID(p[:32]), location: location{
+		Offset: binary.LittleEndian.Uint32(p[32:]),
+		Stored: binary.LittleEndian.Uint32(p[36:]),
+		Raw:    binary.LittleEndian.Uint32(p[40:]),
+		Codec:  p[44],
+	}}
+	return c, c.check(end)
+}
+
+// check refuses a location that no writer makes; end is where chunks end in the pack.
+func (l location) check(end int64) error {
+	switch {
+	case l.Codec > codecZstd:
+		return fmt.Errorf("unknown codec %d", l.Codec)
+	case l.Raw == 0 || l.Raw > maxChunk || l.Stored == 0 || l.Stored > l.Raw:
+		return fmt.Errorf("a chunk of %d bytes cannot be stored in %d", l.Raw, l.Stored)
+	case l.Codec == codecRaw && l.Stored != l.Raw:
+		return errors.New("a raw chunk has two lengths")
+	case l.Offset < packHeader || int64(l.Offset)+int64(l.Stored) > end:
+		return errors.New("a chunk lies outside the pack")
+	}
+	return nil
+}
+
+// parsePack reads the table of a pack of the given size; the index can be
+// rebuilt from nothing but packs with it.
+func parsePack(rd io.ReaderAt, size int64) ([]packChunk, error) {
+	if size < packHeader+packTrailer || size > packMaxSize {
+		return nil, fmt.Errorf("a pack cannot have %d bytes", size)
+	}
+	head, tail := make([]byte, packHeader), make([]byte, packTrailer)
+	if _, err := rd.ReadAt(head, 0); err != nil {
+		return nil, err
+	}
+	if _, err := rd.ReadAt(tail, size-packTrailer); err != nil && err != io.EOF {
+		return nil, err
+	}
+	if !bytes.HasPrefix(head, packMagic) {
+		return nil, errors.New("it does not begin like a pack of version 1")
+	}
+	n := int64(binary.LittleEndian.Uint32(tail))
+	table := size - packTrailer - n*packEntry
+	if !bytes.Equal(tail[4:], packTail) || n > packMaxChunks || table < packHeader {
+		return nil, errors.New("it does not end like a pack")
+	}
+	p := make([]byte, n*packEntry)
+	if _, err := rd.ReadAt(p, table); err != nil && err != io.EOF {
+		return nil, err
+	}
+	chunks := make([]packChunk, n)
+	for i := range chunks {
+		c, err := parsePackEntry(p[i*packEntry:][:packEntry], table)
+		if err != nil {
+			return nil, fmt.Errorf("table line %d: %w", i, err)
+		}
+		chunks[i] = c
+	}
+	return chunks, nil
+}
