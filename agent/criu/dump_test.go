@@ -218,7 +218,7 @@ func TestFailedDumpLeavesTheTreeRunning(t *testing.T) {
 
 func TestCancelledDumpUndoesItself(t *testing.T) {
 	e := newEngine(t)
-	s := startSandbox(t, e, job(t), "memory", "0", "512")
+	s := startSandbox(t, e, job(t), "counter", "0", "512")
 	s.moreLines(2)
 	s.freeze()
 	r := s.request()

@@ -1,5 +1,5 @@
-/* Programs for the tests, chosen by the first argument. Each writes lines to
- * its standard output and never ends by itself unless something is wrong. */
+/* Programs for the tests: job MODE [UID [MEBIBYTES]]. Each writes lines to its
+ * standard output and never ends by itself unless something is wrong. */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <errno.h>
@@ -37,8 +37,8 @@ static void counter(void)
 	}
 }
 
-/* Resident memory that is dumped, then a counter. */
-static void memory(size_t mib)
+/* Resident memory, so that a dump takes a while. */
+static void fill(size_t mib)
 {
 	size_t n = mib << 20;
 	unsigned char *p = mmap(NULL, n, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -47,7 +47,6 @@ static void memory(size_t mib)
 		fail("mmap");
 	for (size_t i = 0; i < n; i += 64)
 		p[i] = i >> 6;
-	counter();
 }
 
 static void full(ssize_t (*op)(int, void *, size_t), int fd, void *buf, size_t n, const char *what)
@@ -160,10 +159,10 @@ int main(int argc, char **argv)
 
 	if (argc > 2 && atoi(argv[2]) && (setgid(atoi(argv[2])) || setuid(atoi(argv[2]))))
 		fail("setuid");
+	if (argc > 3)
+		fill(atoi(argv[3]));
 	if (!strcmp(mode, "counter"))
 		counter();
-	if (!strcmp(mode, "memory"))
-		memory(atoi(argv[3]));
 	if (!strcmp(mode, "tcp"))
 		tcp();
 	if (!strcmp(mode, "affinity"))
