@@ -1,0 +1,381 @@
+// Package bolt is the embedded store: one bbolt file.
+//
+// bbolt checks its two meta pages but none of the pages with records, so each
+// value carries a CRC-32C of its key and itself. Open reads every record once:
+// a damaged file is refused as a whole, before the controller acts on half of
+// it. What bbolt answers to damage with a panic, or the kernel with a fault in
+// the mapped file, becomes the same error.
+package bolt
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"os"
+	"runtime/debug"
+	"sync"
+	"time"
+
+	"go.etcd.io/bbolt"
+	bolterrors "go.etcd.io/bbolt/errors"
+	"golang.org/x/sys/unix"
+
+	"dormouse/controller/store"
+)
+
+const (
+	metaBucket = "dormouse"
+	schemaKey  = "schema"
+	// lockWait is how long Open waits for another process to let go of the file.
+	lockWait = time.Second
+	// mapped is address space, not memory: a file that outgrows its mapping
+	// makes writers wait for all readers.
+	mapped = 256 << 20
+)
+
+var castagnoli = crc32.MakeTable(crc32.Castagnoli)
+
+// Store is a store.Store in one file.
+type Store struct {
+	db *bbolt.DB
+
+	mu       sync.Mutex
+	revision uint64
+	changed  chan struct{} // closed at the next commit
+	closed   chan struct{}
+}
+
+var _ store.Store = (*Store)(nil)
+
+// Open opens the store in file, and makes it when it is not there. The error
+// names the file and what to do.
+func Open(file string) (*Store, error) {
+	db, err := openChecked(file)
+	if err != nil {
+		return nil, err
+	}
+	return &Store{db: db, revision: 1, changed: make(chan struct{}), closed: make(chan struct{})}, nil
+}
+
+// openChecked opens file, brings it to the present schema and reads all of it.
+func openChecked(file string) (db *bbolt.DB, err error) {
+	var handle *os.File
+	// A mapped page beyond the end of a truncated file faults.
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer func() {
+		if broken := recover(); broken != nil {
+			err = &store.DamagedError{Where: file, What: fmt.Sprint(broken)}
+		}
+		if err != nil && handle != nil {
+			// A panic leaves the mapping, and through it the lock, behind.
+			unix.Flock(int(handle.Fd()), unix.LOCK_UN)
+			handle.Close()
+		}
+	}()
+	db, err = bbolt.Open(file, 0o600, &bbolt.Options{
+		InitialMmapSize: mapped,
+		Timeout:         lockWait,
+		OpenFile: func(name string, flag int, mode os.FileMode) (*os.File, error) {
+			var err error
+			handle, err = os.OpenFile(name, flag, mode)
+			return handle, err
+		},
+	})
+	if err != nil {
+		return nil, openError(file, err)
+	}
+	if err := prepare(db, file); err != nil {
+		db.Close()
+		return nil, err
+	}
+	return db, nil
+}
+
+func openError(file string, err error) error {
+	switch {
+	case errors.Is(err, bolterrors.ErrTimeout):
+		return fmt.Errorf("the store %s is in use by another process: stop that controller first", file)
+	case errors.Is(err, bolterrors.ErrInvalid), errors.Is(err, bolterrors.ErrChecksum), errors.Is(err, bolterrors.ErrVersionMismatch):
+		return &store.DamagedError{Where: file, What: err.Error()}
+	}
+	var path *os.PathError
+	if errors.As(err, &path) {
+		return fmt.Errorf("open the store: %w", err)
+	}
+	return &store.DamagedError{Where: file, What: err.Error()}
+}
+
+// prepare checks the file's length, schema and records, and makes the tables
+// of a new file.
+func prepare(db *bbolt.DB, file string) error {
+	info, err := os.Stat(file)
+	if err != nil {
+		return fmt.Errorf("open the store: %w", err)
+	}
+	fresh := false
+	err = db.View(func(tx *bbolt.Tx) error {
+		if info.Size() < tx.Size() {
+			return &store.DamagedError{Where: file, What: fmt.Sprintf("it has %d bytes and should have %d", info.Size(), tx.Size())}
+		}
+		meta := tx.Bucket([]byte(metaBucket))
+		if meta == nil {
+			fresh = true
+			return checkForeign(tx, file)
+		}
+		if err := checkSchema(meta, file); err != nil {
+			return err
+		}
+		return checkRecords(tx, file)
+	})
+	if err != nil || !fresh {
+		return err
+	}
+	return db.Update(create)
+}
+
+// checkForeign refuses a bbolt file that belongs to another program.
+func checkForeign(tx *bbolt.Tx, file string) error {
+	if name, _ := tx.Cursor().First(); name != nil {
+		return &store.DamagedError{Where: file, What: fmt.Sprintf("it holds %q, which is not Dormouse's", name)}
+	}
+	return nil
+}
+
+func checkSchema(meta *bbolt.Bucket, file string) error {
+	raw := meta.Get([]byte(schemaKey))
+	if len(raw) != 8 {
+		return &store.DamagedError{Where: file, What: "it names no schema"}
+	}
+	if schema := binary.BigEndian.Uint64(raw); schema > store.Schema {
+		return fmt.Errorf("the store %s has schema %d and this dormouse knows up to %d: use the newer dormouse that wrote it", file, schema, store.Schema)
+	}
+	return nil
+}
+
+func checkRecords(tx *bbolt.Tx, file string) error {
+	for _, table := range store.Tables() {
+		bucket := tx.Bucket([]byte(table))
+		if bucket == nil {
+			return &store.DamagedError{Where: file, What: fmt.Sprintf("table %s is missing", table)}
+		}
+		err := bucket.ForEach(func(key, sealed []byte) error {
+			_, err := unseal(table, key, sealed)
+			return err
+		})
+		if err != nil {
+			return &store.DamagedError{Where: file, What: err.Error()}
+		}
+	}
+	return nil
+}
+
+func create(tx *bbolt.Tx) error {
+	for _, table := range store.Tables() {
+		if _, err := tx.CreateBucketIfNotExists([]byte(table)); err != nil {
+			return fmt.Errorf("make table %s: %w", table, err)
+		}
+	}
+	meta, err := tx.CreateBucketIfNotExists([]byte(metaBucket))
+	if err != nil {
+		return fmt.Errorf("write the store's schema: %w", err)
+	}
+	return meta.Put([]byte(schemaKey), binary.BigEndian.AppendUint64(nil, store.Schema))
+}
+
+// seal puts the check sum of key and value before value.
+func seal(key string, value []byte) []byte {
+	sum := crc32.Update(crc32.Checksum([]byte(key), castagnoli), castagnoli, value)
+	return append(binary.BigEndian.AppendUint32(make([]byte, 0, 4+len(value)), sum), value...)
+}
+
+func unseal(table store.Table, key, sealed []byte) ([]byte, error) {
+	if len(sealed) < 4 {
+		return nil, fmt.Errorf("record %s of table %s is cut short", key, table)
+	}
+	value := sealed[4:]
+	if crc32.Update(crc32.Checksum(key, castagnoli), castagnoli, value) != binary.BigEndian.Uint32(sealed) {
+		return nil, fmt.Errorf("record %s of table %s has a wrong check sum", key, table)
+	}
+	return value, nil
+}
+
+// View implements store.Store.
+func (s *Store) View(ctx context.Context, fn func(store.Tx) error) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	return closedError(s.db.View(func(tx *bbolt.Tx) error { return fn(&transaction{tx: tx}) }))
+}
+
+// Update implements store.Store.
+func (s *Store) Update(ctx context.Context, fn func(store.Tx) error) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	own := &transaction{}
+	err := s.db.Update(func(tx *bbolt.Tx) error {
+		own.tx = tx
+		if err := fn(own); err != nil {
+			return err
+		}
+		if !own.wrote {
+			return errNothingWritten // spares the two disk writes of an empty commit
+		}
+		return nil
+	})
+	if errors.Is(err, errNothingWritten) {
+		return nil
+	}
+	if err != nil {
+		return closedError(err)
+	}
+	s.advance()
+	return nil
+}
+
+var errNothingWritten = errors.New("nothing written")
+
+func closedError(err error) error {
+	if errors.Is(err, bolterrors.ErrDatabaseNotOpen) {
+		return store.ErrClosed
+	}
+	return err
+}
+
+// advance wakes everyone in Wait.
+func (s *Store) advance() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.revision++
+	close(s.changed)
+	s.changed = make(chan struct{})
+}
+
+// Revision implements store.Store.
+func (s *Store) Revision() uint64 {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.revision
+}
+
+// Wait implements store.Store.
+func (s *Store) Wait(ctx context.Context, after uint64) (uint64, error) {
+	for {
+		s.mu.Lock()
+		revision, changed := s.revision, s.changed
+		s.mu.Unlock()
+		if revision > after {
+			return revision, nil
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return revision, ctx.Err()
+		case <-s.closed:
+			return revision, store.ErrClosed
+		}
+	}
+}
+
+// Close implements store.Store.
+func (s *Store) Close() error {
+	s.mu.Lock()
+	select {
+	case <-s.closed:
+		s.mu.Unlock()
+		return nil
+	default:
+		close(s.closed)
+	}
+	s.mu.Unlock()
+	if err := s.db.Close(); err != nil {
+		return fmt.Errorf("close the store: %w", err)
+	}
+	return nil
+}
+
+// transaction is a store.Tx on a bbolt transaction.
+type transaction struct {
+	tx    *bbolt.Tx
+	wrote bool
+}
+
+func (t *transaction) bucket(table store.Table) (*bbolt.Bucket, error) {
+	bucket := t.tx.Bucket([]byte(table))
+	if bucket == nil {
+		return nil, fmt.Errorf("the store has no table %q", table)
+	}
+	return bucket, nil
+}
+
+func (t *transaction) Get(table store.Table, key string) ([]byte, error) {
+	bucket, err := t.bucket(table)
+	if err != nil {
+		return nil, err
+	}
+	sealed := bucket.Get([]byte(key))
+	if sealed == nil {
+		return nil, store.ErrNotFound
+	}
+	return unseal(table, []byte(key), sealed)
+}
+
+func (t *transaction) Put(table store.Table, key string, value []byte) error {
+	bucket, err := t.bucket(table)
+	if err != nil {
+		return err
+	}
+	if err := bucket.Put([]byte(key), seal(key, value)); err != nil {
+		return fmt.Errorf("write %s %s to the store: %w", table, key, err)
+	}
+	t.wrote = true
+	return nil
+}
+
+func (t *transaction) Delete(table store.Table, key string) error {
+	bucket, err := t.bucket(table)
+	if err != nil {
+		return err
+	}
+	if err := bucket.Delete([]byte(key)); err != nil {
+		return fmt.Errorf("delete %s %s from the store: %w", table, key, err)
+	}
+	t.wrote = true
+	return nil
+}
+
+func (t *transaction) Scan(table store.Table, from string, fn func(string, []byte) error) error {
+	bucket, err := t.bucket(table)
+	if err != nil {
+		return err
+	}
+	cursor := bucket.Cursor()
+	for key, sealed := cursor.Seek([]byte(from)); key != nil; key, sealed = cursor.Next() {
+		value, err := unseal(table, key, sealed)
+		if err != nil {
+			return err
+		}
+		if err := fn(string(key), value); err != nil {
+			if errors.Is(err, store.ErrStop) {
+				return nil
+			}
+			return err
+		}
+	}
+	return nil
+}
+
+func (t *transaction) Sequence(table store.Table) (uint64, error) {
+	bucket, err := t.bucket(table)
+	if err != nil {
+		return 0, err
+	}
+	n, err := bucket.NextSequence()
+	if err != nil {
+		return 0, fmt.Errorf("number a record of %s: %w", table, err)
+	}
+	t.wrote = true
+	return n, nil
+}

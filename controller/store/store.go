@@ -1,0 +1,149 @@
+// Package store is where the controller keeps everything it may not forget.
+//
+// A Store is a set of tables of records, each a key and a value, changed in
+// transactions: a job, its operation and the event that tells of it change
+// together or not at all. What the values mean is the controller's business;
+// Get, Put and All read and write them as JSON.
+//
+// Every committed change moves the store's revision on, and Wait lets readers
+// sleep until it does; long polls, event streams and the reconciler hang on it.
+//
+// Implementations: bolt (one file, embedded). Each passes storetest.
+package store
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+)
+
+// Schema is the version of the tables and records below. A store that was
+// written by a newer schema is refused, never guessed at.
+const Schema = 1
+
+// Table names one kind of record.
+type Table string
+
+// The tables of schema 1.
+const (
+	Jobs        Table = "jobs"        // by job id
+	Operations  Table = "operations"  // by operation id
+	Checkpoints Table = "checkpoints" // by checkpoint id
+	Nodes       Table = "nodes"       // by node id
+	Events      Table = "events"      // by number, %016x
+	Tokens      Table = "tokens"      // join tokens, by the SHA-256 of the token
+	Cleanups    Table = "cleanups"    // tasks that nodes must still destroy, by node/job/index/run
+)
+
+// Tables are all tables, for implementations that make them ahead.
+func Tables() []Table {
+	return []Table{Jobs, Operations, Checkpoints, Nodes, Events, Tokens, Cleanups}
+}
+
+// ErrNotFound is what Tx.Get answers for a key that is not there.
+var ErrNotFound = errors.New("not found")
+
+// ErrClosed is what every method answers after Close.
+var ErrClosed = errors.New("the store is closed")
+
+// DamagedError says that a store's contents cannot be trusted.
+type DamagedError struct {
+	Where string // file or address of the store
+	What  string // what is wrong with it
+}
+
+func (e *DamagedError) Error() string {
+	return fmt.Sprintf("the store %s is damaged (%s): put back a copy of it, or move it away to start without its jobs", e.Where, e.What)
+}
+
+// Store keeps tables of records.
+//
+// Contract: all methods are safe for concurrent use. Transactions are
+// serializable: an Update sees every commit before it and nothing of those
+// after it. When Update returns nil, the change survives the end of the
+// process and of the machine; when it returns an error, nothing was changed.
+type Store interface {
+	// View calls fn with a read-only transaction: one consistent picture. The
+	// writing methods of its Tx fail. fn must not keep the Tx, and must not wait
+	// for an Update, which may itself be waiting for this View to end.
+	View(ctx context.Context, fn func(Tx) error) error
+
+	// Update calls fn with a transaction and commits what it wrote, unless fn
+	// fails: then nothing happened, and Update returns fn's error. fn may be
+	// called more than once when the store is shared, so it must not act on
+	// anything but its Tx. A transaction that wrote nothing does not move the
+	// revision.
+	Update(ctx context.Context, fn func(Tx) error) error
+
+	// Revision is the number of the newest commit. It grows by at least one
+	// with each; numbers of different Store values are not comparable.
+	Revision() uint64
+
+	// Wait returns the store's revision as soon as it is greater than after.
+	// It fails with the context's error or, once closed, with ErrClosed.
+	Wait(ctx context.Context, after uint64) (uint64, error)
+
+	// Close releases the store, after the transactions under way. It is
+	// idempotent.
+	Close() error
+}
+
+// Tx is one transaction. It is not safe for concurrent use, and byte slices it
+// returns are valid until the transaction ends.
+type Tx interface {
+	// Get returns the value under key, or ErrNotFound. It sees the writes of
+	// this transaction.
+	Get(table Table, key string) ([]byte, error)
+	// Put writes value under key, which must not be empty.
+	Put(table Table, key string, value []byte) error
+	// Delete removes key; one that is not there is no error.
+	Delete(table Table, key string) error
+	// Scan calls fn for each record whose key is at or after from, in the
+	// bytes' order of keys, until fn fails, and returns fn's error. ErrStop
+	// ends the scan without error. fn must not write to the table.
+	Scan(table Table, from string, fn func(key string, value []byte) error) error
+	// Sequence returns a number that no other transaction of this table ever
+	// got, greater than all before it. A transaction that fails gives its
+	// numbers back.
+	Sequence(table Table) (uint64, error)
+}
+
+// ErrStop ends a Scan early and is not returned by it.
+var ErrStop = errors.New("stop the scan")
+
+// Get decodes the record under key.
+func Get[T any](tx Tx, table Table, key string) (T, error) {
+	var record T
+	value, err := tx.Get(table, key)
+	if err != nil {
+		return record, err
+	}
+	if err := json.Unmarshal(value, &record); err != nil {
+		return record, fmt.Errorf("read %s %s from the store: %w", table, key, err)
+	}
+	return record, nil
+}
+
+// Put encodes a record under key.
+func Put[T any](tx Tx, table Table, key string, record T) error {
+	value, err := json.Marshal(record)
+	if err != nil {
+		return fmt.Errorf("write %s %s to the store: %w", table, key, err)
+	}
+	return tx.Put(table, key, value)
+}
+
+// All decodes every record of a table, in the order of keys.
+func All[T any](tx Tx, table Table) ([]T, error) {
+	var all []T
+	err := tx.Scan(table, "", func(key string, value []byte) error {
+		var record T
+		if err := json.Unmarshal(value, &record); err != nil {
+			return fmt.Errorf("read %s %s from the store: %w", table, key, err)
+		}
+		all = append(all, record)
+		return nil
+	})
+	return all, err
+}
