@@ -1,6 +1,7 @@
 package bolt_test
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -84,7 +85,7 @@ func TestRefusesATruncatedFileAtAnyLength(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for length := 1; length < len(whole); length += 4096*3 + 77 {
+	for length := 1; length < len(whole); length += 1 + length*2 {
 		name := filepath.Join(t.TempDir(), "controller.db")
 		if err := os.WriteFile(name, whole[:length], 0o600); err != nil {
 			t.Fatal(err)
@@ -122,6 +123,9 @@ func TestRefusesZeroedPagesWithoutPanic(t *testing.T) {
 	}
 	page := os.Getpagesize()
 	for at := 2 * page; at+page <= len(whole); at += page {
+		if bytes.Count(whole[at:at+page], []byte{0}) == page {
+			continue
+		}
 		name := filepath.Join(t.TempDir(), "controller.db")
 		bad := append([]byte(nil), whole...)
 		clear(bad[at : at+page])
