@@ -1,0 +1,247 @@
+package agent
+
+import (
+	"context"
+	"crypto/ed25519"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"dormouse/agent/criu"
+	"dormouse/agent/sandbox"
+	"dormouse/api/agentpb"
+	"dormouse/repository"
+)
+
+// Agent is the daemon of one node.
+type Agent struct {
+	config   Config
+	endpoint endpoint
+	log      *slog.Logger
+	lock     *os.File // flock on the state directory
+	lease    *lease
+	criu     *criu.Engine
+	criuErr  error // why there is no engine; tasks run, checkpoints are refused
+	boxes    *sandbox.Runtime
+	known    *repository.FileCache
+	spool    *spooler
+	lanes    *lanes
+	answers  *answers
+	client   agentpb.AgentServiceClient
+	life     context.Context // of Run
+	streams  sync.WaitGroup  // logs and execs under way
+
+	// fateMu keeps the freezing of all tasks at the end of a lease and their
+	// thawing by a welcome apart.
+	fateMu sync.Mutex
+
+	tasksMu sync.Mutex
+	tasks   map[string]*task
+
+	capturesMu sync.Mutex
+	captures   map[string]*capturing
+
+	sessionMu sync.Mutex
+	current   *session
+
+	repoMu     sync.Mutex
+	repo       *repository.Repository
+	repoConfig string
+	manifest   ed25519.PublicKey
+}
+
+// New prepares an agent: it checks the configuration, takes the lock of the
+// state directory and looks for CRIU. Close, or the end of Run, releases it.
+func New(config Config) (_ *Agent, err error) {
+	config, err = config.complete()
+	if err != nil {
+		return nil, err
+	}
+	a := &Agent{
+		config: config, log: config.Logger, life: context.Background(),
+		lanes: newLanes(), answers: newAnswers(),
+		tasks: map[string]*task{}, captures: map[string]*capturing{},
+	}
+	defer func() {
+		if err != nil {
+			a.Close()
+		}
+	}()
+	if a.endpoint, err = parseEndpoint(config.Join, config.ServerName); err != nil {
+		return nil, err
+	}
+	for _, dir := range []string{a.tasksDir(), a.workDir(""), a.pagesDir()} {
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return nil, fmt.Errorf("agent: state directory: %w", err)
+		}
+	}
+	if a.lock, err = lockState(config.State); err != nil {
+		return nil, err
+	}
+	if a.lease, err = openLease(config.State); err != nil {
+		return nil, err
+	}
+	if a.known, err = repository.OpenFileCache(filepath.Join(config.State, "files.cache")); err != nil {
+		return nil, err
+	}
+	a.boxes, err = sandbox.New(sandbox.Options{
+		Init: config.Init, Cgroup: config.Cgroup, Images: filepath.Join(config.State, "images"),
+		Hide: []string{config.State}, Log: a.log,
+	})
+	if err != nil {
+		return nil, err
+	}
+	if a.spool, err = newSpooler(config); err != nil {
+		return nil, err
+	}
+	return a, nil
+}
+
+// Close gives up what New took. Tasks live on.
+func (a *Agent) Close() error {
+	var errs []error
+	if a.repo != nil {
+		errs = append(errs, a.repo.Close())
+		a.repo = nil
+	}
+	if a.known != nil {
+		errs = append(errs, a.known.Close())
+		a.known = nil
+	}
+	if a.lock != nil {
+		errs = append(errs, a.lock.Close())
+		a.lock = nil
+	}
+	return errors.Join(errs...)
+}
+
+func (a *Agent) tasksDir() string { return filepath.Join(a.config.State, "tasks") }
+
+func (a *Agent) pagesDir() string { return filepath.Join(a.config.State, "pages") }
+
+// lockState keeps a second agent from the same state.
+func lockState(dir string) (*os.File, error) {
+	f, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		f.Close()
+		return nil, fmt.Errorf("agent: another agent runs on %s", dir)
+	}
+	return f, nil
+}
+
+// Run joins the controller if this node has not yet, finds its tasks again and
+// serves until ctx ends. Tasks live on when it returns.
+func (a *Agent) Run(ctx context.Context) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	a.life = ctx
+	if a.config.Virtual {
+		if err := raiseLoopback(); err != nil {
+			return err
+		}
+	}
+	a.criu, a.criuErr = criu.New(ctx, criu.Options{
+		Path: a.config.CRIU, Shim: a.config.Shim, Libexec: filepath.Join(a.config.State, "libexec"), Logger: a.log,
+	})
+	if a.criuErr != nil {
+		a.log.Warn("no checkpoints on this node", "error", a.criuErr)
+	}
+	if err := a.recover(ctx); err != nil {
+		return fmt.Errorf("find the tasks of an earlier agent: %w", err)
+	}
+	var leasing sync.WaitGroup
+	leasing.Go(func() { a.lease.watch(ctx, a.lapse) })
+	err := a.joinAndServe(ctx)
+	cancel()
+	leasing.Wait()
+	a.lanes.wait()
+	a.streams.Wait()
+	for _, t := range a.allTasks() {
+		t.unwatch()
+	}
+	return errors.Join(err, a.closeCaptures(), a.Close())
+}
+
+func (a *Agent) joinAndServe(ctx context.Context) error {
+	id, err := a.join(ctx)
+	if err != nil {
+		return err
+	}
+	return a.serve(ctx, id)
+}
+
+// lapse freezes every task: the lease has run out, and the controller may give
+// them to another node soon.
+func (a *Agent) lapse() {
+	a.fateMu.Lock()
+	defer a.fateMu.Unlock()
+	if !a.lease.hasLapsed() {
+		return // a welcome came first
+	}
+	a.log.Warn("the lease ran out: all tasks stand still")
+	a.holdAll(a.life)
+	a.endSession(errors.New("the lease ran out"))
+}
+
+func (a *Agent) holdAll(ctx context.Context) {
+	var freezing sync.WaitGroup
+	for _, t := range a.allTasks() {
+		freezing.Go(func() {
+			if r, _ := t.snapshot(); r.Stage == stageEnded || r.Stage == stageDestroyed {
+				return
+			}
+			if err := t.hold(ctx, holdLease); err != nil {
+				a.log.Error("cannot freeze a task without a lease", "task", t.id(), "error", err)
+			}
+		})
+	}
+	freezing.Wait()
+}
+
+// welcome does what the controller's first message says. asked is when the
+// agent said hello.
+func (a *Agent) welcome(ctx context.Context, w *agentpb.Welcome, asked time.Duration) error {
+	if err := a.openRepository(ctx, w.GetRepository(), w.GetManifestKey()); err != nil {
+		return err
+	}
+	a.fateMu.Lock()
+	defer a.fateMu.Unlock()
+	for _, ref := range w.GetDestroy() {
+		a.lanes.run(taskID(ref), func() {
+			if err := a.destroy(a.life, ref, true); err != nil {
+				a.log.Error("cannot destroy a task", "task", taskID(ref), "error", err)
+			}
+		})
+	}
+	if err := a.lease.grant(time.Duration(w.GetLeaseMs())*time.Millisecond, asked); err != nil {
+		return err
+	}
+	for _, ref := range w.GetKeep() {
+		t, err := a.find(ref)
+		if err != nil {
+			continue
+		}
+		if err := t.release(ctx, holdLease); err != nil {
+			a.log.Error("cannot let a task go on", "task", t.id(), "error", err)
+		}
+	}
+	return nil
+}
+
+// reportTasks tells of what changed between the hello and the session's start.
+func (a *Agent) reportTasks() {
+	for _, t := range a.allTasks() {
+		if r, _ := t.snapshot(); r.Stage == stageEnded {
+			a.report(t)
+		}
+	}
+}

@@ -1,0 +1,483 @@
+package agent
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"sync"
+	"syscall"
+	"time"
+
+	"dormouse/agent/capture"
+	"dormouse/agent/criu"
+	"dormouse/agent/sandbox"
+	"dormouse/api"
+	"dormouse/api/agentpb"
+	"dormouse/internal/failpoint"
+	"dormouse/repository"
+)
+
+// drain is how long a frozen task's TCP segments get to arrive and be
+// acknowledged, which the kernel does without the task.
+const drain = 20 * time.Millisecond
+
+// Files of a capture's spool directory.
+const (
+	captureFile = "capture.json" // captured: written when all below is complete
+	imagesDir   = "images"       // CRIU's
+	upperIndex  = "upper.index"
+	closeIndex  = "closure.index"
+)
+
+// The trees of a part.
+const (
+	upperTree   = "upper"
+	closureTree = "closure"
+)
+
+// captured is what must be known of a complete capture to store it.
+type captured struct {
+	Checkpoint string           `json:"checkpoint"`
+	Job        string           `json:"job"`
+	Index      int32            `json:"index"`
+	Frozen     time.Time        `json:"frozen"`
+	Steps      api.CaptureSteps `json:"steps"`
+	CRIU       criu.Version     `json:"criu"`
+}
+
+// capturing is one checkpoint of one task, from its pre-flight to its discard.
+type capturing struct {
+	key   string // of Agent.captures
+	spool *spoolDir
+	work  string // CRIU's log and notes; on disk, for an agent that comes after a crash
+
+	// mu serialises the steps that run on different lanes: storing, discarding
+	// and aborting.
+	mu        sync.Mutex
+	part      *repository.PartWriter
+	upper     *capture.Upper
+	sockets   bool // the task has TCP connections
+	begun     time.Time
+	frozen    bool
+	complete  bool
+	result    captured
+	discarded bool
+}
+
+func captureKey(ref *agentpb.TaskRef, checkpoint string) string {
+	return fmt.Sprintf("%s-%d", checkpoint, ref.GetIndex())
+}
+
+func (a *Agent) findCapture(ref *agentpb.TaskRef, checkpoint string) *capturing {
+	a.capturesMu.Lock()
+	defer a.capturesMu.Unlock()
+	return a.captures[captureKey(ref, checkpoint)]
+}
+
+func (c *capturing) images() string { return filepath.Join(c.spool.path, imagesDir) }
+
+// preflight names what keeps the task from being checkpointed, makes room for
+// the images and copies ahead what can be.
+func (a *Agent) preflight(ctx context.Context, ref *agentpb.TaskRef, checkpoint string, progress func(float64, string)) (*agentpb.PreflightResult, error) {
+	t, err := a.find(ref)
+	if err != nil {
+		return nil, err
+	}
+	box, err := t.live()
+	if err != nil {
+		return nil, err
+	}
+	if a.criuErr != nil {
+		return nil, a.criuErr
+	}
+	if err := a.discard(ref, checkpoint); err != nil { // of an earlier attempt
+		return nil, err
+	}
+	report, err := a.criu.Preflight(ctx, criu.PreflightRequest{
+		Pid: box.Pid(), Cgroup: box.CgroupPath(), ExternalMounts: dumpMounts(box),
+	})
+	if err != nil {
+		return nil, err
+	}
+	result := &agentpb.PreflightResult{EstimatedBytes: report.ImageBytes}
+	for _, r := range report.Refusals {
+		result.Refusals = append(result.Refusals, r.String())
+	}
+	if len(result.Refusals) > 0 {
+		return result, nil
+	}
+	progress(0, "copying files ahead")
+	bytes, err := a.prepare(ctx, t, box, checkpoint, report)
+	result.EstimatedBytes += bytes
+	if errors.Is(err, errNoRoom) {
+		result.Refusals = append(result.Refusals, err.Error())
+		return result, nil
+	}
+	failpoint.Hit("agent.preflight.done")
+	return result, err
+}
+
+// prepare opens the spool and the part and copies files ahead. It returns how
+// many bytes of files the capture has to copy.
+func (a *Agent) prepare(ctx context.Context, t *task, box *sandbox.Sandbox, checkpoint string, report *criu.PreflightReport) (_ int64, err error) {
+	r, _ := t.snapshot()
+	key := captureKey(r.ref(), checkpoint)
+	c := &capturing{key: key, work: a.workDir(key)}
+	c.sockets = len(report.Connections) > 0
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, c.close())
+		}
+	}()
+	if c.part, err = a.newPart(ctx, &r, time.Time{}, nil); err != nil {
+		return 0, err
+	}
+	view, err := look(box)
+	if err != nil {
+		return 0, err
+	}
+	files, err := capture.Estimate(ctx, box.UpperDir(), c.part.Unchanged, view.Shared)
+	if err != nil {
+		return 0, err
+	}
+	if c.spool, err = a.spool.open(c.key, "the checkpoint", report.ImageBytes+files+slack); err != nil {
+		return files, err
+	}
+	for _, dir := range []string{c.images(), c.work} {
+		if err := os.Mkdir(dir, 0o700); err != nil {
+			return files, err
+		}
+	}
+	if c.upper, err = capture.NewUpper(box.UpperDir(), c.spool.path, c.part.Unchanged, sandbox.KeepXattr); err != nil {
+		return files, err
+	}
+	if err := c.upper.PreCopy(ctx, view.Shared); err != nil {
+		return files, spaceError(err, c.spool)
+	}
+	a.capturesMu.Lock()
+	defer a.capturesMu.Unlock()
+	a.captures[c.key] = c
+	return files, nil
+}
+
+// slack is room for the images that describe processes, beside their memory.
+const slack = 16 << 20
+
+func look(box *sandbox.Sandbox) (*capture.View, error) {
+	pids, err := box.Pids()
+	if err != nil {
+		return nil, err
+	}
+	return capture.Look(box.Pid(), pids, box.UpperDir())
+}
+
+func dumpMounts(box *sandbox.Sandbox) []criu.DumpMount {
+	var mounts []criu.DumpMount
+	for _, e := range box.External() {
+		mounts = append(mounts, criu.DumpMount{Key: e.Key, Mountpoint: e.Mountpoint})
+	}
+	return mounts
+}
+
+func (a *Agent) newPart(ctx context.Context, r *record, captured time.Time, progress func(int64)) (*repository.PartWriter, error) {
+	repo, err := a.repository()
+	if err != nil {
+		return nil, err
+	}
+	return repo.NewPart(ctx, repository.PartOptions{
+		Holder:    fmt.Sprintf("node %s job %s task %d", a.config.Node, r.Job, r.Index),
+		PageCache: a.pageCache(r), FileCache: a.known, Captured: captured, Progress: progress,
+	})
+}
+
+// pageCache names the table of a task's pages in its newest checkpoint. It is
+// the task's for all its runs.
+func (a *Agent) pageCache(r *record) string {
+	return filepath.Join(a.pagesDir(), fmt.Sprintf("%s-%d", r.Job, r.Index))
+}
+
+// freeze stops the task. Its failure leaves the task running.
+func (a *Agent) freeze(ctx context.Context, ref *agentpb.TaskRef, checkpoint string) (err error) {
+	t, err := a.find(ref)
+	if err != nil {
+		return err
+	}
+	box, err := t.live()
+	if err != nil {
+		return err
+	}
+	c := a.findCapture(ref, checkpoint)
+	if c == nil {
+		return retry{fmt.Errorf("checkpoint %s was not prepared on this node, or the agent was restarted since", checkpoint)}
+	}
+	if c.frozen {
+		return nil
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, a.goOn(t))
+		}
+	}()
+	err = t.update(func(r *record) { r.Checkpoint, r.Work = checkpoint, c.work })
+	if err != nil {
+		return err
+	}
+	if err := box.Quiesce(ctx); err != nil {
+		return retry{fmt.Errorf("close the task's connections to the agent: %w", err)}
+	}
+	c.begun = time.Now()
+	if err := t.hold(ctx, holdCheckpoint); err != nil {
+		return err
+	}
+	if c.sockets {
+		select {
+		case <-time.After(drain):
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+	c.frozen = true
+	c.result.Frozen = c.begun
+	c.result.Steps.FreezeMS = milliseconds(time.Since(c.begun))
+	failpoint.Hit("agent.freeze.frozen")
+	return nil
+}
+
+// goOn lets a task run that was stopped for a checkpoint. It does so also when
+// the agent is being stopped.
+func (a *Agent) goOn(t *task) error {
+	ctx := context.WithoutCancel(a.life)
+	if err := t.release(ctx, holdCheckpoint); err != nil {
+		return err
+	}
+	r, box := t.snapshot()
+	if r.Checkpoint != "" {
+		if err := t.update(func(r *record) { r.Checkpoint, r.Work = "", "" }); err != nil {
+			return err
+		}
+	}
+	if box == nil || r.Stage != stageRunning || len(r.Holds) > 0 {
+		return nil
+	}
+	return box.Unquiesce(ctx)
+}
+
+// capture dumps the frozen task. The task stays frozen, unless that fails.
+func (a *Agent) capture(ctx context.Context, ref *agentpb.TaskRef, checkpoint string) (_ *agentpb.CaptureResult, err error) {
+	t, err := a.find(ref)
+	if err != nil {
+		return nil, err
+	}
+	box, err := t.live()
+	if err != nil {
+		return nil, err
+	}
+	c := a.findCapture(ref, checkpoint)
+	if c == nil || !c.frozen {
+		return nil, retry{fmt.Errorf("the task is not frozen for checkpoint %s: the agent was restarted since", checkpoint)}
+	}
+	if !c.complete {
+		if err := a.dump(ctx, t, box, c, checkpoint); err != nil {
+			return nil, errors.Join(err, a.abort(t, c))
+		}
+	}
+	steps, err := json.Marshal(c.result.Steps)
+	return &agentpb.CaptureResult{Steps: steps}, err
+}
+
+func (a *Agent) dump(ctx context.Context, t *task, box *sandbox.Sandbox, c *capturing, checkpoint string) error {
+	failpoint.Hit("agent.capture.dumping")
+	begun := time.Now()
+	var files time.Duration
+	var filesErr error
+	result, err := a.criu.Dump(ctx, criu.DumpRequest{
+		Pid: box.Pid(), ImagesDir: c.images(), WorkDir: c.work, LeaveRunning: true,
+		FreezeCgroup: box.CgroupPath(), ExternalMounts: dumpMounts(box), ExternalNetNS: true,
+		Notify: func(ctx context.Context, event criu.Event, _ int) error {
+			if event != criu.EventPostDump {
+				return nil
+			}
+			// CRIU has made links to deleted but still linked files by now, and
+			// removes them when it goes on: this is the one instant at which the
+			// files are as the images need them.
+			start := time.Now()
+			filesErr = captureFiles(ctx, box, c)
+			files = time.Since(start)
+			return filesErr
+		},
+	})
+	if filesErr != nil {
+		return spaceError(filesErr, c.spool)
+	}
+	if err != nil {
+		return dumpError(err, c.spool)
+	}
+	failpoint.Hit("agent.capture.files")
+	r, _ := t.snapshot()
+	if err := c.finish(&r, checkpoint, a.config.Node, result, time.Since(begun)-files, files); err != nil {
+		return spaceError(err, c.spool)
+	}
+	failpoint.Hit("agent.capture.dumped")
+	return nil
+}
+
+// captureFiles takes the files of a task that stands still.
+func captureFiles(ctx context.Context, box *sandbox.Sandbox, c *capturing) error {
+	view, err := look(box)
+	if err != nil {
+		return err
+	}
+	upper, err := c.upper.Finish(ctx, view.Shared)
+	if err != nil {
+		return err
+	}
+	closure, err := capture.Closure(ctx, box.LowerDir(), box.UpperDir(), view.Paths)
+	if err != nil {
+		return err
+	}
+	if err := upper.Save(c.spool.path, upperIndex); err != nil {
+		return err
+	}
+	c.result.Steps.SizeBytes = upper.Size() + closure.Size()
+	return closure.Save(c.spool.path, closeIndex)
+}
+
+// finish notes that all of the capture is there.
+func (c *capturing) finish(r *record, checkpoint, node string, dump *criu.DumpResult, dumping, files time.Duration) error {
+	k := &c.result
+	k.Checkpoint, k.Job, k.Index, k.CRIU = checkpoint, r.Job, r.Index, dump.Version
+	k.Steps.Task, k.Steps.Node = int(r.Index), node
+	k.Steps.DumpMS, k.Steps.FilesMS = milliseconds(dumping), milliseconds(files)
+	k.Steps.FrozenMS, k.Steps.MemDumpMS = milliseconds(dump.Stats.Frozen), milliseconds(dump.Stats.MemDump)
+	k.Steps.PagesWritten = int64(dump.Stats.PagesWritten + dump.Stats.SharedPagesWritten)
+	k.Steps.SizeBytes += dump.Bytes
+	if err := c.save(); err != nil {
+		return err
+	}
+	c.complete = true
+	return nil
+}
+
+// save writes what finish noted. The task stands still and the contents are
+// not synced either, so neither is this.
+func (c *capturing) save() error {
+	return writeJSONQuickly(filepath.Join(c.spool.path, captureFile), &c.result)
+}
+
+// thaw lets the task go on; with abort, what was captured is thrown away.
+func (a *Agent) thaw(_ context.Context, ref *agentpb.TaskRef, checkpoint string, abort bool) error {
+	c := a.findCapture(ref, checkpoint)
+	t, err := a.find(ref)
+	if err == nil {
+		failpoint.Hit("agent.thaw.before")
+		if r, _ := t.snapshot(); r.Checkpoint == checkpoint {
+			if err := a.goOn(t); err != nil {
+				return err
+			}
+		}
+		failpoint.Hit("agent.thaw.after")
+	}
+	if abort {
+		return a.discard(ref, checkpoint)
+	}
+	if c == nil || !c.complete {
+		return nil
+	}
+	if c.result.Steps.PauseMS == 0 && !c.begun.IsZero() {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		c.result.Steps.PauseMS = milliseconds(time.Since(c.begun))
+		return c.save()
+	}
+	return nil
+}
+
+// abort undoes a capture that failed: the task goes on.
+func (a *Agent) abort(t *task, c *capturing) error {
+	err := a.goOn(t)
+	return errors.Join(err, a.dropCapture(c))
+}
+
+// discard forgets the local files of a checkpoint, and with them the
+// protection of its chunks from garbage collection.
+func (a *Agent) discard(ref *agentpb.TaskRef, checkpoint string) error {
+	c := a.findCapture(ref, checkpoint)
+	if c == nil {
+		return nil
+	}
+	return a.dropCapture(c)
+}
+
+func (a *Agent) dropCapture(c *capturing) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.discarded = true
+	if err := c.close(); err != nil {
+		return err
+	}
+	a.capturesMu.Lock()
+	defer a.capturesMu.Unlock()
+	if a.captures[c.key] == c {
+		delete(a.captures, c.key)
+	}
+	return nil
+}
+
+// close gives up what the capture holds.
+func (c *capturing) close() error {
+	var errs []error
+	if c.part != nil {
+		errs = append(errs, c.part.Close())
+		c.part = nil
+	}
+	if c.spool != nil {
+		errs = append(errs, c.spool.close())
+	}
+	if c.work != "" {
+		errs = append(errs, os.RemoveAll(c.work))
+	}
+	return errors.Join(errs...)
+}
+
+// closeCaptures ends the captures of an agent that is being stopped. Complete
+// ones on disk stay for the next agent.
+func (a *Agent) closeCaptures() error {
+	a.capturesMu.Lock()
+	defer a.capturesMu.Unlock()
+	var errs []error
+	for _, c := range a.captures {
+		if c.complete && !c.spool.inMemory {
+			if c.part != nil {
+				errs = append(errs, c.part.Close())
+			}
+			continue
+		}
+		errs = append(errs, c.close())
+	}
+	clear(a.captures)
+	return errors.Join(errs...)
+}
+
+// dumpError makes CRIU's error one for the controller.
+func dumpError(err error, spool *spoolDir) error {
+	if errors.Is(err, criu.ErrNoSpace) {
+		return noSpace(err, spool)
+	}
+	return err
+}
+
+func spaceError(err error, spool *spoolDir) error {
+	if errors.Is(err, syscall.ENOSPC) {
+		return noSpace(err, spool)
+	}
+	return err
+}
+
+func noSpace(err error, spool *spoolDir) error {
+	return fmt.Errorf("%s ran out of space while the checkpoint was captured; the job goes on: %w", filepath.Dir(spool.path), err)
+}
+
+func milliseconds(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }

@@ -1,0 +1,45 @@
+// Package agent is the daemon of a node. It holds one stream to the controller,
+// does what the commands on it say, and keeps tasks alive across its own
+// restarts and upgrades.
+//
+// # Layers
+//
+//	agent            the daemon: session, lease, lanes of commands, state of tasks
+//	agent/sandbox    namespaces, cgroups, root file system, exec, logs of one task
+//	agent/criu       one dump or restore
+//	agent/capture    the files of one task
+//	repository       where what was captured is stored
+//
+// # The life of a task here
+//
+// Every step is written to the task's state file before it is taken:
+//
+//	starting  -> running -> ended -> destroyed (only logs are left) -> forgotten
+//	restoring ->
+//
+// An agent that finds a task starting or restoring when it comes up undoes it:
+// the controller repeats the command. One that finds it running takes it over.
+//
+// # The life of a checkpoint here
+//
+//	Preflight  what cannot be captured is named; room is made in the spool;
+//	           files are copied ahead
+//	Freeze     connections to pid 1 are closed, the cgroup is frozen
+//	Capture    CRIU dumps into the spool; at its end the files follow
+//	Thaw       the task goes on
+//	Upload     the spool is stored, beside the running task
+//	Discard    the spool is removed
+//
+// From Freeze to Thaw the state file names the checkpoint. An agent that comes
+// up and finds it there either holds the complete capture, and then keeps the
+// task frozen until the controller decides, or rolls back: it waits for what
+// CRIU left to undo itself and thaws the task.
+//
+// # The lease
+//
+// Without an acknowledged heartbeat for the term of the lease all tasks are
+// frozen, because the controller may start them elsewhere afterwards. They are
+// thawed only when the controller has said, in its welcome, that they are still
+// ours. A task is frozen as long as there is any reason for it: the lease and a
+// checkpoint are two.
+package agent

@@ -1,0 +1,657 @@
+package agent
+
+import (
+	"bytes"
+	"context"
+	"crypto/ed25519"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/json"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/big"
+	"net"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/status"
+
+	"dormouse/agent/criu"
+	"dormouse/api"
+	"dormouse/api/agentpb"
+	"dormouse/repository"
+	"dormouse/repository/backend/local"
+)
+
+// agentConfigVariable makes the test binary an agent with the configuration
+// file that it names.
+const agentConfigVariable = "DORMOUSE_TEST_AGENT"
+
+// tools are the programs that agents under test use.
+var tools struct{ dir, init, shim, why string }
+
+func TestMain(m *testing.M) {
+	if path := os.Getenv(agentConfigVariable); path != "" {
+		if err := runAgent(path); err != nil {
+			fmt.Fprintln(os.Stderr, "agent:", err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
+	if err := buildTools(); err != nil {
+		tools.why = err.Error()
+	}
+	code := m.Run()
+	os.RemoveAll(tools.dir)
+	os.Exit(code)
+}
+
+func runAgent(path string) error {
+	config, err := LoadConfig(path)
+	if err != nil {
+		return err
+	}
+	config.Logger = slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelDebug}))
+	a, err := New(config)
+	if err != nil {
+		return err
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
+	defer stop()
+	return a.Run(ctx)
+}
+
+func buildTools() error {
+	if os.Geteuid() != 0 {
+		return errors.New("these tests need root")
+	}
+	var err error
+	if tools.dir, err = os.MkdirTemp("", "dormouse-agent-tools"); err != nil {
+		return err
+	}
+	tools.init = filepath.Join(tools.dir, "dormouse-init")
+	build := exec.Command("go", "build", "-o", tools.init, "dormouse/cmd/dormouse-init")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		return fmt.Errorf("build dormouse-init: %v: %s", err, out)
+	}
+	tools.shim = filepath.Join(tools.dir, "libdormouse-criu.so")
+	if out, err := exec.Command("gcc", "-shared", "-fPIC", "-O2", "-o", tools.shim, "criu/shim/prlimit.c").CombinedOutput(); err != nil {
+		return fmt.Errorf("build the preload library: %v: %s", err, out)
+	}
+	engine, err := criu.New(context.Background(), criu.Options{Shim: tools.shim, Libexec: filepath.Join(tools.dir, "libexec")})
+	if err != nil {
+		return err
+	}
+	_ = engine
+	return nil
+}
+
+// needTools skips a test where sandboxes cannot be made; under CI that is a
+// failure.
+func needTools(t *testing.T) {
+	t.Helper()
+	if tools.why == "" {
+		return
+	}
+	if os.Getenv("CI") == "true" {
+		t.Fatal(tools.why)
+	}
+	t.Skip(tools.why)
+}
+
+// controller is a small one that speaks the real protocol.
+type controller struct {
+	agentpb.UnimplementedAgentServiceServer
+	t      *testing.T
+	dir    string
+	repo   *repository.Repository
+	signer repository.Signer
+	verify *repository.Verifier
+	public ed25519.PublicKey
+	server *grpc.Server
+	ca     *x509.Certificate
+	caKey  ed25519.PrivateKey
+	lease  time.Duration
+
+	mu      sync.Mutex
+	nodes   map[string]*connection
+	changed chan struct{} // closed and replaced at each change
+	replies map[string]*agentpb.Reply
+	events  []*agentpb.TaskState
+	streams map[string]chan agentpb.AgentService_AttachServer
+	deaf    bool // heartbeats are not acknowledged
+	destroy []*agentpb.TaskRef
+	next    int
+}
+
+// connection is one agent's stream.
+type connection struct {
+	hello  *agentpb.Hello
+	stream agentpb.AgentService_ConnectServer
+	sendMu sync.Mutex
+	cancel context.CancelFunc
+}
+
+func newController(t *testing.T) *controller {
+	t.Helper()
+	needTools(t)
+	dir, err := os.MkdirTemp("", "dm") // sockets need short paths
+	must(t, err)
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	c := &controller{
+		t: t, dir: dir, lease: 30 * time.Second, nodes: map[string]*connection{}, changed: make(chan struct{}),
+		replies: map[string]*agentpb.Reply{}, streams: map[string]chan agentpb.AgentService_AttachServer{},
+	}
+	c.openRepository()
+	c.listen()
+	return c
+}
+
+func (c *controller) openRepository() {
+	path := filepath.Join(c.dir, "repository")
+	backend, err := local.Open(path)
+	must(c.t, err)
+	must(c.t, repository.Init(c.t.Context(), backend))
+	c.repo, err = repository.Open(c.t.Context(), backend, repository.Options{CacheDir: filepath.Join(c.dir, "cache")})
+	must(c.t, err)
+	c.t.Cleanup(func() { c.repo.Close() })
+	public, private, err := ed25519.GenerateKey(rand.Reader)
+	must(c.t, err)
+	c.public = public
+	c.signer, c.verify = repository.NewSigner(private), repository.NewVerifier(public)
+}
+
+func (c *controller) listen() {
+	public, private, err := ed25519.GenerateKey(rand.Reader)
+	must(c.t, err)
+	c.caKey = private
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "test CA"}, IsCA: true, BasicConstraintsValid: true,
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour), KeyUsage: x509.KeyUsageCertSign,
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, public, private)
+	must(c.t, err)
+	c.ca, err = x509.ParseCertificate(der)
+	must(c.t, err)
+	must(c.t, os.WriteFile(filepath.Join(c.dir, "ca.pem"), pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), 0o600))
+
+	serverPublic, serverKey, err := ed25519.GenerateKey(rand.Reader)
+	must(c.t, err)
+	pool := x509.NewCertPool()
+	pool.AddCert(c.ca)
+	config := &tls.Config{
+		Certificates: []tls.Certificate{{Certificate: [][]byte{c.certify("dormouse", serverPublic)}, PrivateKey: serverKey}},
+		ClientAuth:   tls.VerifyClientCertIfGiven, ClientCAs: pool,
+	}
+	listener, err := net.Listen("unix", c.socket())
+	must(c.t, err)
+	c.server = grpc.NewServer(grpc.Creds(credentials.NewTLS(config)))
+	agentpb.RegisterAgentServiceServer(c.server, c)
+	go c.server.Serve(listener)
+	c.t.Cleanup(c.server.Stop)
+}
+
+func (c *controller) socket() string { return filepath.Join(c.dir, "s") }
+
+func (c *controller) certify(name string, key any) []byte {
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(time.Now().UnixNano()), Subject: pkix.Name{CommonName: name}, DNSNames: []string{name},
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
+		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, c.ca, key, c.caKey)
+	must(c.t, err)
+	return der
+}
+
+func (c *controller) Join(_ context.Context, r *agentpb.JoinRequest) (*agentpb.JoinResponse, error) {
+	if r.GetToken() != "open sesame" {
+		return nil, status.Error(codes.Unauthenticated, "the join token is wrong")
+	}
+	csr, err := x509.ParseCertificateRequest(r.GetCsr())
+	if err != nil {
+		return nil, err
+	}
+	return &agentpb.JoinResponse{Certificate: c.certify(r.GetNode(), csr.PublicKey), Ca: c.ca.Raw, NodeId: r.GetNode()}, nil
+}
+
+func (c *controller) Connect(stream agentpb.AgentService_ConnectServer) error {
+	first, err := stream.Recv()
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithCancel(stream.Context())
+	defer cancel()
+	n := &connection{hello: first.GetHello(), stream: stream, cancel: cancel}
+	c.mu.Lock()
+	welcome := &agentpb.Welcome{
+		NodeId: n.hello.GetNode(), HeartbeatMs: 100, LeaseMs: c.lease.Milliseconds(), ManifestKey: c.public, Destroy: c.destroy,
+		Repository: fmt.Appendf(nil, `{"backend":"local","path":%q}`, filepath.Join(c.dir, "repository")),
+	}
+	for _, task := range n.hello.GetTasks() {
+		if !contains(c.destroy, task.GetTask()) {
+			welcome.Keep = append(welcome.Keep, task.GetTask())
+		}
+	}
+	c.mu.Unlock()
+	if err := n.send(&agentpb.ToAgent{Body: &agentpb.ToAgent_Welcome{Welcome: welcome}}); err != nil {
+		return err
+	}
+	c.change(func() { c.nodes[n.hello.GetNode()] = n })
+	defer c.change(func() {
+		if c.nodes[n.hello.GetNode()] == n {
+			delete(c.nodes, n.hello.GetNode())
+		}
+	})
+	received := make(chan error, 1)
+	go func() { received <- c.receive(n) }()
+	select {
+	case err := <-received:
+		return err
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+func (c *controller) receive(n *connection) error {
+	for {
+		message, err := n.stream.Recv()
+		if err != nil {
+			return err
+		}
+		switch body := message.GetBody().(type) {
+		case *agentpb.FromAgent_Heartbeat:
+			c.mu.Lock()
+			deaf := c.deaf
+			c.mu.Unlock()
+			if !deaf {
+				n.send(&agentpb.ToAgent{Body: &agentpb.ToAgent_HeartbeatAck{HeartbeatAck: &agentpb.HeartbeatAck{Seq: body.Heartbeat.GetSeq()}}})
+			}
+		case *agentpb.FromAgent_Reply:
+			c.change(func() { c.replies[body.Reply.GetId()] = body.Reply })
+		case *agentpb.FromAgent_TaskEvent:
+			c.change(func() { c.events = append(c.events, body.TaskEvent.GetState()) })
+		}
+	}
+}
+
+func (n *connection) send(m *agentpb.ToAgent) error {
+	n.sendMu.Lock()
+	defer n.sendMu.Unlock()
+	return n.stream.Send(m)
+}
+
+func (c *controller) Attach(stream agentpb.AgentService_AttachServer) error {
+	first, err := stream.Recv()
+	if err != nil {
+		return err
+	}
+	c.mu.Lock()
+	waiting := c.streams[first.GetStream()]
+	c.mu.Unlock()
+	if waiting == nil {
+		return status.Error(codes.NotFound, "nobody asked for this stream")
+	}
+	done := make(chan struct{})
+	waiting <- attached{stream, done}
+	<-done
+	return nil
+}
+
+type attached struct {
+	agentpb.AgentService_AttachServer
+	done chan struct{}
+}
+
+// change runs f and wakes those who wait for something.
+func (c *controller) change(f func()) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	f()
+	close(c.changed)
+	c.changed = make(chan struct{})
+}
+
+// await waits until f, called under the lock, says true.
+func (c *controller) await(what string, f func() bool) {
+	c.t.Helper()
+	timeout := time.After(60 * time.Second)
+	for {
+		c.mu.Lock()
+		ok, changed := f(), c.changed
+		c.mu.Unlock()
+		if ok {
+			return
+		}
+		select {
+		case <-changed:
+		case <-timeout:
+			c.t.Fatalf("waited in vain for %s", what)
+		}
+	}
+}
+
+// do sends a command, again after each reconnection, and returns its reply.
+func (c *controller) do(node string, ref *agentpb.TaskRef, body any) *agentpb.Reply {
+	c.t.Helper()
+	c.mu.Lock()
+	c.next++
+	command := &agentpb.Command{Id: fmt.Sprintf("c%d", c.next), Task: ref}
+	c.mu.Unlock()
+	switch b := body.(type) {
+	case *agentpb.StartTask:
+		command.Body = &agentpb.Command_Start{Start: b}
+	case *agentpb.Preflight:
+		command.Body = &agentpb.Command_Preflight{Preflight: b}
+	case *agentpb.Freeze:
+		command.Body = &agentpb.Command_Freeze{Freeze: b}
+	case *agentpb.Capture:
+		command.Body = &agentpb.Command_Capture{Capture: b}
+	case *agentpb.Thaw:
+		command.Body = &agentpb.Command_Thaw{Thaw: b}
+	case *agentpb.Upload:
+		command.Body = &agentpb.Command_Upload{Upload: b}
+	case *agentpb.Discard:
+		command.Body = &agentpb.Command_Discard{Discard: b}
+	case *agentpb.RestoreTask:
+		command.Body = &agentpb.Command_Restore{Restore: b}
+	case *agentpb.SignalTask:
+		command.Body = &agentpb.Command_Signal{Signal: b}
+	case *agentpb.DestroyTask:
+		command.Body = &agentpb.Command_Destroy{Destroy: b}
+	case *agentpb.OpenStream:
+		command.Body = &agentpb.Command_OpenStream{OpenStream: b}
+	default:
+		c.t.Fatalf("no command %T", body)
+	}
+	var reply *agentpb.Reply
+	var told *connection
+	c.await(fmt.Sprintf("the answer to %T", body), func() bool {
+		if reply = c.replies[command.GetId()]; reply != nil {
+			return true
+		}
+		if n := c.nodes[node]; n != nil && n != told {
+			told = n
+			n.send(&agentpb.ToAgent{Body: &agentpb.ToAgent_Command{Command: command}})
+		}
+		return false
+	})
+	return reply
+}
+
+// must do is do for a command that may not fail.
+func (c *controller) mustDo(node string, ref *agentpb.TaskRef, body any) *agentpb.Reply {
+	c.t.Helper()
+	reply := c.do(node, ref, body)
+	if f := reply.GetFailure(); f != nil {
+		c.t.Fatalf("%T on %s failed: %s", body, node, f.GetMessage())
+	}
+	return reply
+}
+
+// logs reads a task's stdout.
+func (c *controller) logs(node string, ref *agentpb.TaskRef, follow bool) string {
+	c.t.Helper()
+	var out bytes.Buffer
+	c.stream(node, ref, &agentpb.OpenStream{Kind: &agentpb.OpenStream_Logs{Logs: &agentpb.Logs{Follow: follow}}}, func(f *agentpb.Frame) {
+		out.Write(f.GetStdout())
+		if f.GetError() != "" {
+			c.t.Errorf("logs of %s: %s", taskID(ref), f.GetError())
+		}
+	})
+	return out.String()
+}
+
+// stream opens a stream and hands on its frames until it ends.
+func (c *controller) stream(node string, ref *agentpb.TaskRef, open *agentpb.OpenStream, each func(*agentpb.Frame), send ...*agentpb.Frame) {
+	c.t.Helper()
+	waiting := make(chan agentpb.AgentService_AttachServer, 1)
+	c.mu.Lock()
+	c.next++
+	open.Stream = fmt.Sprintf("s%d", c.next)
+	c.streams[open.Stream] = waiting
+	c.mu.Unlock()
+	c.mustDo(node, ref, open)
+	var s attached
+	select {
+	case stream := <-waiting:
+		s = stream.(attached)
+	case <-time.After(20 * time.Second):
+		c.t.Fatal("the agent did not attach")
+	}
+	defer close(s.done)
+	for _, frame := range send {
+		must(c.t, s.Send(frame))
+	}
+	for {
+		frame, err := s.Recv()
+		if err != nil {
+			return
+		}
+		each(frame)
+	}
+}
+
+// checkpoint takes a checkpoint and makes it durable.
+func (c *controller) checkpoint(node string, ref *agentpb.TaskRef, id string) api.CaptureSteps {
+	c.t.Helper()
+	c.captureTask(node, ref, id)
+	c.mustDo(node, ref, &agentpb.Thaw{Checkpoint: id})
+	return c.store(node, ref, id)
+}
+
+func (c *controller) captureTask(node string, ref *agentpb.TaskRef, id string) {
+	c.t.Helper()
+	found := c.mustDo(node, ref, &agentpb.Preflight{Checkpoint: id}).GetPreflight()
+	if len(found.GetRefusals()) > 0 {
+		c.t.Fatalf("the checkpoint was refused: %q", found.GetRefusals())
+	}
+	c.mustDo(node, ref, &agentpb.Freeze{Checkpoint: id})
+	c.mustDo(node, ref, &agentpb.Capture{Checkpoint: id})
+}
+
+func (c *controller) store(node string, ref *agentpb.TaskRef, id string) api.CaptureSteps {
+	c.t.Helper()
+	uploaded := c.mustDo(node, ref, &agentpb.Upload{Checkpoint: id}).GetUploaded()
+	var task repository.TaskManifest
+	must(c.t, json.Unmarshal(uploaded.GetPart(), &task))
+	var steps api.CaptureSteps
+	must(c.t, json.Unmarshal(uploaded.GetSteps(), &steps))
+	manifest := &repository.Manifest{
+		Checkpoint: id, Job: ref.GetJob(), Created: time.Now(), Trigger: "user", Tasks: []repository.TaskManifest{task},
+	}
+	must(c.t, c.repo.PutManifest(c.t.Context(), manifest, c.signer))
+	c.mustDo(node, ref, &agentpb.Discard{Checkpoint: id})
+	return steps
+}
+
+// start starts a task and returns its reference.
+func (c *controller) start(node, job string, spec api.JobSpec) *agentpb.TaskRef {
+	c.t.Helper()
+	ref := &agentpb.TaskRef{Job: job, Run: 1}
+	c.mustDo(node, ref, &agentpb.StartTask{Spec: specJSON(c.t, spec), VirtualIp: "10.77.0.1"})
+	return ref
+}
+
+// restore restores a checkpoint as the next run of a task.
+func (c *controller) restore(node string, ref *agentpb.TaskRef, id string, spec api.JobSpec) *agentpb.TaskRef {
+	c.t.Helper()
+	next := &agentpb.TaskRef{Job: ref.GetJob(), Index: ref.GetIndex(), Run: ref.GetRun() + 1}
+	c.mustDo(node, next, &agentpb.RestoreTask{Checkpoint: id, Spec: specJSON(c.t, spec), VirtualIp: "10.77.0.1"})
+	return next
+}
+
+// awaitLog waits until a task's stdout satisfies ok.
+func (c *controller) awaitLog(node string, ref *agentpb.TaskRef, what string, ok func(string) bool) string {
+	c.t.Helper()
+	limit := time.Now().Add(30 * time.Second)
+	for {
+		text := c.logs(node, ref, false)
+		if ok(text) {
+			return text
+		}
+		if time.Now().After(limit) {
+			c.t.Fatalf("waited in vain for %s; stdout is:\n%s", what, text)
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+}
+
+// node is an agent in a process of its own, as drivers/local starts it.
+type node struct {
+	c       *controller
+	name    string
+	state   string
+	command *exec.Cmd
+	env     []string
+	mu      sync.Mutex
+	log     bytes.Buffer
+}
+
+func (n *node) Write(p []byte) (int, error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.log.Write(p)
+}
+
+// addNode starts a node; change may alter its configuration.
+func (c *controller) addNode(name string, change ...func(*Config)) *node {
+	c.t.Helper()
+	n := &node{c: c, name: name, state: filepath.Join(c.dir, name)}
+	config := Config{
+		Node: name, Cloud: "test", Join: "unix://" + c.socket(), Token: "open sesame", CA: filepath.Join(c.dir, "ca.pem"),
+		State: n.state, Cgroup: fmt.Sprintf("dormouse-%s/%s/jobs", filepath.Base(c.dir), name),
+		Init: tools.init, Shim: tools.shim, Virtual: true,
+	}
+	for _, f := range change {
+		f(&config)
+	}
+	raw, err := json.Marshal(config)
+	must(c.t, err)
+	must(c.t, os.MkdirAll(n.state, 0o700))
+	must(c.t, os.WriteFile(n.state+".json", raw, 0o600))
+	c.t.Cleanup(n.remove)
+	n.start()
+	return n
+}
+
+func (n *node) start() {
+	n.c.t.Helper()
+	n.command = exec.Command("/proc/self/exe")
+	n.command.Env = append(append(os.Environ(), agentConfigVariable+"="+n.state+".json"), n.env...)
+	n.command.Stderr = n
+	n.command.SysProcAttr = &syscall.SysProcAttr{
+		Setsid: true, Cloneflags: syscall.CLONE_NEWNS | syscall.CLONE_NEWNET, Unshareflags: syscall.CLONE_NEWNS,
+	}
+	must(n.c.t, n.command.Start())
+	n.c.await("node "+n.name, func() bool { return n.c.nodes[n.name] != nil })
+}
+
+// kill ends the agent's process as a crash does.
+func (n *node) kill() {
+	n.command.Process.Kill()
+	n.command.Wait()
+	n.c.await("the end of node "+n.name, func() bool { return n.c.nodes[n.name] == nil })
+}
+
+// remove ends the agent and all its tasks and checks that nothing is left.
+func (n *node) remove() {
+	n.command.Process.Kill()
+	n.command.Wait()
+	cgroup := filepath.Join(cgroup2(), "dormouse-"+filepath.Base(n.c.dir))
+	os.WriteFile(filepath.Join(cgroup, "cgroup.kill"), []byte("1"), 0)
+	for range 200 {
+		if removeCgroups("dormouse-" + filepath.Base(n.c.dir)) {
+			break
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	if n.c.t.Failed() {
+		n.c.t.Logf("log of node %s:\n%s", n.name, n.log.String())
+	}
+}
+
+func cgroup2() string {
+	for _, dir := range []string{"/sys/fs/cgroup/unified", "/sys/fs/cgroup"} {
+		if fileExists(filepath.Join(dir, "cgroup.procs")) && fileExists(filepath.Join(dir, "cgroup.controllers")) {
+			return dir
+		}
+	}
+	return "/sys/fs/cgroup"
+}
+
+// removeCgroups removes a group and those below it from all hierarchies, and
+// reports whether none is left.
+func removeCgroups(name string) bool {
+	left := false
+	roots, _ := filepath.Glob("/sys/fs/cgroup/*/" + name)
+	more, _ := filepath.Glob("/sys/fs/cgroup/" + name)
+	for _, root := range append(roots, more...) {
+		var dirs []string
+		filepath.WalkDir(root, func(path string, entry os.DirEntry, err error) error {
+			if err == nil && entry.IsDir() {
+				dirs = append(dirs, path)
+			}
+			return nil
+		})
+		for i := len(dirs) - 1; i >= 0; i-- {
+			if err := os.Remove(dirs[i]); err != nil && !os.IsNotExist(err) {
+				left = true
+			}
+		}
+	}
+	return !left
+}
+
+func contains(refs []*agentpb.TaskRef, ref *agentpb.TaskRef) bool {
+	for _, r := range refs {
+		if taskID(r) == taskID(ref) {
+			return true
+		}
+	}
+	return false
+}
+
+func specJSON(t *testing.T, spec api.JobSpec) []byte {
+	t.Helper()
+	raw, err := json.Marshal(spec)
+	must(t, err)
+	return raw
+}
+
+func must(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// countsUpTo checks that text is the numbers 1, 2, 3, ... one per line.
+func countsUp(text string) (last int, err error) {
+	for line := range strings.Lines(text) {
+		if !strings.HasSuffix(line, "\n") {
+			break // still being written
+		}
+		var n int
+		if _, err := fmt.Sscanf(line, "%d", &n); err != nil || n != last+1 {
+			return last, fmt.Errorf("after %d comes %q", last, strings.TrimSpace(line))
+		}
+		last = n
+	}
+	return last, nil
+}

@@ -1,0 +1,185 @@
+package agent
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"dormouse/agent/capture"
+	"dormouse/agent/criu"
+	"dormouse/agent/sandbox"
+	"dormouse/api/agentpb"
+	"dormouse/internal/failpoint"
+	"dormouse/repository"
+)
+
+// restore builds a task again from a checkpoint. Whatever fails, nothing of the
+// new task is left; the checkpoint is not touched.
+func (a *Agent) restore(ctx context.Context, ref *agentpb.TaskRef, request *agentpb.RestoreTask, progress func(float64, string)) (*agentpb.TaskState, error) {
+	if t, err := a.find(ref); err == nil {
+		return t.state(), nil
+	}
+	if a.criuErr != nil {
+		return nil, a.criuErr
+	}
+	spec, err := parseSpec(request.GetSpec())
+	if err != nil {
+		return nil, err
+	}
+	entry, err := a.manifestEntry(ctx, request, int(ref.GetIndex()))
+	if err != nil {
+		return nil, err
+	}
+	if err := a.canRun(entry); err != nil {
+		return nil, refusal{fmt.Errorf("checkpoint %s cannot be restored on node %s: %w", request.GetCheckpoint(), a.config.Node, err)}
+	}
+	t, err := a.newTask(ref, spec, request.GetVirtualIp(), request.GetHosts(), stageRestoring)
+	if err != nil {
+		return nil, err
+	}
+	defer os.RemoveAll(a.workDir(t.id()))
+	if err := a.rebuild(ctx, t, entry, progress); err != nil {
+		return nil, errors.Join(fmt.Errorf("restore checkpoint %s: %w", request.GetCheckpoint(), err), a.undo(t))
+	}
+	return a.begin(ctx, t)
+}
+
+// manifestEntry verifies the checkpoint's manifest and returns this task's part
+// of it.
+func (a *Agent) manifestEntry(ctx context.Context, request *agentpb.RestoreTask, index int) (*repository.TaskManifest, error) {
+	repo, err := a.repository()
+	if err != nil {
+		return nil, err
+	}
+	manifest, err := repo.LoadManifest(ctx, request.GetCheckpoint(), a.verifier())
+	if err != nil {
+		return nil, err
+	}
+	for i := range manifest.Tasks {
+		if manifest.Tasks[i].Index == index {
+			return &manifest.Tasks[i], nil
+		}
+	}
+	return nil, refuse("checkpoint %s has no task %d", request.GetCheckpoint(), index)
+}
+
+// canRun compares what the checkpoint needs with what this node has.
+func (a *Agent) canRun(entry *repository.TaskManifest) error {
+	dumped, err := criu.ParseVersion(entry.CRIU)
+	if err != nil {
+		return err
+	}
+	if err := a.criu.CheckVersion(dumped); err != nil {
+		return err
+	}
+	var need needs
+	if err := json.Unmarshal(entry.Extra, &need); err != nil {
+		return fmt.Errorf("what it needs of a node: %w", err)
+	}
+	have, err := criu.CPUInfo()
+	if err != nil {
+		return err
+	}
+	return criu.CheckCPU(have, need.CPU)
+}
+
+func (a *Agent) rebuild(ctx context.Context, t *task, entry *repository.TaskManifest, progress func(float64, string)) error {
+	repo, err := a.repository()
+	if err != nil {
+		return err
+	}
+	part, err := repo.OpenPart(ctx, entry.Part)
+	if err != nil {
+		return err
+	}
+	r, _ := t.snapshot()
+	spool, err := a.spool.open(t.id(), "the restore", entry.SizeBytes+slack)
+	if err != nil {
+		return refusal{err}
+	}
+	woken := false
+	defer func() {
+		if !woken {
+			spool.close()
+		}
+	}()
+	progress(0, "fetching memory")
+	images := filepath.Join(spool.path, imagesDir)
+	if err := part.RestoreImages(ctx, images, repository.RestoreOptions{}); err != nil {
+		return spaceError(err, spool)
+	}
+	failpoint.Hit("agent.restore.images")
+	progress(0.6, "building files")
+	box, err := a.boxes.Create(ctx, boxConfig(t, &r))
+	if err != nil {
+		return err
+	}
+	t.setBox(box)
+	if err := restoreFiles(ctx, part, box, t.dir); err != nil {
+		return err
+	}
+	failpoint.Hit("agent.restore.files")
+	progress(0.8, "waking processes")
+	if err := a.wake(ctx, t, box, images); err != nil {
+		return err
+	}
+	woken = true
+	a.lanes.run(t.id()+" pages", func() { a.rememberPages(part, spool, images, &r) })
+	return nil
+}
+
+// rememberPages lets the next checkpoint of the task store only what changed
+// since this one. It runs beside the task, and removes the images.
+func (a *Agent) rememberPages(part *repository.PartReader, spool *spoolDir, images string, r *record) {
+	if err := part.BuildPageCache(a.life, images, a.pageCache(r)); err != nil {
+		// The next checkpoint hashes all memory again, that is all.
+		a.log.Warn("cannot keep the table of pages", "job", r.Job, "task", r.Index, "error", err)
+	}
+	if err := spool.close(); err != nil {
+		a.log.Warn("cannot remove the images of a restore", "job", r.Job, "task", r.Index, "error", err)
+	}
+}
+
+// restoreFiles builds the upper layer.
+func restoreFiles(ctx context.Context, part *repository.PartReader, box *sandbox.Sandbox, dir string) error {
+	if err := part.RestoreTree(ctx, upperTree, box.UpperDir(), repository.RestoreOptions{}); err != nil {
+		return err
+	}
+	stored := filepath.Join(dir, closureTree)
+	defer os.RemoveAll(stored)
+	if err := part.RestoreTree(ctx, closureTree, stored, repository.RestoreOptions{}); err != nil {
+		return err
+	}
+	_, err := capture.Apply(stored, box.LowerDir(), box.UpperDir())
+	return err
+}
+
+// wake lets CRIU build the processes.
+func (a *Agent) wake(ctx context.Context, t *task, box *sandbox.Sandbox, images string) error {
+	work := a.workDir(t.id())
+	if err := os.Mkdir(work, 0o700); err != nil {
+		return err
+	}
+	if err := t.update(func(r *record) { r.Work = work }); err != nil {
+		return err
+	}
+	target, err := box.PrepareRestore(ctx)
+	if err != nil {
+		return err
+	}
+	defer target.Close()
+	request := criu.RestoreRequest{ImagesDir: images, WorkDir: work, Root: target.Root, NetNS: target.NetNS, Enter: box.Enter}
+	for _, e := range target.External {
+		request.ExternalMounts = append(request.ExternalMounts, criu.RestoreMount{Key: e.Key, Source: e.Source})
+	}
+	failpoint.Hit("agent.restore.before-criu")
+	result, err := a.criu.Restore(ctx, request)
+	if err != nil {
+		return err
+	}
+	failpoint.Hit("agent.restore.after-criu")
+	return box.FinishRestore(ctx, result.Pid)
+}

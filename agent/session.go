@@ -1,0 +1,223 @@
+package agent
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"time"
+
+	"github.com/shirou/gopsutil/v3/load"
+	"github.com/shirou/gopsutil/v3/mem"
+	"google.golang.org/grpc"
+
+	"dormouse/api/agentpb"
+)
+
+// Pauses between attempts to reach the controller.
+const (
+	firstPause = 100 * time.Millisecond
+	maxPause   = 5 * time.Second
+)
+
+// session is one Connect stream, from its Hello to its end.
+type session struct {
+	agent  *Agent
+	stream grpc.BidiStreamingClient[agentpb.FromAgent, agentpb.ToAgent]
+	done   <-chan struct{} // of the stream's context
+	end    context.CancelCauseFunc
+	out    chan *agentpb.FromAgent
+
+	mu   sync.Mutex
+	seq  uint64
+	sent map[uint64]time.Duration // heartbeats without acknowledgement, by boot time
+}
+
+// serve keeps a session with the controller until ctx ends.
+func (a *Agent) serve(ctx context.Context, id *identity) error {
+	conn, err := a.endpoint.connect(&tls.Config{
+		RootCAs: id.roots, Certificates: []tls.Certificate{id.certificate}, MinVersion: tls.VersionTLS13,
+	})
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	a.client = agentpb.NewAgentServiceClient(conn)
+	pause := firstPause
+	for ctx.Err() == nil {
+		welcomed, err := a.session(ctx)
+		if ctx.Err() != nil {
+			break
+		}
+		if welcomed {
+			pause = firstPause
+		}
+		a.log.Warn("lost the controller", "error", err, "again_in", pause)
+		select {
+		case <-ctx.Done():
+		case <-time.After(pause):
+		}
+		pause = min(2*pause, maxPause)
+	}
+	return nil
+}
+
+// session runs one stream and reports whether the controller welcomed it.
+func (a *Agent) session(parent context.Context) (welcomed bool, err error) {
+	ctx, end := context.WithCancelCause(parent)
+	defer end(nil)
+	stream, err := a.client.Connect(ctx)
+	if err != nil {
+		return false, err
+	}
+	asked := bootTime()
+	if err := stream.Send(&agentpb.FromAgent{Body: &agentpb.FromAgent_Hello{Hello: a.hello()}}); err != nil {
+		return false, fmt.Errorf("say hello: %w", streamError(stream, err))
+	}
+	first, err := stream.Recv()
+	if err != nil {
+		return false, err
+	}
+	welcome := first.GetWelcome()
+	if welcome == nil {
+		return false, errors.New("the controller's first message is no welcome")
+	}
+	s := &session{
+		agent: a, stream: stream, done: ctx.Done(), end: end,
+		out: make(chan *agentpb.FromAgent, 256), sent: map[uint64]time.Duration{},
+	}
+	if err := a.welcome(ctx, welcome, asked); err != nil {
+		return false, err
+	}
+	a.attachSession(s)
+	defer a.attachSession(nil)
+	a.log.Info("connected", "controller", a.config.Join, "node", welcome.GetNodeId())
+
+	var writing sync.WaitGroup
+	writing.Go(func() { s.write(ctx, time.Duration(welcome.GetHeartbeatMs())*time.Millisecond) })
+	defer writing.Wait()
+	defer end(nil)
+	a.reportTasks()
+	for {
+		message, err := stream.Recv()
+		if err != nil {
+			if cause := context.Cause(ctx); cause != nil {
+				err = cause
+			}
+			return true, err
+		}
+		s.receive(parent, message)
+	}
+}
+
+// streamError replaces the io.EOF of a failed Send by the stream's status.
+func streamError(stream interface {
+	Recv() (*agentpb.ToAgent, error)
+}, err error) error {
+	if _, status := stream.Recv(); status != nil {
+		return status
+	}
+	return err
+}
+
+// write is the only sender of the stream.
+func (s *session) write(ctx context.Context, period time.Duration) {
+	if period <= 0 {
+		period = time.Second
+	}
+	ticker := time.NewTicker(period)
+	defer ticker.Stop()
+	message := s.heartbeat()
+	for {
+		if err := s.stream.Send(message); err != nil {
+			s.end(fmt.Errorf("send to the controller: %w", err))
+			return
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case message = <-s.out:
+		case <-ticker.C:
+			message = s.heartbeat()
+		}
+	}
+}
+
+func (s *session) heartbeat() *agentpb.FromAgent {
+	beat := &agentpb.Heartbeat{}
+	if average, err := load.Avg(); err == nil {
+		beat.Load = average.Load1
+	}
+	if memory, err := mem.VirtualMemory(); err == nil {
+		beat.MemAvailable = int64(memory.Available)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.seq++
+	beat.Seq = s.seq
+	s.sent[s.seq] = bootTime()
+	return &agentpb.FromAgent{Body: &agentpb.FromAgent_Heartbeat{Heartbeat: beat}}
+}
+
+// acknowledged returns when heartbeat seq was sent.
+func (s *session) acknowledged(seq uint64) (sent time.Duration, ok bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	sent, ok = s.sent[seq]
+	for earlier := range s.sent {
+		if earlier <= seq {
+			delete(s.sent, earlier)
+		}
+	}
+	return sent, ok
+}
+
+func (s *session) receive(ctx context.Context, message *agentpb.ToAgent) {
+	switch body := message.GetBody().(type) {
+	case *agentpb.ToAgent_HeartbeatAck:
+		sent, ok := s.acknowledged(body.HeartbeatAck.GetSeq())
+		if !ok {
+			return
+		}
+		if err := s.agent.lease.renew(sent); err != nil {
+			s.agent.log.Error("cannot store the lease", "error", err)
+		}
+	case *agentpb.ToAgent_Command:
+		s.agent.accept(ctx, body.Command)
+	case *agentpb.ToAgent_Welcome:
+		s.agent.log.Warn("a second welcome on one stream", slog.String("node", body.Welcome.GetNodeId()))
+	}
+}
+
+// send queues a message for the controller; without a session it is dropped:
+// what matters is told again by the next Hello, and unanswered commands are
+// repeated.
+func (a *Agent) send(message *agentpb.FromAgent) {
+	a.sessionMu.Lock()
+	s := a.current
+	a.sessionMu.Unlock()
+	if s == nil {
+		return
+	}
+	select {
+	case s.out <- message:
+	case <-s.done:
+	}
+}
+
+func (a *Agent) attachSession(s *session) {
+	a.sessionMu.Lock()
+	defer a.sessionMu.Unlock()
+	a.current = s
+}
+
+// endSession makes the agent say hello anew.
+func (a *Agent) endSession(reason error) {
+	a.sessionMu.Lock()
+	defer a.sessionMu.Unlock()
+	if a.current != nil {
+		a.current.end(reason)
+	}
+}

@@ -1,0 +1,154 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"syscall"
+
+	"dormouse/agent/sandbox"
+	"dormouse/api"
+	"dormouse/api/agentpb"
+	"dormouse/internal/failpoint"
+)
+
+// start builds a task and starts its command. A repeated start of a task that
+// is there answers its state.
+func (a *Agent) start(ctx context.Context, ref *agentpb.TaskRef, request *agentpb.StartTask) (*agentpb.TaskState, error) {
+	if t, err := a.find(ref); err == nil {
+		return t.state(), nil
+	}
+	spec, err := parseSpec(request.GetSpec())
+	if err != nil {
+		return nil, err
+	}
+	t, err := a.newTask(ref, spec, request.GetVirtualIp(), request.GetHosts(), stageStarting)
+	if err != nil {
+		return nil, err
+	}
+	failpoint.Hit("agent.start.before")
+	if err := a.startBox(ctx, t); err != nil {
+		return nil, errors.Join(err, a.undo(t))
+	}
+	return a.begin(ctx, t)
+}
+
+func (a *Agent) startBox(ctx context.Context, t *task) error {
+	r, _ := t.snapshot()
+	box, err := a.boxes.Create(ctx, boxConfig(t, &r))
+	if err != nil {
+		return err
+	}
+	t.setBox(box)
+	failpoint.Hit("agent.start.created")
+	if err := box.Start(ctx); err != nil {
+		return err
+	}
+	failpoint.Hit("agent.start.after")
+	return nil
+}
+
+// newTask writes down that a task is about to be built.
+func (a *Agent) newTask(ref *agentpb.TaskRef, spec api.JobSpec, ip string, hosts []*agentpb.HostEntry, s stage) (*task, error) {
+	if !validID.MatchString(taskID(ref)) {
+		return nil, refuse("%q is no usable name of a task", taskID(ref))
+	}
+	r := record{Job: ref.GetJob(), Index: ref.GetIndex(), Run: ref.GetRun(), Spec: spec, VirtualIP: ip, Stage: s}
+	for _, host := range hosts {
+		r.Hosts = append(r.Hosts, sandbox.Host{Name: host.GetName(), IP: host.GetIp()})
+	}
+	t := newTask(a.taskDir(ref), r)
+	if err := t.update(func(*record) {}); err != nil {
+		return nil, err
+	}
+	a.addTask(t)
+	return t, nil
+}
+
+func boxConfig(t *task, r *record) sandbox.Config {
+	s := &r.Spec
+	return sandbox.Config{
+		ID: t.id(), Dir: t.boxDir(), Root: s.Root, Command: s.Command, Env: s.Env, WorkDir: s.Dir, User: s.User,
+		CapAdd: s.CapAdd, Volumes: s.Volumes, Hostname: fmt.Sprintf("task-%d", r.Index), Hosts: r.Hosts,
+		VirtualIP: r.VirtualIP, CPUs: s.CPUs, MemBytes: s.MemBytes, CPUBaseline: s.CPUBaseline,
+	}
+}
+
+// begin makes a task whose processes exist a running one.
+func (a *Agent) begin(ctx context.Context, t *task) (*agentpb.TaskState, error) {
+	if err := t.update(func(r *record) { r.Stage, r.Work = stageRunning, "" }); err != nil {
+		return nil, errors.Join(err, a.undo(t))
+	}
+	if a.lease.hasLapsed() {
+		if err := t.hold(ctx, holdLease); err != nil {
+			return nil, errors.Join(err, a.undo(t))
+		}
+	}
+	a.watch(t)
+	a.log.Info("task runs", "task", t.id())
+	state := t.state()
+	a.report(t)
+	return state, nil
+}
+
+// undo tears down a task that was not completed.
+func (a *Agent) undo(t *task) error {
+	t.finish()
+	_, box := t.snapshot()
+	if box != nil {
+		if err := box.Destroy(context.WithoutCancel(a.life), sandbox.DestroyOptions{}); err != nil {
+			return fmt.Errorf("tear down task %s: %w", t.id(), err)
+		}
+		t.setBox(nil)
+	}
+	return a.forget(t)
+}
+
+func (a *Agent) signal(ctx context.Context, ref *agentpb.TaskRef, number int32) error {
+	t, err := a.find(ref)
+	if err != nil {
+		return err
+	}
+	if number <= 0 || number > 64 {
+		return refuse("there is no signal %d", number)
+	}
+	r, box := t.snapshot()
+	if r.Stage == stageEnded || r.Stage == stageDestroyed {
+		return nil // it is over already
+	}
+	if box == nil || r.Stage != stageRunning {
+		return refuse("task %d of job %s is %s", r.Index, r.Job, r.Stage)
+	}
+	return box.Signal(ctx, syscall.Signal(number))
+}
+
+// destroy ends a task, if it still runs, and removes what it used. Destroying
+// what is not there is a success.
+func (a *Agent) destroy(ctx context.Context, ref *agentpb.TaskRef, keepLogs bool) error {
+	t, err := a.find(ref)
+	if err != nil {
+		return nil
+	}
+	t.unwatch()
+	r, box := t.snapshot()
+	failpoint.Hit("agent.destroy.before")
+	if box == nil && r.Stage != stageDestroyed {
+		box, err = a.boxes.Open(ctx, t.boxDir())
+		if err != nil && !notExist(err) {
+			return err
+		}
+	}
+	if box != nil {
+		if err := box.Destroy(ctx, sandbox.DestroyOptions{KeepLogs: keepLogs}); err != nil {
+			return fmt.Errorf("destroy task %s: %w", t.id(), err)
+		}
+	}
+	failpoint.Hit("agent.destroy.after")
+	t.finish()
+	t.setBox(nil)
+	a.log.Info("task destroyed", "task", t.id())
+	if !keepLogs {
+		return a.forget(t)
+	}
+	return t.update(func(r *record) { r.Stage, r.Holds, r.Checkpoint = stageDestroyed, nil, "" })
+}

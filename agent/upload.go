@@ -1,0 +1,102 @@
+package agent
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"time"
+
+	"dormouse/agent/capture"
+	"dormouse/agent/criu"
+	"dormouse/api/agentpb"
+	"dormouse/internal/failpoint"
+	"dormouse/repository"
+)
+
+// upload stores what was captured. It runs beside the task.
+func (a *Agent) upload(ctx context.Context, ref *agentpb.TaskRef, checkpoint string, progress func(float64, string)) (*agentpb.UploadResult, error) {
+	c := a.findCapture(ref, checkpoint)
+	if c == nil || !c.complete {
+		return nil, fmt.Errorf("what task %d captured for checkpoint %s was lost when the agent ended", ref.GetIndex(), checkpoint)
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.discarded {
+		return nil, fmt.Errorf("checkpoint %s was discarded", checkpoint)
+	}
+	begun := time.Now()
+	part, err := a.store(ctx, c, progress)
+	if err != nil {
+		if c.part != nil {
+			err = errors.Join(err, c.part.Close())
+			c.part = nil
+		}
+		return nil, fmt.Errorf("store checkpoint %s: %w", checkpoint, err)
+	}
+	steps := c.result.Steps
+	steps.UploadMS = milliseconds(time.Since(begun))
+	steps.SizeBytes, steps.StoredBytes, steps.NewBytes = part.SizeBytes, part.StoredBytes, part.NewBytes
+	entry, err := c.manifestEntry(part)
+	if err != nil {
+		return nil, err
+	}
+	result := &agentpb.UploadResult{}
+	if result.Part, err = json.Marshal(entry); err != nil {
+		return nil, err
+	}
+	if result.Steps, err = json.Marshal(steps); err != nil {
+		return nil, err
+	}
+	failpoint.Hit("agent.upload.done")
+	return result, nil
+}
+
+func (a *Agent) store(ctx context.Context, c *capturing, progress func(float64, string)) (*repository.PartResult, error) {
+	r := record{Job: c.result.Job, Index: c.result.Index}
+	var err error
+	if c.part == nil { // the agent was restarted, or an earlier attempt failed
+		if c.part, err = a.newPart(ctx, &r, c.result.Frozen, nil); err != nil {
+			return nil, err
+		}
+	}
+	progress(0, "storing memory")
+	if err := c.part.AddImages(ctx, c.images()); err != nil {
+		return nil, err
+	}
+	failpoint.Hit("agent.upload.half")
+	progress(0.7, "storing files")
+	for _, tree := range []struct{ name, index string }{{upperTree, upperIndex}, {closureTree, closeIndex}} {
+		index, err := capture.OpenIndex(c.spool.path, tree.index)
+		if err != nil {
+			return nil, err
+		}
+		if err := c.part.AddTree(ctx, tree.name, index.Entries()); err != nil {
+			return nil, err
+		}
+	}
+	result, err := c.part.Commit(ctx)
+	return &result, err
+}
+
+// needs is what a node must have to run the task; TaskManifest.Extra.
+type needs struct {
+	CPU criu.CPU `json:"cpu"`
+}
+
+func (c *capturing) manifestEntry(part *repository.PartResult) (*repository.TaskManifest, error) {
+	cpu, err := criu.CPUInfo()
+	if err != nil {
+		return nil, err
+	}
+	extra, err := json.Marshal(needs{CPU: cpu})
+	if err != nil {
+		return nil, err
+	}
+	return &repository.TaskManifest{
+		Index: int(c.result.Index), Part: part.ID, Node: c.result.Steps.Node,
+		SizeBytes: part.SizeBytes, StoredBytes: part.StoredBytes, NewBytes: part.NewBytes,
+		CRIU: c.result.CRIU.String(), Kernel: kernelRelease(),
+		CPUVendor: cpu.Vendor, CPUFeatures: cpu.Features, Extra: extra,
+	}, nil
+}
