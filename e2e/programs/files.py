@@ -1,4 +1,4 @@
-"""files.py STEPS PACE_MS DIR: deleted open files, hard links, locks, a sparse file and a growing log, in DIR and in /dev/shm.
+"""files.py STEPS PACE_MS: deleted open files, hard links, locks, a sparse file and a growing log, in /var/tmp and in /dev/shm.
 
 A second process keeps asking whether the locks are really held.
 """
@@ -7,7 +7,9 @@ import fcntl
 import hashlib
 import mmap
 import os
+import shutil
 import sys
+import tempfile
 import time
 
 
@@ -33,8 +35,8 @@ def digest(file):
 
 
 def main():
-    steps, pace, directory = int(sys.argv[1]), float(sys.argv[2]) / 1000, sys.argv[3]
-    os.makedirs(directory, exist_ok=True)
+    steps, pace = int(sys.argv[1]), float(sys.argv[2]) / 1000
+    directory = tempfile.mkdtemp(dir="/var/tmp", prefix="files-")
     flocked = open(f"{directory}/flock", "w+b")
     fcntl.flock(flocked, fcntl.LOCK_EX)
     locked = open(f"{directory}/posix", "w+b")
@@ -76,6 +78,7 @@ def main():
                   "sparse", os.fstat(sparse.fileno()).st_size, os.fstat(sparse.fileno()).st_blocks < 1 << 20, flush=True)
         time.sleep(pace)
     os.close(question_write)
+    shutil.rmtree(directory)
     print("end", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 
 

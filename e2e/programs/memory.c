@@ -1,12 +1,9 @@
-/* memory MIB THREADS STEPS PACE_MS [DIRTY]
+/* memory MIB THREADS STEPS PACE_MS
  *
  * Half of MIB MiB is random, half was written as zeros. Each thread owns one slice and, step after step, checks a part
  * of it against what the seed says, writes a new stretch, and passes a digest on; the main thread prints one line per
  * step. At the end everything is checked once more. The output depends on the arguments only, never on time.
- *
- * With DIRTY (a path) it is the subject of measurements instead: it prints a tick as often as it can, and whenever the
- * file DIRTY exists, reads a number P from it, rewrites P per cent of all pages at scattered places, removes DIRTY and
- * prints "dirtied N". */
+ */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <pthread.h>
@@ -125,56 +122,17 @@ static uint64_t all(void)
 	return digest;
 }
 
-static void dirty(struct slice *s, const char *path)
-{
-	static uint64_t round;
-	double percent = 0;
-	FILE *request = fopen(path, "r");
-	size_t wanted;
-
-	if (!request)
-		return;
-	if (fscanf(request, "%lf", &percent) != 1)
-		percent = 0;
-	fclose(request);
-	wanted = pages(s) * percent / 100;
-	round++;
-	for (size_t i = 0; i < wanted; i++) {
-		size_t page = pages(s) / wanted * i + mix(round * 1000003 + i) % (pages(s) / wanted);
-
-		s->shadow[page]++;
-		write_page(s, page);
-	}
-	unlink(path);
-	printf("dirtied %zu\n", wanted);
-}
-
-/* A line is written often, so that the time of the first one after a restore is known well. */
-static void measured(struct slice *s, const char *path)
-{
-	struct timespec pause = { .tv_nsec = 1000000 };
-
-	for (size_t page = 0; page < pages(s); page++)
-		write_page(s, page);
-	printf("ready\n");
-	for (long tick = 1;; tick++) {
-		dirty(s, path);
-		printf("tick %ld\n", tick);
-		nanosleep(&pause, NULL);
-	}
-}
-
 int main(int argc, char **argv)
 {
-	if (argc < 5) {
-		fprintf(stderr, "usage: memory MIB THREADS STEPS PACE_MS [DIRTY]\n");
+	if (argc != 5) {
+		fprintf(stderr, "usage: memory MIB THREADS STEPS PACE_MS\n");
 		return 2;
 	}
 	size_t words = ((size_t)atol(argv[1]) << 20) / 8;
 	long pace = atol(argv[4]);
 	struct timespec pause = { pace / 1000, pace % 1000 * 1000000 };
 
-	threads = argc > 5 ? 1 : atol(argv[2]);
+	threads = atol(argv[2]);
 	steps = atol(argv[3]);
 	setvbuf(stdout, NULL, _IOLBF, 0);
 	slices = calloc(threads, sizeof *slices);
@@ -186,8 +144,6 @@ int main(int argc, char **argv)
 		slices[i].words = anonymous(slices[i].count * 8);
 		slices[i].shadow = anonymous(pages(&slices[i]) * 8);
 	}
-	if (argc > 5)
-		measured(slices, argv[5]);
 	pthread_t *ids = calloc(threads, sizeof *ids);
 
 	for (long i = 0; i < threads; i++)
