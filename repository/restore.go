@@ -48,6 +48,7 @@ func (p *PartReader) RestoreTree(ctx context.Context, name, dest string, opts Re
 	if err != nil {
 		return fmt.Errorf("restore tree %q: %w", name, err)
 	}
+	defer unix.Close(root)
 	r := &restorer{repo: p.repo, opts: opts, root: root, workers: p.repo.workers}
 	if err := r.run(ctx, t); err != nil {
 		return errors.Join(fmt.Errorf("restore tree %q of part %s: %w", name, p.id, err), clean(dest, created))
@@ -137,13 +138,10 @@ func (r *restorer) run(ctx context.Context, t *treeRoot) error {
 }
 
 // names makes every entry and hands content to the workers.
-func (r *restorer) names(ctx context.Context, t *treeRoot) (err error) {
+func (r *restorer) names(ctx context.Context, t *treeRoot) error {
 	defer func() {
 		for _, d := range r.dirs {
 			unix.Close(d.fd)
-		}
-		if len(r.dirs) == 0 && err != nil {
-			unix.Close(r.root)
 		}
 	}()
 	for record, err := range r.repo.records(ctx, t) {
@@ -178,8 +176,7 @@ func (r *restorer) make(ctx context.Context, record *entryRecord) error {
 		}
 	}
 	if e.Path == "." {
-		r.dirs = append(r.dirs, openDir{r.root, e})
-		return nil
+		return r.enter(r.root, ".", e)
 	}
 	dir, name := r.dirs[len(r.dirs)-1].fd, path.Base(e.Path)
 	switch e.Type {
@@ -216,6 +213,11 @@ func (r *restorer) makeDir(dir int, name string, e Entry) error {
 	if err := unix.Mkdirat(dir, name, 0o700); err != nil {
 		return fmt.Errorf("create directory: %w", err)
 	}
+	return r.enter(dir, name, e)
+}
+
+// enter makes a directory the present one.
+func (r *restorer) enter(dir int, name string, e Entry) error {
 	fd, err := unix.Openat(dir, name, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return fmt.Errorf("open directory: %w", err)
