@@ -100,7 +100,9 @@ func (e *Engine) Preflight(ctx context.Context, r PreflightRequest) (*PreflightR
 			return nil, fmt.Errorf("preflight: process %d (%s): %w", pid, comm(pid), err)
 		}
 	}
-	i.checkUnixPeers()
+	if err := i.checkUnixPeers(); err != nil {
+		return nil, fmt.Errorf("preflight: %w", err)
+	}
 	return i.report, nil
 }
 

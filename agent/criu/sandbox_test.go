@@ -3,6 +3,7 @@ package criu
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -15,6 +16,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 )
 
@@ -168,6 +171,12 @@ func newSandbox(t *testing.T, e *Engine) *sandbox {
 
 func startSandbox(t *testing.T, e *Engine, program string, args ...string) *sandbox {
 	t.Helper()
+	return startSandboxIn(t, e, unix.CLONE_NEWNET, program, args...)
+}
+
+// startSandboxIn uses the calling thread's network namespace if netFlag is 0.
+func startSandboxIn(t *testing.T, e *Engine, netFlag uintptr, program string, args ...string) *sandbox {
+	t.Helper()
 	s := newSandbox(t, e)
 	root := filepath.Join(s.dir, "root")
 	if err := os.Mkdir(root, 0o755); err != nil {
@@ -184,10 +193,8 @@ func startSandbox(t *testing.T, e *Engine, program string, args ...string) *sand
 	defer cgroup.Close()
 	cmd := exec.Command("/proc/self/exe")
 	cmd.Env = []string{stageVariable + "=" + string(encoded)}
-	var said strings.Builder
-	cmd.Stderr = nil
 	cmd.SysProcAttr = &syscall.SysProcAttr{
-		Cloneflags:  unix.CLONE_NEWPID | unix.CLONE_NEWNS | unix.CLONE_NEWNET | unix.CLONE_NEWIPC | unix.CLONE_NEWUTS,
+		Cloneflags:  unix.CLONE_NEWPID | unix.CLONE_NEWNS | netFlag | unix.CLONE_NEWIPC | unix.CLONE_NEWUTS,
 		Setsid:      true,
 		UseCgroupFD: true,
 		CgroupFD:    int(cgroup.Fd()),
@@ -202,11 +209,11 @@ func startSandbox(t *testing.T, e *Engine, program string, args ...string) *sand
 		t.Fatalf("start the sandbox: %v", err)
 	}
 	s.pid = cmd.Process.Pid
-	go func() { err := cmd.Wait(); fmt.Println("sandbox exit:", err, cmd.ProcessState) }()
+	go cmd.Wait()
 	waitFor(t, "the program's first line", func() bool {
 		if state(s.pid) == 0 || state(s.pid) == 'Z' {
 			text, _ := os.ReadFile(log.Name())
-			t.Fatalf("the sandbox ended: %s%s", text, said.String())
+			t.Fatalf("the sandbox ended: %s", text)
 		}
 		return strings.Contains(s.output(), "\n")
 	})
@@ -334,6 +341,68 @@ func newNetNS(t *testing.T) *os.File {
 		t.Fatal(a.err)
 	}
 	return a.file
+}
+
+// inNetNS runs f on a thread that is in the network namespace.
+func inNetNS(t *testing.T, ns *os.File, f func()) {
+	t.Helper()
+	runtime.LockOSThread()
+	own, err := os.Open("/proc/thread-self/ns/net")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer own.Close()
+	if err := unix.Setns(int(ns.Fd()), unix.CLONE_NEWNET); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := unix.Setns(int(own.Fd()), unix.CLONE_NEWNET); err == nil {
+			runtime.UnlockOSThread()
+		}
+	}()
+	f()
+}
+
+const (
+	sandboxIP      = "10.99.0.1"
+	otherMachineIP = "10.99.0.2"
+)
+
+// twoMachines makes two network namespaces with a cable between them.
+func twoMachines(t *testing.T) (near, far *os.File) {
+	t.Helper()
+	near, far = newNetNS(t), newNetNS(t)
+	t.Cleanup(func() { near.Close(); far.Close() })
+	attributes := netlink.NewLinkAttrs()
+	attributes.Name = "eth0"
+	cable := &netlink.Veth{LinkAttrs: attributes, PeerName: "eth0", PeerNamespace: netlink.NsFd(far.Fd())}
+	for _, end := range []struct {
+		ns *os.File
+		ip string
+	}{{near, sandboxIP}, {far, otherMachineIP}} {
+		h, err := netlink.NewHandleAt(netns.NsHandle(end.ns.Fd()))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer h.Close()
+		if end.ns == near {
+			if err := h.LinkAdd(cable); err != nil {
+				missing(t, "virtual network cables: "+err.Error())
+			}
+		}
+		link, err := h.LinkByName("eth0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		address, err := netlink.ParseAddr(end.ip + "/24")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := errors.Join(h.AddrAdd(link, address), h.LinkSetUp(link)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return near, far
 }
 
 func cgroup2Mount(t *testing.T) string {

@@ -7,7 +7,6 @@ import (
 	"net/netip"
 	"os"
 	"slices"
-	"strings"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
@@ -109,8 +108,8 @@ var families = map[int]string{
 
 // protocols on top of IP that CRIU does not know, except in raw sockets.
 var protocols = map[int]string{
-	unix.IPPROTO_MPTCP: "MPTCP", unix.IPPROTO_SCTP: "SCTP", unix.IPPROTO_DCCP: "DCCP",
-	unix.IPPROTO_ICMP: "ping (ICMP)", unix.IPPROTO_ICMPV6: "ping (ICMPv6)", unix.IPPROTO_L2TP: "L2TP",
+	unix.IPPROTO_MPTCP: "an MPTCP", unix.IPPROTO_SCTP: "an SCTP", unix.IPPROTO_DCCP: "a DCCP",
+	unix.IPPROTO_ICMP: "a ping (ICMP)", unix.IPPROTO_ICMPV6: "a ping (ICMPv6)", unix.IPPROTO_L2TP: "an L2TP",
 }
 
 func (i *inspection) checkSocket(pid, fd, s int) error {
@@ -143,7 +142,7 @@ func (i *inspection) checkSocket(pid, fd, s int) error {
 		if protocol == unix.IPPROTO_MPTCP {
 			fix = "use plain TCP (Go programs: GODEBUG=multipathtcp=0)"
 		}
-		i.refuse(pid, fmt.Sprintf("has an %s socket %s", name, where), fix)
+		i.refuse(pid, fmt.Sprintf("has %s socket %s", name, where), fix)
 		return nil
 	}
 	if protocol != unix.IPPROTO_TCP {
@@ -235,53 +234,49 @@ func (i *inspection) noteUnix(pid, fd, s int) error {
 }
 
 // checkUnixPeers refuses unix sockets whose other end nobody in the task holds.
-// Should the kernel not tell, CRIU, which asks the same way, fails by itself.
-func (i *inspection) checkUnixPeers() {
+func (i *inspection) checkUnixPeers() error {
 	owned := map[uint32]bool{}
 	for _, s := range i.unixOwned {
 		owned[s.inode] = true
 	}
-	peers, names := map[uint32]uint32{}, map[uint32]string{}
+	sockets := map[uint32]unixDiagEntry{}
 	for _, n := range i.nets {
-		for _, d := range unixDiag(n) {
-			if d.Peer != nil {
-				peers[d.DiagMsg.INode] = *d.Peer
-			}
-			if d.Name != nil {
-				names[d.DiagMsg.INode] = socketName(*d.Name)
-			}
+		list, err := unixDiag(n)
+		if err != nil {
+			return fmt.Errorf("list unix sockets: %w", err)
+		}
+		for _, d := range list {
+			sockets[d.inode] = d
 		}
 	}
 	for _, s := range i.unixOwned {
-		peer := peers[s.inode]
+		peer := sockets[s.inode].peer
 		if peer == 0 || owned[peer] {
 			continue
 		}
-		to := cmp.Or(names[peer], names[s.inode], "an unnamed socket")
+		if _, ok := sockets[peer]; !ok {
+			sockets[peer] = unixDiagEntry{name: outsideName(peer)}
+		}
+		to := cmp.Or(sockets[peer].name, sockets[s.inode].name, "an unnamed socket")
 		i.refuse(s.pid, fmt.Sprintf("has a unix socket (descriptor %d) connected to %s, outside of the job", s.fd, to),
 			"close it before the checkpoint")
 	}
+	return nil
 }
 
-// socketName shows an abstract address, which begins with a zero byte, as @NAME.
-func socketName(name string) string {
-	if rest, ok := strings.CutPrefix(name, "\x00"); ok {
-		return "@" + rest
-	}
-	return strings.TrimRight(name, "\x00")
-}
-
-func unixDiag(n *network) []*netlink.UnixDiagInfoResp {
-	h, err := netlink.NewHandleAt(netns.NsHandle(n.file.Fd()), unix.NETLINK_INET_DIAG)
+// outsideName finds the name of a socket that is in none of the task's network
+// namespaces: most likely it is in the machine's own.
+func outsideName(inode uint32) string {
+	f, err := os.Open("/proc/1/ns/net")
 	if err != nil {
-		return nil
+		return ""
 	}
-	defer h.Close()
-	var list []*netlink.UnixDiagInfoResp
-	for range 3 { // an interrupted dump may lack sockets
-		if list, err = h.UnixSocketDiagInfo(); err == nil {
-			break
+	defer f.Close()
+	list, _ := unixDiag(&network{file: f})
+	for _, d := range list {
+		if d.inode == inode {
+			return d.name
 		}
 	}
-	return list
+	return ""
 }

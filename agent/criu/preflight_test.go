@@ -1,0 +1,183 @@
+package criu
+
+import (
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+)
+
+func preflight(t *testing.T, s *sandbox, change func(*PreflightRequest)) *PreflightReport {
+	t.Helper()
+	r := PreflightRequest{Pid: s.pid, Cgroup: s.cgroup}
+	if change != nil {
+		change(&r)
+	}
+	report, err := s.engine.Preflight(t.Context(), r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return report
+}
+
+// TestPreflightNamesWhatCannotBeCaptured has one small program for each kind.
+func TestPreflightNamesWhatCannotBeCaptured(t *testing.T) {
+	e := newEngine(t)
+	program := compile(t, "testdata/objects.c", "-static", "-lutil", "-lrt")
+	for _, c := range []struct{ kind, want string }{
+		{"io_uring", "process 1 (job) uses io_uring (descriptor 3): run it without io_uring"},
+		{"io_uring-mapped", "uses io_uring (mapped at "},
+		{"userfaultfd", "uses userfaultfd (descriptor 3)"},
+		{"perf", "has a perf event open (descriptor 3)"},
+		{"bpf", "has a BPF map open (descriptor 3)"},
+		{"secretmem", "uses secret memory (memfd_secret)"},
+		{"device", "has the device /tmp/kmsg open (descriptor 3)"},
+		{"vsock", "has a vsock socket (descriptor 3)"},
+		{"alg", "has a kernel crypto (AF_ALG) socket (descriptor 3)"},
+		{"mptcp", "has an MPTCP socket (descriptor 3): use plain TCP (Go programs: GODEBUG=multipathtcp=0)"},
+		{"ping", "has a ping (ICMP) socket (descriptor 4)"},
+		{"mqueue", "has the POSIX message queue /queue open (descriptor 3)"},
+		{"userns", "runs in a nested user namespace"},
+		{"pidns", "runs in a nested pid namespace"},
+		{"utsns", "runs in a nested uts namespace"},
+		{"ipcns", "runs in a nested ipc namespace"},
+		{"traced", "is being traced by process"},
+		{"procself", "has the directory /proc/1 open (descriptor 3)"},
+		{"deleted", "holds the deleted file /tmp/gone of 2048 MiB open (descriptor 3)"},
+	} {
+		t.Run(c.kind, func(t *testing.T) {
+			s := startSandbox(t, e, program, c.kind)
+			if out := s.output(); !strings.Contains(out, "ready") {
+				t.Logf("this kernel has nothing of the kind to refuse: %s", out)
+				return
+			}
+			expectRefusal(t, preflight(t, s, nil), c.want)
+		})
+	}
+}
+
+func expectRefusal(t *testing.T, report *PreflightReport, want string) {
+	t.Helper()
+	for _, r := range report.Refusals {
+		if strings.Contains(r.String(), want) {
+			return
+		}
+	}
+	t.Errorf("refusals are %v, expected %q", report.Refusals, want)
+}
+
+func TestPreflightAcceptsWhatCanBeCaptured(t *testing.T) {
+	e := newEngine(t)
+	s := startSandbox(t, e, compile(t, "testdata/objects.c", "-static", "-lutil", "-lrt"), "plain")
+	if out := s.output(); !strings.Contains(out, "ready") {
+		t.Fatal(out)
+	}
+	report := preflight(t, s, nil)
+	if len(report.Refusals) > 0 {
+		t.Errorf("refused: %v", report.Refusals)
+	}
+	if report.Processes != 2 || len(report.Connections) != 2 || report.ImageBytes < 4096 {
+		t.Errorf("report is %+v", report)
+	}
+	r := s.request()
+	mustDump(t, s, r)
+	s.restore(r.ImagesDir)
+}
+
+func TestPreflightAcceptsAnAllowedDevice(t *testing.T) {
+	e := newEngine(t)
+	s := startSandbox(t, e, compile(t, "testdata/objects.c", "-static", "-lutil", "-lrt"), "device")
+	report := preflight(t, s, func(r *PreflightRequest) { r.AllowDevices = []string{"/tmp/kmsg"} })
+	if len(report.Refusals) > 0 {
+		t.Errorf("refused: %v", report.Refusals)
+	}
+}
+
+func TestPreflightNamesAProcessEnteredFromOutside(t *testing.T) {
+	e := newEngine(t)
+	s := startSandbox(t, e, job(t), "counter")
+	cmd := exec.Command("sleep", "1000")
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer cmd.Wait()
+	defer cmd.Process.Kill()
+	s.write("cgroup.procs", strconv.Itoa(cmd.Process.Pid))
+	want := fmt.Sprintf("process %d (sleep) was entered into the task from outside", cmd.Process.Pid)
+	expectRefusal(t, preflight(t, s, nil), want)
+}
+
+func TestPreflightNamesUnixSocketsThatLeaveTheJob(t *testing.T) {
+	e := newEngine(t)
+	program := compile(t, "testdata/objects.c", "-static", "-lutil", "-lrt")
+	for _, c := range []struct{ kind, network string }{{"unix", "unix"}, {"unix-dgram", "unixgram"}} {
+		t.Run(c.kind, func(t *testing.T) {
+			// Outside of /tmp, which the sandbox has its own of.
+			dir, err := os.MkdirTemp("/var/tmp", "criu-test-")
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer os.RemoveAll(dir)
+			path := filepath.Join(dir, "outside")
+			if c.network == "unix" {
+				l, err := net.Listen(c.network, path)
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer l.Close()
+				go func() {
+					if conn, err := l.Accept(); err == nil {
+						defer conn.Close()
+						conn.Read(make([]byte, 1))
+					}
+				}()
+			} else {
+				l, err := net.ListenUnixgram(c.network, &net.UnixAddr{Name: path, Net: c.network})
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer l.Close()
+			}
+			s := startSandbox(t, e, program, c.kind, path)
+			if out := s.output(); !strings.Contains(out, "ready") {
+				t.Fatal(out)
+			}
+			expectRefusal(t, preflight(t, s, nil), "has a unix socket (descriptor 3) connected to "+path)
+		})
+	}
+}
+
+func TestPreflightNamesTCPConnectionsThatLeaveTheJob(t *testing.T) {
+	e := newEngine(t)
+	program := compile(t, "testdata/objects.c", "-static", "-lutil", "-lrt")
+	near, far := twoMachines(t)
+	var l net.Listener
+	inNetNS(t, far, func() {
+		var err error
+		if l, err = net.Listen("tcp4", otherMachineIP+":0"); err != nil {
+			t.Fatal(err)
+		}
+	})
+	defer l.Close()
+	_, port, _ := net.SplitHostPort(l.Addr().String())
+	var s *sandbox
+	inNetNS(t, near, func() { s = startSandboxIn(t, e, 0, program, "tcp", otherMachineIP, port) })
+	want := fmt.Sprintf("has a TCP connection that leaves the job, from %s:", sandboxIP)
+	report := preflight(t, s, nil)
+	expectRefusal(t, report, want)
+	expectRefusal(t, report, fmt.Sprintf("to %s:%s (descriptor 3)", otherMachineIP, port))
+	if len(report.Connections) != 1 || !report.Connections[0].LeavesJob {
+		t.Errorf("connections are %+v", report.Connections)
+	}
+	report = preflight(t, s, func(r *PreflightRequest) {
+		r.JobNetworks = []netip.Prefix{netip.MustParsePrefix(otherMachineIP + "/32")}
+	})
+	if len(report.Refusals) > 0 {
+		t.Errorf("a connection to another task is refused: %v", report.Refusals)
+	}
+}
