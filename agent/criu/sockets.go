@@ -265,17 +265,19 @@ func (i *inspection) checkUnixPeers() error {
 }
 
 // outsideName finds the name of a socket that is in none of the task's network
-// namespaces: most likely it is in the machine's own.
+// namespaces: most likely it is in ours or in the machine's.
 func outsideName(inode uint32) string {
-	f, err := os.Open("/proc/1/ns/net")
-	if err != nil {
-		return ""
-	}
-	defer f.Close()
-	list, _ := unixDiag(&network{file: f})
-	for _, d := range list {
-		if d.inode == inode {
-			return d.name
+	for _, path := range []string{"/proc/thread-self/ns/net", "/proc/1/ns/net"} {
+		f, err := os.Open(path)
+		if err != nil {
+			continue // init may be shielded from us
+		}
+		list, _ := unixDiag(&network{file: f})
+		f.Close()
+		for _, d := range list {
+			if d.inode == inode {
+				return d.name
+			}
 		}
 	}
 	return ""
