@@ -76,7 +76,7 @@ func New(config Config) (_ *Agent, err error) {
 	if a.endpoint, err = parseEndpoint(config.Join, config.ServerName); err != nil {
 		return nil, err
 	}
-	for _, dir := range []string{a.tasksDir(), a.workDir(""), a.pagesDir()} {
+	for _, dir := range []string{a.tasksDir(), a.workDir(""), a.pagesDir(), a.uploadsDir()} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return nil, fmt.Errorf("agent: state directory: %w", err)
 		}
@@ -124,6 +124,8 @@ func (a *Agent) Close() error {
 func (a *Agent) tasksDir() string { return filepath.Join(a.config.State, "tasks") }
 
 func (a *Agent) pagesDir() string { return filepath.Join(a.config.State, "pages") }
+
+func (a *Agent) uploadsDir() string { return filepath.Join(a.config.State, "uploads") }
 
 // lockState keeps a second agent from the same state.
 func lockState(dir string) (*os.File, error) {

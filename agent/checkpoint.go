@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -59,7 +60,8 @@ type capturing struct {
 	mu        sync.Mutex
 	part      *repository.PartWriter
 	upper     *capture.Upper
-	sockets   bool // the task has TCP connections
+	stored    atomic.Int64 // bytes given to the repository so far
+	sockets   bool         // the task has TCP connections
 	begun     time.Time
 	frozen    bool
 	complete  bool
@@ -132,7 +134,7 @@ func (a *Agent) prepare(ctx context.Context, t *task, box *sandbox.Sandbox, chec
 			err = errors.Join(err, c.close())
 		}
 	}()
-	if c.part, err = a.newPart(ctx, &r, time.Time{}, nil); err != nil {
+	if c.part, err = a.newPart(ctx, &r, c.stored.Store); err != nil {
 		return 0, err
 	}
 	view, err := look(box)
@@ -182,14 +184,14 @@ func dumpMounts(box *sandbox.Sandbox) []criu.DumpMount {
 	return mounts
 }
 
-func (a *Agent) newPart(ctx context.Context, r *record, captured time.Time, progress func(int64)) (*repository.PartWriter, error) {
+func (a *Agent) newPart(ctx context.Context, r *record, progress func(int64)) (*repository.PartWriter, error) {
 	repo, err := a.repository()
 	if err != nil {
 		return nil, err
 	}
 	return repo.NewPart(ctx, repository.PartOptions{
 		Holder:    fmt.Sprintf("node %s job %s task %d", a.config.Node, r.Job, r.Index),
-		PageCache: a.pageCache(r), FileCache: a.known, Captured: captured, Progress: progress,
+		PageCache: a.pageCache(r), FileCache: a.known, Progress: progress,
 	})
 }
 
@@ -404,6 +406,9 @@ func (a *Agent) abort(t *task, c *capturing) error {
 // discard forgets the local files of a checkpoint, and with them the
 // protection of its chunks from garbage collection.
 func (a *Agent) discard(ref *agentpb.TaskRef, checkpoint string) error {
+	if err := os.Remove(a.uploadFile(captureKey(ref, checkpoint))); err != nil && !notExist(err) {
+		return err
+	}
 	c := a.findCapture(ref, checkpoint)
 	if c == nil {
 		return nil

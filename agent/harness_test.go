@@ -518,7 +518,6 @@ type node struct {
 	name    string
 	state   string
 	command *exec.Cmd
-	env     []string
 	mu      sync.Mutex
 	log     bytes.Buffer
 }
@@ -550,16 +549,22 @@ func (c *controller) addNode(name string, change ...func(*Config)) *node {
 	return n
 }
 
-func (n *node) start() {
+// start starts the agent's process and waits for its hello.
+func (n *node) start(env ...string) {
+	n.c.t.Helper()
+	n.spawn(env...)
+	n.c.await("node "+n.name, func() bool { return n.c.nodes[n.name] != nil })
+}
+
+func (n *node) spawn(env ...string) {
 	n.c.t.Helper()
 	n.command = exec.Command("/proc/self/exe")
-	n.command.Env = append(append(os.Environ(), agentConfigVariable+"="+n.state+".json"), n.env...)
+	n.command.Env = append(append(os.Environ(), agentConfigVariable+"="+n.state+".json"), env...)
 	n.command.Stderr = n
 	n.command.SysProcAttr = &syscall.SysProcAttr{
 		Setsid: true, Cloneflags: syscall.CLONE_NEWNS | syscall.CLONE_NEWNET, Unshareflags: syscall.CLONE_NEWNS,
 	}
 	must(n.c.t, n.command.Start())
-	n.c.await("node "+n.name, func() bool { return n.c.nodes[n.name] != nil })
 }
 
 // kill ends the agent's process as a crash does.
@@ -575,6 +580,7 @@ func (n *node) remove() {
 	n.command.Wait()
 	cgroup := filepath.Join(cgroup2(), "dormouse-"+filepath.Base(n.c.dir))
 	os.WriteFile(filepath.Join(cgroup, "cgroup.kill"), []byte("1"), 0)
+	os.WriteFile(filepath.Join(cgroup, "cgroup.freeze"), []byte("0"), 0)
 	for range 200 {
 		if removeCgroups("dormouse-" + filepath.Base(n.c.dir)) {
 			break

@@ -117,7 +117,7 @@ func (s *spooler) memoryRoom() (int64, error) {
 	return room, nil
 }
 
-// close removes the directory and its contents.
+// close removes the directory and its contents. It may be called again.
 func (d *spoolDir) close() error {
 	if !d.inMemory {
 		return os.RemoveAll(d.path)

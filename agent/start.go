@@ -79,16 +79,25 @@ func (a *Agent) begin(ctx context.Context, t *task) (*agentpb.TaskState, error) 
 	if err := t.update(func(r *record) { r.Stage, r.Work = stageRunning, "" }); err != nil {
 		return nil, errors.Join(err, a.undo(t))
 	}
-	if a.lease.hasLapsed() {
-		if err := t.hold(ctx, holdLease); err != nil {
-			return nil, errors.Join(err, a.undo(t))
-		}
+	if err := a.holdIfDue(ctx, t); err != nil {
+		return nil, errors.Join(err, a.undo(t))
 	}
 	a.watch(t)
 	a.log.Info("task runs", "task", t.id())
 	state := t.state()
 	a.report(t)
 	return state, nil
+}
+
+// holdIfDue freezes a task that became complete after the lease ran out.
+func (a *Agent) holdIfDue(ctx context.Context, t *task) error {
+	if a.lease.hasLapsed() {
+		return t.hold(ctx, holdLease)
+	}
+	if r, _ := t.snapshot(); len(r.Holds) > 0 {
+		return t.hold(ctx, r.Holds[0])
+	}
+	return nil
 }
 
 // undo tears down a task that was not completed.

@@ -5,6 +5,8 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"path/filepath"
+	"sync"
 	"time"
 
 	"dormouse/agent/capture"
@@ -14,8 +16,15 @@ import (
 	"dormouse/repository"
 )
 
-// upload stores what was captured. It runs beside the task.
+// upload stores what was captured. It runs beside the task. The answer is kept
+// until the checkpoint is discarded: the controller may ask again, also after a
+// restart of the agent.
 func (a *Agent) upload(ctx context.Context, ref *agentpb.TaskRef, checkpoint string, progress func(float64, string)) (*agentpb.UploadResult, error) {
+	answer := a.uploadFile(captureKey(ref, checkpoint))
+	result := &agentpb.UploadResult{}
+	if err := readJSON(answer, result); err == nil {
+		return result, nil
+	}
 	c := a.findCapture(ref, checkpoint)
 	if c == nil || !c.complete {
 		return nil, fmt.Errorf("what task %d captured for checkpoint %s was lost when the agent ended", ref.GetIndex(), checkpoint)
@@ -41,31 +50,37 @@ func (a *Agent) upload(ctx context.Context, ref *agentpb.TaskRef, checkpoint str
 	if err != nil {
 		return nil, err
 	}
-	result := &agentpb.UploadResult{}
 	if result.Part, err = json.Marshal(entry); err != nil {
 		return nil, err
 	}
 	if result.Steps, err = json.Marshal(steps); err != nil {
 		return nil, err
 	}
+	if err := writeJSONDurably(answer, result); err != nil {
+		return nil, err
+	}
 	failpoint.Hit("agent.upload.done")
-	return result, nil
+	return result, c.spool.close() // the part stays open, and protected, until the discard
 }
 
+// uploadFile holds the answer to an Upload.
+func (a *Agent) uploadFile(key string) string { return filepath.Join(a.uploadsDir(), key+".json") }
+
 func (a *Agent) store(ctx context.Context, c *capturing, progress func(float64, string)) (*repository.PartResult, error) {
-	r := record{Job: c.result.Job, Index: c.result.Index}
 	var err error
 	if c.part == nil { // the agent was restarted, or an earlier attempt failed
-		if c.part, err = a.newPart(ctx, &r, c.result.Frozen, nil); err != nil {
+		r := record{Job: c.result.Job, Index: c.result.Index}
+		if c.part, err = a.newPart(ctx, &r, c.stored.Store); err != nil {
 			return nil, err
 		}
 	}
-	progress(0, "storing memory")
+	c.part.SetCaptured(c.result.Frozen)
+	stop := c.reportProgress(progress)
+	defer stop()
 	if err := c.part.AddImages(ctx, c.images()); err != nil {
 		return nil, err
 	}
 	failpoint.Hit("agent.upload.half")
-	progress(0.7, "storing files")
 	for _, tree := range []struct{ name, index string }{{upperTree, upperIndex}, {closureTree, closeIndex}} {
 		index, err := capture.OpenIndex(c.spool.path, tree.index)
 		if err != nil {
@@ -77,6 +92,30 @@ func (a *Agent) store(ctx context.Context, c *capturing, progress func(float64, 
 	}
 	result, err := c.part.Commit(ctx)
 	return &result, err
+}
+
+// reportProgress tells the controller how far the upload is until stop.
+func (c *capturing) reportProgress(progress func(float64, string)) (stop func()) {
+	const period = 250 * time.Millisecond
+	done := make(chan struct{})
+	var telling sync.WaitGroup
+	telling.Go(func() {
+		ticker := time.NewTicker(period)
+		defer ticker.Stop()
+		for {
+			select {
+			case <-done:
+				return
+			case <-ticker.C:
+				fraction := float64(c.stored.Load()) / float64(max(c.result.Steps.SizeBytes, 1))
+				progress(min(fraction, 1), fmt.Sprintf("storing task %d", c.result.Index))
+			}
+		}
+	})
+	return func() {
+		close(done)
+		telling.Wait()
+	}
 }
 
 // needs is what a node must have to run the task; TaskManifest.Extra.
