@@ -78,7 +78,7 @@ var harmless = []string{
 
 // logLine is "(00.012345)    123: Error (criu/files.c:45): text"; the pid and
 // the time are optional.
-var logLine = regexp.MustCompile(`^(?:\(\d+\.\d+\)\s*)?(?:\s*\d+:\s*)?(Error \([^)]*\): .*)$`)
+var logLine = regexp.MustCompile(`^(?:\(\d+\.\d+\)\s*)?(?:pie:\s*)?(?:\d+:\s*)?(Error \([^)]*\): .*)$`)
 
 // errorLines reads CRIU's error lines from a log.
 func errorLines(r io.Reader) []string {
