@@ -81,7 +81,7 @@ func (m memory) writeImages(t testing.TB, dir string) {
 		ranges = append(ranges, pageRange{n * pageSize, 1})
 	}
 	must(t, os.WriteFile(filepath.Join(dir, "pagemap-1.img"), encodePagemap(1, ranges, true), 0o600))
-	must(t, os.WriteFile(filepath.Join(dir, "core-1.img"), []byte("registers and so on"), 0o600))
+	must(t, os.WriteFile(filepath.Join(dir, "core-1.img"), fmt.Append(nil, "registers ", numbers[0], m[numbers[0]][:8]), 0o600))
 	must(t, os.WriteFile(filepath.Join(dir, "empty.img"), nil, 0o600))
 }
 
