@@ -218,7 +218,7 @@ func (c *chunker) lookUp(p int) (ref pageRef, known bool, err error) {
 	if c.b.addresses == nil {
 		return ref, false, nil
 	}
-	c.prints[p] = xxh3.Hash128Seed(c.page(p), c.seed)
+	c.prints[p] = fingerprintOf(c.page(p), c.seed)
 	parent := &c.b.parent[p]
 	if !parent.known || parent.fingerprint != c.prints[p] {
 		return ref, false, nil

@@ -61,6 +61,8 @@ type cachedPage struct {
 	known       bool
 }
 
+func fingerprintOf(page []byte, seed uint64) xxh3.Uint128 { return xxh3.Hash128Seed(page, seed) }
+
 // openPageCache opens a cache, or returns nil if there is none that can be used.
 func openPageCache(path string) *pageCache {
 	f, err := os.Open(path)

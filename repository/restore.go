@@ -13,7 +13,6 @@ import (
 	"strconv"
 	"sync/atomic"
 
-	"github.com/zeebo/xxh3"
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 )
@@ -447,7 +446,7 @@ func (p *PartReader) cacheImage(ctx context.Context, w *pageCacheWriter, im *ima
 					return err
 				}
 				if r.Chunk != hole {
-					block.add(address, xxh3.Hash128Seed(page, w.seed), r.Chunk, r.Offset/pageSize+n)
+					block.add(address, fingerprintOf(page, w.seed), r.Chunk, r.Offset/pageSize+n)
 				}
 			}
 		}
