@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"sync"
 	"syscall"
@@ -124,10 +125,35 @@ func (s *Sandbox) Quiesce(ctx context.Context) error {
 			err = x.waitDetached(ctx)
 		}
 	}
+	if err == nil {
+		err = s.waitQuiet(ctx)
+	}
 	if err != nil {
 		return fmt.Errorf("cannot close the connections into sandbox %s: %w", s.ID(), err)
 	}
 	return nil
+}
+
+// waitQuiet returns when pid 1 has closed its end of every connection, also of
+// those that an earlier agent left.
+func (s *Sandbox) waitQuiet(ctx context.Context) error {
+	conn, _, err := s.open(ctx, &pid1.Request{Op: pid1.OpQuiet})
+	if err != nil {
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		// A task may have broken its own control socket: then nobody connects.
+		s.runtime.log.Warn("the sandbox's pid 1 does not answer", "sandbox", s.ID(), "error", err)
+		return nil
+	}
+	return finish(conn)
+}
+
+// finish waits until pid 1 has closed its end, which it does at once after its
+// last word, and then closes ours.
+func finish(conn net.Conn) error {
+	_, err := io.Copy(io.Discard, conn)
+	return errors.Join(err, ignoreClosed(conn.Close()))
 }
 
 // Unquiesce connects the exec sessions again. Call it after Thaw; without a
@@ -162,7 +188,7 @@ func (s *Sandbox) keepSessions(ctx context.Context) error {
 		s.runtime.log.Warn("the sandbox's pid 1 does not answer", "sandbox", s.ID(), "error", err)
 		return context.Cause(ctx)
 	}
-	return conn.Close()
+	return finish(conn)
 }
 
 // dropSessions ends every exec session of this agent.
@@ -289,5 +315,5 @@ func (s *Sandbox) request(ctx context.Context, r *pid1.Request) error {
 	if err != nil {
 		return err
 	}
-	return conn.Close()
+	return finish(conn)
 }

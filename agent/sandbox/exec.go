@@ -11,6 +11,7 @@ import (
 	"slices"
 	"sync"
 	"syscall"
+	"time"
 
 	"dormouse/agent/sandbox/pid1"
 )
@@ -52,7 +53,7 @@ func (s *Sandbox) Exec(ctx context.Context, r ExecRequest) (int, error) {
 	stop := context.AfterFunc(ctx, func() { x.fail(context.Cause(ctx)) })
 	defer stop()
 	code, err := x.converse(r)
-	if errors.Is(err, errLost) && s.gone() {
+	if errors.Is(err, errLost) && s.goes(ctx) {
 		return 128 + int(syscall.SIGKILL), nil // the kernel killed it together with pid 1
 	}
 	if err != nil {
@@ -75,11 +76,18 @@ func (s *Sandbox) startSession(ctx context.Context, request *pid1.Request, r Exe
 	return x, nil
 }
 
-// gone reports whether pid 1 has ended.
-func (s *Sandbox) gone() bool {
+// goes reports whether pid 1 ends, as it must when it falls silent: a process
+// that exits closes its descriptors some instants before it can be waited for.
+func (s *Sandbox) goes(ctx context.Context) bool {
 	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.process == nil || s.process.ended()
+	p := s.process
+	s.mu.Unlock()
+	if p == nil {
+		return true
+	}
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	return p.wait(ctx) == nil
 }
 
 // session is the agent's end of an exec session. Its connection is replaced
@@ -321,7 +329,7 @@ func (x *session) detach() {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	if x.conn != nil {
-		x.conn.Close()
+		_ = finish(x.conn) // whatever came of it, it is over
 		x.conn = nil
 	}
 	x.changed.Broadcast()

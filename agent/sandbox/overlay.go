@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 
@@ -69,15 +70,23 @@ func copyDirectory(from, to string) error {
 // of its node: the given directories, and /run, whose sockets and pid files
 // speak of daemons that are not there.
 func hideHost(upper string, dirs []string) error {
-	for _, dir := range append([]string{"/run"}, dirs...) {
-		real, err := filepath.EvalSymlinks(dir)
+	real := []string{"/run"}
+	for _, dir := range dirs {
+		resolved, err := filepath.EvalSymlinks(dir)
 		if errors.Is(err, os.ErrNotExist) {
 			continue
 		}
 		if err != nil {
 			return fmt.Errorf("cannot hide %s from the sandbox: %w", dir, err)
 		}
-		if err := hide(upper, real); err != nil {
+		real = append(real, resolved)
+	}
+	for _, dir := range real {
+		// One below another would show up in it again.
+		if slices.ContainsFunc(real, func(other string) bool { return strings.HasPrefix(dir, other+"/") }) {
+			continue
+		}
+		if err := hide(upper, dir); err != nil {
 			return err
 		}
 	}

@@ -19,9 +19,11 @@ type control struct {
 	family *family
 	run    *pid1.Run
 
-	mu       sync.Mutex
-	last     uint64
-	sessions map[uint64]*session
+	mu          sync.Mutex
+	closed      *sync.Cond // a connection was
+	connections int
+	last        uint64
+	sessions    map[uint64]*session
 }
 
 func listen(f *family, run *pid1.Run) (*control, error) {
@@ -44,7 +46,9 @@ func listen(f *family, run *pid1.Run) (*control, error) {
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("cannot listen on the control socket: %w", err), socket.Close())
 	}
-	return &control{socket: socket, family: f, run: run, sessions: map[uint64]*session{}}, nil
+	c := &control{socket: socket, family: f, run: run, sessions: map[uint64]*session{}}
+	c.closed = sync.NewCond(&c.mu)
+	return c, nil
 }
 
 // serve answers connections for the life of the process.
@@ -58,6 +62,7 @@ func (c *control) serve() {
 			return failed != syscall.EAGAIN
 		})
 		if err == nil && failed == nil {
+			c.count(1)
 			go c.answer(&conn{file: os.NewFile(uintptr(fd), "control connection")})
 		}
 	}
@@ -87,6 +92,7 @@ func (c *conn) sendJSON(kind pid1.FrameType, value any) error {
 // answer serves one connection. When the agent is gone there is nobody to tell
 // about an error.
 func (c *control) answer(link *conn) {
+	defer c.count(-1)
 	defer link.file.Close()
 	kind, payload, err := pid1.ReadFrame(link.file)
 	if err != nil || kind != pid1.FrameRequest {
@@ -117,6 +123,22 @@ func (c *control) answer(link *conn) {
 	_ = link.send(pid1.FrameDetached, nil)
 }
 
+func (c *control) count(change int) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.connections += change
+	c.closed.Broadcast()
+}
+
+// waitQuiet returns when the asker's is the only connection.
+func (c *control) waitQuiet() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for c.connections > 1 {
+		c.closed.Wait()
+	}
+}
+
 // do carries out a request and returns the session it opened or found.
 func (c *control) do(r *pid1.Request) (*session, error) {
 	switch r.Op {
@@ -124,6 +146,9 @@ func (c *control) do(r *pid1.Request) (*session, error) {
 		return nil, syscall.Kill(c.family.command, r.Signal)
 	case pid1.OpKeep:
 		c.keep(r.Sessions)
+		return nil, nil
+	case pid1.OpQuiet:
+		c.waitQuiet()
 		return nil, nil
 	case pid1.OpAttach:
 		return c.attach(r.Session)

@@ -4,7 +4,7 @@
 // The v2 directory always exists: it is the task's identity and carries the
 // core features that need no controller (cgroup.freeze, cgroup.kill,
 // cgroup.events). Limits go to the v2 controllers when the machine has them
-// there, else to the v1 hierarchies, under the same relative path. Where each
+// there, else to the v1 hierarchies, under the same path (see V1Path). Where each
 // controller is comes from /proc/self/mountinfo, never from a fixed path.
 //
 //	v2 mount/PARENT/ID          freeze, kill, events [, cpu.max, memory.max]
@@ -206,13 +206,25 @@ func (g *Group) limitMemory(h *Hierarchies, path string, bytes int64, unified bo
 	return ignoreMissing(write(dir, "memory.memsw.limit_in_bytes", limit))
 }
 
+// V1Path is the path of a group in the v1 hierarchies: the same as in v2, except
+// that every v1 directory has a file "tasks", so none can be called that.
+func V1Path(path string) string {
+	parts := strings.Split(path, "/")
+	for i, part := range parts {
+		if part == "tasks" {
+			parts[i] = "tasks.d"
+		}
+	}
+	return strings.Join(parts, "/")
+}
+
 // addV1 makes the group's directory in the v1 hierarchy of controller.
 func (g *Group) addV1(h *Hierarchies, controller, path string) (string, error) {
 	mount, ok := h.V1[controller]
 	if !ok {
 		return "", fmt.Errorf("the %s limit cannot be enforced: neither cgroup v2 at %s nor a v1 hierarchy offers the %s controller", controller, h.Unified, controller)
 	}
-	dir := filepath.Join(mount, path)
+	dir := filepath.Join(mount, V1Path(path))
 	if slices.Contains(g.V1, dir) {
 		return dir, nil
 	}

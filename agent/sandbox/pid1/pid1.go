@@ -177,6 +177,7 @@ const (
 	OpAttach Op = "attach" // go on with session Session
 	OpKeep   Op = "keep"   // hang up all detached sessions but Sessions
 	OpSignal Op = "signal" // send Signal to the command
+	OpQuiet  Op = "quiet"  // answer when this is the only connection left
 )
 
 // Request is the first frame of a connection.
