@@ -455,19 +455,44 @@ func (c *controller) checkpoint(node string, ref *agentpb.TaskRef, id string) ap
 	return c.store(node, ref, id)
 }
 
+// captureTask captures a task, again when it is told that this may help.
 func (c *controller) captureTask(node string, ref *agentpb.TaskRef, id string) {
 	c.t.Helper()
-	found := c.mustDo(node, ref, &agentpb.Preflight{Checkpoint: id}).GetPreflight()
-	if len(found.GetRefusals()) > 0 {
-		c.t.Fatalf("the checkpoint was refused: %q", found.GetRefusals())
+	for try := 1; ; try++ {
+		f := c.tryCapture(node, ref, id)
+		if f == nil {
+			return
+		}
+		if !f.GetRetryable() || try == 5 {
+			c.t.Fatalf("checkpoint %s failed: %s", id, f.GetMessage())
+		}
+		c.t.Logf("checkpoint %s again: %s", id, f.GetMessage())
+		c.mustDo(node, ref, &agentpb.Thaw{Checkpoint: id, Abort: true})
 	}
-	c.mustDo(node, ref, &agentpb.Freeze{Checkpoint: id})
-	c.mustDo(node, ref, &agentpb.Capture{Checkpoint: id})
+}
+
+func (c *controller) tryCapture(node string, ref *agentpb.TaskRef, id string) *agentpb.Failure {
+	c.t.Helper()
+	reply := c.do(node, ref, &agentpb.Preflight{Checkpoint: id})
+	if refusals := reply.GetPreflight().GetRefusals(); len(refusals) > 0 {
+		c.t.Fatalf("checkpoint %s was refused: %q", id, refusals)
+	}
+	for _, next := range []any{&agentpb.Freeze{Checkpoint: id}, &agentpb.Capture{Checkpoint: id}} {
+		if reply.GetFailure() == nil {
+			reply = c.do(node, ref, next)
+		}
+	}
+	return reply.GetFailure()
 }
 
 func (c *controller) store(node string, ref *agentpb.TaskRef, id string) api.CaptureSteps {
 	c.t.Helper()
-	uploaded := c.mustDo(node, ref, &agentpb.Upload{Checkpoint: id}).GetUploaded()
+	return c.finish(node, ref, id, c.mustDo(node, ref, &agentpb.Upload{Checkpoint: id}).GetUploaded())
+}
+
+// finish makes an uploaded checkpoint durable.
+func (c *controller) finish(node string, ref *agentpb.TaskRef, id string, uploaded *agentpb.UploadResult) api.CaptureSteps {
+	c.t.Helper()
 	var task repository.TaskManifest
 	must(c.t, json.Unmarshal(uploaded.GetPart(), &task))
 	var steps api.CaptureSteps
@@ -565,6 +590,17 @@ func (n *node) spawn(env ...string) {
 		Setsid: true, Cloneflags: syscall.CLONE_NEWNS | syscall.CLONE_NEWNET, Unshareflags: syscall.CLONE_NEWNS,
 	}
 	must(n.c.t, n.command.Start())
+}
+
+// respawn starts the agent again when it has ended, until ctx ends.
+func (n *node) respawn(ctx context.Context) {
+	for {
+		n.command.Wait()
+		if ctx.Err() != nil {
+			return
+		}
+		n.spawn()
+	}
 }
 
 // kill ends the agent's process as a crash does.

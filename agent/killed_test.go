@@ -1,0 +1,156 @@
+//go:build failpoint
+
+package agent
+
+import (
+	"context"
+	"os"
+	"path/filepath"
+	"sync"
+	"testing"
+
+	"dormouse/api/agentpb"
+)
+
+// killedAtWith starts a node whose agent is killed once at a failpoint, and
+// comes back.
+func (c *controller) killedAtWith(name, point string, change func(*Config)) *node {
+	c.t.Helper()
+	n := c.addNode(name, change)
+	n.kill()
+	once := filepath.Join(c.dir, "once")
+	n.start("DORMOUSE_FAILPOINT="+point+"=kill", "DORMOUSE_FAILPOINT_ONCE="+once)
+	ctx, cancel := context.WithCancel(context.Background())
+	var watching sync.WaitGroup
+	watching.Go(func() { n.respawn(ctx) })
+	c.t.Cleanup(func() {
+		cancel()
+		n.command.Process.Kill()
+		watching.Wait()
+		if _, err := os.Stat(once); err != nil {
+			c.t.Errorf("the agent never came to %s", point)
+		}
+	})
+	return n
+}
+
+// nothingSpooled checks that no images and no notes are left.
+func (n *node) nothingSpooled(t *testing.T) {
+	t.Helper()
+	for _, dir := range []string{"spool", "memory", "work", "uploads"} {
+		left, err := os.ReadDir(filepath.Join(n.state, dir))
+		if err != nil || len(left) > 0 {
+			t.Errorf("left in %s: %v, %v", dir, left, err)
+		}
+	}
+}
+
+func TestAgentKilledDuringACheckpoint(t *testing.T) {
+	for _, memory := range []int64{0, -1} {
+		for _, point := range []string{
+			"agent.preflight.done", "agent.freeze.frozen", "agent.capture.dumping", "agent.capture.files", "agent.capture.dumped",
+			"agent.thaw.before", "agent.thaw.after", "agent.upload.half", "agent.upload.done",
+		} {
+			name := point + " memory"
+			if memory < 0 {
+				name = point + " disk"
+			}
+			t.Run(name, func(t *testing.T) { killDuringCheckpoint(t, point, memory) })
+		}
+	}
+}
+
+func killDuringCheckpoint(t *testing.T, point string, memory int64) {
+	c := newController(t)
+	n := c.killedAtWith("east-0", point, func(config *Config) { config.SpoolMemBytes = memory })
+	ref := c.start("east-0", "j-kill", counter())
+	c.awaitLog("east-0", ref, "10 lines", counted(10))
+	id := "c-kill"
+	stored := false
+	for try := 0; try < 3 && !stored; try++ {
+		id += "x"
+		stored = c.wholeCheckpoint("east-0", ref, id)
+	}
+	if !stored {
+		t.Fatal("no checkpoint came about after the agent had returned")
+	}
+	last, err := countsUp(c.logs("east-0", ref, false))
+	must(t, err)
+	c.awaitLog("east-0", ref, "more lines", counted(last+10))
+	n.nothingSpooled(t)
+	c.mustDo("east-0", ref, &agentpb.DestroyTask{})
+	c.addNode("west-0")
+	again := c.restore("west-0", ref, id, counter())
+	c.awaitLog("west-0", again, "lines of the restored task", counted(10))
+}
+
+// wholeCheckpoint does what the controller does: all steps, and an abort when
+// one fails.
+func (c *controller) wholeCheckpoint(node string, ref *agentpb.TaskRef, id string) bool {
+	c.t.Helper()
+	f := c.tryCapture(node, ref, id)
+	if f == nil {
+		f = c.do(node, ref, &agentpb.Thaw{Checkpoint: id}).GetFailure()
+	}
+	if f == nil {
+		reply := c.do(node, ref, &agentpb.Upload{Checkpoint: id})
+		if f = reply.GetFailure(); f == nil {
+			c.finish(node, ref, id, reply.GetUploaded())
+			return true
+		}
+	}
+	c.t.Logf("checkpoint %s: %s", id, f.GetMessage())
+	c.mustDo(node, ref, &agentpb.Thaw{Checkpoint: id, Abort: true})
+	return false
+}
+
+func TestAgentKilledWhileASuspendedTaskIsHeld(t *testing.T) {
+	c := newController(t)
+	c.killedAtWith("east-0", "agent.upload.half", func(config *Config) { config.SpoolMemBytes = -1 })
+	ref := c.start("east-0", "j-held", counter())
+	c.awaitLog("east-0", ref, "10 lines", counted(10))
+	c.captureTask("east-0", ref, "c-held")
+	frozen := c.logs("east-0", ref, false)
+	c.store("east-0", ref, "c-held")
+	if now := c.logs("east-0", ref, false); now != frozen {
+		t.Error("the task ran although it was held for its suspension")
+	}
+	c.mustDo("east-0", ref, &agentpb.DestroyTask{KeepLogs: true})
+	c.restore("east-0", ref, "c-held", counter())
+}
+
+func TestAgentKilledWhileItBuildsATask(t *testing.T) {
+	for _, point := range []string{"agent.start.before", "agent.start.created", "agent.start.after"} {
+		t.Run(point, func(t *testing.T) {
+			c := newController(t)
+			n := c.killedAtWith("east-0", point, func(*Config) {})
+			ref := c.start("east-0", "j-start", counter())
+			c.awaitLog("east-0", ref, "10 lines", counted(10))
+			c.mustDo("east-0", ref, &agentpb.DestroyTask{})
+			n.nothingSpooled(t)
+		})
+	}
+}
+
+func TestAgentKilledDuringARestore(t *testing.T) {
+	for _, point := range []string{
+		"agent.restore.images", "agent.restore.files", "agent.restore.before-criu", "agent.restore.after-criu",
+		"agent.destroy.before", "agent.destroy.after",
+	} {
+		t.Run(point, func(t *testing.T) {
+			c := newController(t)
+			c.addNode("west-0")
+			ref := c.start("west-0", "j-wake", counter())
+			c.awaitLog("west-0", ref, "10 lines", counted(10))
+			c.checkpoint("west-0", ref, "c-wake")
+			c.mustDo("west-0", ref, &agentpb.DestroyTask{})
+
+			c.killedAtWith("east-0", point, func(*Config) {})
+			again := c.restore("east-0", ref, "c-wake", counter())
+			last, err := countsUp(c.logs("east-0", again, false))
+			must(t, err)
+			c.awaitLog("east-0", again, "more lines", counted(last+10))
+			c.mustDo("east-0", again, &agentpb.DestroyTask{})
+		})
+	}
+}
