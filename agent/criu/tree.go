@@ -98,7 +98,9 @@ func comm(pid int) string {
 
 // gone tells whether an error only says that a process has ended meanwhile.
 func gone(err error) bool {
-	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ESRCH)
+	// EINVAL: /proc/PID/mountinfo of a process that has given up its namespaces
+	// on its way out.
+	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ESRCH) || errors.Is(err, unix.EINVAL)
 }
 
 // CgroupPIDs lists the processes in a cgroup directory and in those below it,
