@@ -14,6 +14,8 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // numbers checks that lines count up from 0 without a gap or a repetition.
@@ -293,15 +295,115 @@ func TestRestoreOfDamagedImagesFailsWithCRIUsWords(t *testing.T) {
 	if err := os.Truncate(filepath.Join(r.ImagesDir, "core-1.img"), 20); err != nil {
 		t.Fatal(err)
 	}
-	root := filepath.Join(s.dir, "root2")
-	if err := os.Mkdir(root, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	ns := newNetNS(t)
-	defer ns.Close()
-	_, err := e.Restore(t.Context(), RestoreRequest{ImagesDir: r.ImagesDir, WorkDir: s.dir, Root: root, NetNS: ns})
+	failed, err := s.tryRestore(t.Context(), r.ImagesDir, nil)
 	var failure *Error
 	if !errors.As(err, &failure) || len(failure.Lines) == 0 || !strings.Contains(err.Error(), "core-1") {
 		t.Fatalf("got %v (%+v), expected CRIU's line about core-1", err, failure)
 	}
+	if pids, _ := CgroupPIDs(failed.cgroup); len(pids) != 0 {
+		t.Errorf("processes %v are left behind", pids)
+	}
+}
+
+func TestVolumesComeFromElsewhereAndTmpfsComesAlong(t *testing.T) {
+	e := newEngine(t)
+	volume := func(name string) string {
+		// A file system of its own, as volumes mostly are.
+		dir := t.TempDir()
+		if err := unix.Mount("volume", dir, "tmpfs", 0, ""); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { unix.Unmount(dir, unix.MNT_DETACH) })
+		if err := os.WriteFile(filepath.Join(dir, "name"), []byte(name), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		return dir
+	}
+	s := startStage(t, e, unix.CLONE_NEWNET, stage{Program: objects(t), Args: []string{"files"}, Volume: volume("first")})
+	s.moreLines(2)
+	r := s.request()
+	r.ExternalMounts = []DumpMount{{Key: "data", Mountpoint: "/mnt"}}
+	result := mustDump(t, s, r)
+	if result.Bytes < 16<<20 {
+		t.Errorf("the images have %d bytes, less than the contents of /tmp", result.Bytes)
+	}
+	restored := s.restore(r.ImagesDir, RestoreMount{Key: "data", Source: volume("second")})
+	lines := restored.moreLines(3)
+	if last := lines[len(lines)-1]; last != "n second" {
+		t.Errorf("the restored program reads %q, expected its /tmp and the second volume", last)
+	}
+}
+
+func TestDumpErrorsTellTheReason(t *testing.T) {
+	e := newEngine(t)
+	t.Run("a connection waits to be accepted", func(t *testing.T) {
+		s := startSandbox(t, e, objects(t), "backlog")
+		if _, err := e.Dump(t.Context(), s.request()); !errors.Is(err, ErrInFlight) {
+			t.Errorf("got %v, expected ErrInFlight", err)
+		}
+	})
+	t.Run("no space", func(t *testing.T) {
+		s := startSandbox(t, e, job(t), "counter", "0", "32")
+		r := s.request()
+		if err := unix.Mount("small", r.ImagesDir, "tmpfs", 0, "size=4m"); err != nil {
+			t.Fatal(err)
+		}
+		defer unix.Unmount(r.ImagesDir, unix.MNT_DETACH)
+		r.WorkDir = s.dir
+		s.freeze()
+		if _, err := e.Dump(t.Context(), r); !errors.Is(err, ErrNoSpace) {
+			t.Errorf("got %v, expected ErrNoSpace", err)
+		}
+		s.thaw()
+		checkCounted(t, s.moreLines(3))
+	})
+}
+
+func TestCancelledRestoreLeavesNothing(t *testing.T) {
+	e := newEngine(t)
+	s := startSandbox(t, e, job(t), "tcp", "0", "64")
+	s.moreLines(2)
+	r := s.request()
+	mustDump(t, s, r)
+	for _, event := range []Event{EventPreRestore, EventPostSetupNamespaces, EventPostRestore, EventNetworkUnlock, EventPreResume} {
+		ctx, cancel := context.WithCancel(t.Context())
+		failed, err := s.tryRestore(ctx, r.ImagesDir, func(_ *sandbox, at Event) error {
+			if at == event {
+				cancel()
+				<-ctx.Done()
+				return ctx.Err()
+			}
+			return nil
+		})
+		cancel()
+		if !errors.Is(err, context.Canceled) {
+			t.Errorf("%s: got %v, expected the cancellation", event, err)
+		}
+		waitFor(t, "the kills to take effect", func() bool {
+			pids, _ := CgroupPIDs(failed.cgroup)
+			return len(pids) == 0
+		})
+	}
+	s.restore(r.ImagesDir).moreLines(3)
+}
+
+func TestKilledCRIUFailsTheRestore(t *testing.T) {
+	e := newEngine(t)
+	s := startSandbox(t, e, job(t), "tcp")
+	s.moreLines(2)
+	r := s.request()
+	mustDump(t, s, r)
+	for _, event := range []Event{EventPreRestore, EventSetupNamespaces, EventPostRestore, EventPreResume} {
+		failed, err := s.tryRestore(t.Context(), r.ImagesDir, func(n *sandbox, at Event) error {
+			if at == event {
+				killCRIU(n.dir)
+			}
+			return nil
+		})
+		if !errors.Is(err, ErrDied) {
+			t.Errorf("%s: got %v, expected ErrDied", event, err)
+		}
+		failed.kill() // as the caller of Restore must
+	}
+	s.restore(r.ImagesDir).moreLines(3)
 }

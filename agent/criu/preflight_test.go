@@ -28,7 +28,7 @@ func preflight(t *testing.T, s *sandbox, change func(*PreflightRequest)) *Prefli
 // TestPreflightNamesWhatCannotBeCaptured has one small program for each kind.
 func TestPreflightNamesWhatCannotBeCaptured(t *testing.T) {
 	e := newEngine(t)
-	program := compile(t, "testdata/objects.c", "-static", "-lutil", "-lrt")
+	program := objects(t)
 	for _, c := range []struct{ kind, want string }{
 		{"io_uring", "process 1 (job) uses io_uring (descriptor 3): run it without io_uring"},
 		{"io_uring-mapped", "uses io_uring (mapped at "},
@@ -73,7 +73,7 @@ func expectRefusal(t *testing.T, report *PreflightReport, want string) {
 
 func TestPreflightAcceptsWhatCanBeCaptured(t *testing.T) {
 	e := newEngine(t)
-	s := startSandbox(t, e, compile(t, "testdata/objects.c", "-static", "-lutil", "-lrt"), "plain")
+	s := startSandbox(t, e, objects(t), "plain")
 	if out := s.output(); !strings.Contains(out, "ready") {
 		t.Fatal(out)
 	}
@@ -91,7 +91,7 @@ func TestPreflightAcceptsWhatCanBeCaptured(t *testing.T) {
 
 func TestPreflightAcceptsAnAllowedDevice(t *testing.T) {
 	e := newEngine(t)
-	s := startSandbox(t, e, compile(t, "testdata/objects.c", "-static", "-lutil", "-lrt"), "device")
+	s := startSandbox(t, e, objects(t), "device")
 	report := preflight(t, s, func(r *PreflightRequest) { r.AllowDevices = []string{"/tmp/kmsg"} })
 	if len(report.Refusals) > 0 {
 		t.Errorf("refused: %v", report.Refusals)
@@ -114,7 +114,7 @@ func TestPreflightNamesAProcessEnteredFromOutside(t *testing.T) {
 
 func TestPreflightNamesUnixSocketsThatLeaveTheJob(t *testing.T) {
 	e := newEngine(t)
-	program := compile(t, "testdata/objects.c", "-static", "-lutil", "-lrt")
+	program := objects(t)
 	for _, c := range []struct{ kind, network string }{{"unix", "unix"}, {"unix-dgram", "unixgram"}} {
 		t.Run(c.kind, func(t *testing.T) {
 			// Outside of /tmp, which the sandbox has its own of.
@@ -154,7 +154,7 @@ func TestPreflightNamesUnixSocketsThatLeaveTheJob(t *testing.T) {
 
 func TestPreflightNamesTCPConnectionsThatLeaveTheJob(t *testing.T) {
 	e := newEngine(t)
-	program := compile(t, "testdata/objects.c", "-static", "-lutil", "-lrt")
+	program := objects(t)
 	near, far := twoMachines(t)
 	var l net.Listener
 	inNetNS(t, far, func() {
@@ -166,7 +166,7 @@ func TestPreflightNamesTCPConnectionsThatLeaveTheJob(t *testing.T) {
 	defer l.Close()
 	_, port, _ := net.SplitHostPort(l.Addr().String())
 	var s *sandbox
-	inNetNS(t, near, func() { s = startSandboxIn(t, e, 0, program, "tcp", otherMachineIP, port) })
+	inNetNS(t, near, func() { s = startStage(t, e, 0, stage{Program: program, Args: []string{"tcp", otherMachineIP, port}}) })
 	want := fmt.Sprintf("has a TCP connection that leaves the job, from %s:", sandboxIP)
 	report := preflight(t, s, nil)
 	expectRefusal(t, report, want)

@@ -54,8 +54,9 @@ type RestoreResult struct {
 }
 
 // Restore builds a process tree from images. When it returns without an error
-// the tree runs. After an error CRIU has ended, and processes that it may have
-// left are in the cgroups of Enter: killing those is the caller's part.
+// the tree runs. After an error CRIU has ended and the tree's init was killed;
+// should anything be left, or still be dying, it is in the cgroups of Enter:
+// killing those is the caller's part.
 func (e *Engine) Restore(ctx context.Context, r RestoreRequest) (*RestoreResult, error) {
 	begin := time.Now()
 	if err := r.check(); err != nil {
@@ -97,13 +98,14 @@ func (e *Engine) Restore(ctx context.Context, r RestoreRequest) (*RestoreResult,
 	defer forgetRunning(r.WorkDir)
 	kind := rpc.CriuReqType_RESTORE
 	req := &rpc.CriuReq{Type: &kind, Opts: restoreOptions(r, dirs.images, dirs.work, netNSFD)}
-	root := 0
+	root := newborn{pidfd: -1}
+	defer root.close()
 	resp, err := s.call(ctx, req, func(ctx context.Context, event Event, pid int) error {
 		if pid != 0 {
-			root = pid
+			root.open(pid)
 		}
 		if event == EventPreResume {
-			if err := applyAffinity(root, affinity); err != nil {
+			if err := applyAffinity(root.pid, affinity); err != nil {
 				return err
 			}
 		}
@@ -113,6 +115,7 @@ func (e *Engine) Restore(ctx context.Context, r RestoreRequest) (*RestoreResult,
 		return r.Notify(ctx, event, pid)
 	})
 	if err != nil || !resp.GetSuccess() {
+		root.kill()
 		return nil, restoreFailure(r, resp, err, s)
 	}
 	result := &RestoreResult{Pid: int(resp.GetRestore().GetPid())}
@@ -123,6 +126,32 @@ func (e *Engine) Restore(ctx context.Context, r RestoreRequest) (*RestoreResult,
 	result.Wall = time.Since(begin)
 	e.log.Debug("restored", "pid", result.Pid, "wall", result.Wall)
 	return result, nil
+}
+
+// newborn is the init of a tree that is being restored.
+type newborn struct{ pid, pidfd int }
+
+func (n *newborn) open(pid int) {
+	if n.pidfd >= 0 {
+		return
+	}
+	n.pid = pid
+	if fd, err := unix.PidfdOpen(pid, 0); err == nil {
+		n.pidfd = fd
+	}
+}
+
+// kill ends the tree with its init: a failing CRIU does not always do so.
+func (n *newborn) kill() {
+	if n.pidfd >= 0 {
+		_ = unix.PidfdSendSignal(n.pidfd, unix.SIGKILL, nil, 0)
+	}
+}
+
+func (n *newborn) close() {
+	if n.pidfd >= 0 {
+		unix.Close(n.pidfd)
+	}
 }
 
 func (r RestoreRequest) check() error {

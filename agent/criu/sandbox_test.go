@@ -40,7 +40,7 @@ type stage struct {
 	Root    string   // mount point for its root
 	Program string   // copied to /tmp/job
 	Args    []string // of it
-	Root2   string   // an extra directory bound to /mnt, if any
+	Volume  string   // a directory bound to /mnt, if any
 }
 
 // sandboxStage runs as pid 1 of the sandbox and returns only on failure.
@@ -66,8 +66,8 @@ func sandboxStage(encoded string) error {
 		{"dev", at("dev"), "tmpfs", 0, "mode=755"},
 		{"tmp", at("tmp"), "tmpfs", 0, "mode=1777"},
 	}
-	if s.Root2 != "" {
-		mounts = append(mounts, mount{s.Root2, at("mnt"), "", unix.MS_BIND, ""})
+	if s.Volume != "" {
+		mounts = append(mounts, mount{s.Volume, at("mnt"), "", unix.MS_BIND, ""})
 	}
 	for _, m := range mounts {
 		if err := unix.Mount(m.source, m.target, m.kind, m.flags, m.data); err != nil {
@@ -171,18 +171,19 @@ func newSandbox(t *testing.T, e *Engine) *sandbox {
 
 func startSandbox(t *testing.T, e *Engine, program string, args ...string) *sandbox {
 	t.Helper()
-	return startSandboxIn(t, e, unix.CLONE_NEWNET, program, args...)
+	return startStage(t, e, unix.CLONE_NEWNET, stage{Program: program, Args: args})
 }
 
-// startSandboxIn uses the calling thread's network namespace if netFlag is 0.
-func startSandboxIn(t *testing.T, e *Engine, netFlag uintptr, program string, args ...string) *sandbox {
+// startStage uses the calling thread's network namespace if netFlag is 0.
+func startStage(t *testing.T, e *Engine, netFlag uintptr, st stage) *sandbox {
 	t.Helper()
 	s := newSandbox(t, e)
 	root := filepath.Join(s.dir, "root")
 	if err := os.Mkdir(root, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	encoded, err := json.Marshal(stage{Root: root, Program: program, Args: args})
+	st.Root = root
+	encoded, err := json.Marshal(st)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -282,7 +283,18 @@ func (s *sandbox) request() DumpRequest {
 }
 
 // restore brings images up in a new sandbox.
-func (s *sandbox) restore(images string) *sandbox {
+func (s *sandbox) restore(images string, mounts ...RestoreMount) *sandbox {
+	s.t.Helper()
+	n, err := s.tryRestore(s.t.Context(), images, nil, mounts...)
+	if err != nil {
+		log, _ := os.ReadFile(filepath.Join(n.dir, restoreLog))
+		s.t.Fatalf("restore: %v\n%s", err, tail(string(log)))
+	}
+	return n
+}
+
+// tryRestore calls at, which may be nil, at each event.
+func (s *sandbox) tryRestore(ctx context.Context, images string, at func(*sandbox, Event) error, mounts ...RestoreMount) (*sandbox, error) {
 	s.t.Helper()
 	n := newSandbox(s.t, s.engine)
 	root := filepath.Join(n.dir, "root")
@@ -292,27 +304,32 @@ func (s *sandbox) restore(images string) *sandbox {
 	if err := unix.Mount("/", root, "", unix.MS_BIND, ""); err != nil {
 		s.t.Fatal(err)
 	}
+	defer unix.Unmount(root, unix.MNT_DETACH)
 	if err := unix.Mount("", root, "", unix.MS_PRIVATE, ""); err != nil {
 		s.t.Fatal(err)
 	}
-	defer unix.Unmount(root, unix.MNT_DETACH)
 	ns := newNetNS(s.t)
 	defer ns.Close()
-	result, err := s.engine.Restore(s.t.Context(), RestoreRequest{
-		ImagesDir: images,
-		WorkDir:   n.dir,
-		Root:      root,
-		NetNS:     ns,
+	result, err := s.engine.Restore(ctx, RestoreRequest{
+		ImagesDir:      images,
+		WorkDir:        n.dir,
+		Root:           root,
+		ExternalMounts: mounts,
+		NetNS:          ns,
 		Enter: func(pid int) error {
 			return os.WriteFile(filepath.Join(n.cgroup, "cgroup.procs"), []byte(strconv.Itoa(pid)), 0)
 		},
+		Notify: func(_ context.Context, event Event, _ int) error {
+			if at == nil {
+				return nil
+			}
+			return at(n, event)
+		},
 	})
-	if err != nil {
-		log, _ := os.ReadFile(filepath.Join(n.dir, restoreLog))
-		s.t.Fatalf("restore: %v\n%s", err, tail(string(log)))
+	if err == nil {
+		n.pid = result.Pid
 	}
-	n.pid = result.Pid
-	return n
+	return n, err
 }
 
 // newNetNS makes a network namespace with its loopback up.
@@ -447,6 +464,11 @@ func newEngine(t *testing.T) *Engine {
 }
 
 func job(t *testing.T) string { t.Helper(); return compile(t, "testdata/job.c", "-static", "-pthread") }
+
+func objects(t *testing.T) string {
+	t.Helper()
+	return compile(t, "testdata/objects.c", "-static", "-lutil", "-lrt")
+}
 
 // compile builds a C file with gcc.
 func compile(t *testing.T, source string, flags ...string) string {

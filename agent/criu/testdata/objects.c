@@ -99,6 +99,37 @@ static int tcp_listener(int protocol)
 	return s;
 }
 
+/* A connection that is never accepted. */
+static void tcp_connect(const char *ip, int port);
+
+static void backlog(void)
+{
+	struct sockaddr_in a;
+	socklen_t n = sizeof(a);
+
+	must(getsockname(tcp_listener(0), (struct sockaddr *)&a, &n), "getsockname");
+	tcp_connect("127.0.0.1", ntohs(a.sin_port));
+}
+
+/* Contents of the private /tmp and of the volume at /mnt, told again and again. */
+static void files(void)
+{
+	char buf[64] = "";
+	int fd = must(open("/tmp/big", O_RDWR | O_CREAT, 0600), "open");
+
+	for (int i = 0; i < 4096; i++)
+		must(write(fd, memset((char[4096]){ 0 }, 'a' + i % 26, 4096), 4096), "write");
+	dprintf(1, "ready\n");
+	for (unsigned char c;; usleep(5000)) {
+		must(pread(fd, &c, 1, 4095 * 4096), "pread");
+		int v = must(open("/mnt/name", O_RDONLY), "/mnt/name");
+		memset(buf, 0, sizeof(buf));
+		must(read(v, buf, sizeof(buf) - 1), "read");
+		close(v);
+		dprintf(1, "%c %s\n", c, buf);
+	}
+}
+
 /* A connection to an address of another machine, or what looks like one. */
 static void tcp_connect(const char *ip, int port)
 {
@@ -233,6 +264,8 @@ int main(int argc, char **argv)
 	KIND("procself") must(open("/proc/self", O_RDONLY | O_DIRECTORY), "open");
 	KIND("deleted") deleted_file((off_t)2 << 30);
 	KIND("tcp") tcp_connect(argv[2], atoi(argv[3]));
+	KIND("backlog") backlog();
+	KIND("files") files();
 	KIND("unix") unix_connect(argv[2], SOCK_STREAM);
 	KIND("unix-dgram") unix_connect(argv[2], SOCK_DGRAM);
 	else must(-1, "no such kind");
