@@ -21,6 +21,9 @@ import (
 type RestoreOptions struct {
 	// KeepOwner leaves files to the user who restores.
 	KeepOwner bool
+	// Only, if set, chooses the entries to restore. The directories that lead
+	// to a chosen entry are restored too; for a hard link, choose its target.
+	Only func(Entry) bool
 	// Progress is told how many bytes are done in all, from several goroutines.
 	Progress func(bytes int64)
 }
@@ -100,6 +103,7 @@ type restorer struct {
 	done    atomic.Int64
 }
 
+// openDir is a directory that is being filled; not made yet while fd is -1.
 type openDir struct {
 	fd    int
 	entry Entry
@@ -140,7 +144,9 @@ func (r *restorer) run(ctx context.Context, t *treeRoot) error {
 func (r *restorer) names(ctx context.Context, t *treeRoot) error {
 	defer func() {
 		for _, d := range r.dirs {
-			unix.Close(d.fd)
+			if d.fd >= 0 {
+				unix.Close(d.fd)
+			}
 		}
 	}()
 	for record, err := range r.repo.records(ctx, t) {
@@ -174,13 +180,18 @@ func (r *restorer) make(ctx context.Context, record *entryRecord) error {
 			return err
 		}
 	}
-	if e.Path == "." {
-		return r.enter(r.root, ".", e)
+	chosen := e.Path == "." || r.opts.Only == nil || r.opts.Only(e)
+	if e.Type == TypeDir {
+		r.dirs = append(r.dirs, openDir{-1, e})
+	}
+	if !chosen {
+		return nil
+	}
+	if err := r.makeDirs(); err != nil || e.Type == TypeDir {
+		return err
 	}
 	dir, name := r.dirs[len(r.dirs)-1].fd, path.Base(e.Path)
 	switch e.Type {
-	case TypeDir:
-		return r.makeDir(dir, name, e)
 	case TypeFile:
 		return r.makeFile(ctx, dir, name, e, record.Segments)
 	case TypeHardlink:
@@ -208,20 +219,28 @@ func nodeMode(t EntryType) uint32 {
 	return unix.S_IFBLK
 }
 
-func (r *restorer) makeDir(dir int, name string, e Entry) error {
-	if err := unix.Mkdirat(dir, name, 0o700); err != nil {
-		return fmt.Errorf("create directory: %w", err)
+// makeDirs makes the directories that lead to the present entry, as far as
+// they are not there.
+func (r *restorer) makeDirs() error {
+	parent := r.root
+	for i := range r.dirs {
+		d := &r.dirs[i]
+		if d.fd >= 0 {
+			parent = d.fd
+			continue
+		}
+		name := path.Base(d.entry.Path)
+		if name != "." {
+			if err := unix.Mkdirat(parent, name, 0o700); err != nil {
+				return fmt.Errorf("create directory: %w", err)
+			}
+		}
+		fd, err := unix.Openat(parent, name, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+		if err != nil {
+			return fmt.Errorf("open directory: %w", err)
+		}
+		d.fd, parent = fd, fd
 	}
-	return r.enter(dir, name, e)
-}
-
-// enter makes a directory the present one.
-func (r *restorer) enter(dir int, name string, e Entry) error {
-	fd, err := unix.Openat(dir, name, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return fmt.Errorf("open directory: %w", err)
-	}
-	r.dirs = append(r.dirs, openDir{fd, e})
 	return nil
 }
 
@@ -229,6 +248,9 @@ func (r *restorer) enter(dir int, name string, e Entry) error {
 func (r *restorer) leave() error {
 	d := r.dirs[len(r.dirs)-1]
 	r.dirs = r.dirs[:len(r.dirs)-1]
+	if d.fd < 0 {
+		return nil
+	}
 	defer unix.Close(d.fd)
 	return dressFD(d.fd, &d.entry, &r.opts)
 }

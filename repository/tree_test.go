@@ -373,3 +373,45 @@ func TestManySmallFiles(t *testing.T) {
 	must(t, err)
 	wantSameFiles(t, src, got)
 }
+
+func TestOnlyWhatDiffersIsRestored(t *testing.T) {
+	src := t.TempDir()
+	must(t, os.MkdirAll(filepath.Join(src, "lib/deep"), 0o750))
+	must(t, os.MkdirAll(filepath.Join(src, "etc"), 0o755))
+	must(t, os.WriteFile(filepath.Join(src, "lib/same"), contiguousBytes(5<<20+17), 0o644))
+	must(t, os.WriteFile(filepath.Join(src, "lib/deep/other"), contiguousBytes(100_000), 0o644))
+	must(t, os.WriteFile(filepath.Join(src, "etc/empty"), nil, 0o644))
+	sparse(t, filepath.Join(src, "lib/sparse"), 20<<20, map[int64]string{70_000: "x", 15 << 20: "y"})
+	r := newTestRepo(t)
+	res, _ := r.upload(t, "", PartOptions{}, map[string]string{"closure": src})
+	must(t, os.WriteFile(filepath.Join(src, "lib/deep/other"), contiguousBytes(100_001)[1:], 0o644))
+
+	p, err := r.OpenPart(t.Context(), res.ID)
+	must(t, err)
+	differs := make(map[string]bool)
+	for e, err := range p.Entries(t.Context(), "closure") {
+		must(t, err)
+		if e.Type != TypeFile {
+			continue
+		}
+		f, err := os.Open(filepath.Join(src, e.Path))
+		must(t, err)
+		same, err := p.SameContent(t.Context(), e, f)
+		must(t, err)
+		f.Close()
+		differs[e.Path] = !same
+	}
+	if want := map[string]bool{"lib/same": false, "lib/sparse": false, "lib/deep/other": true, "etc/empty": false}; !reflect.DeepEqual(differs, want) {
+		t.Errorf("differs: %v, want %v", differs, want)
+	}
+	dest := filepath.Join(t.TempDir(), "dest")
+	must(t, p.RestoreTree(t.Context(), "closure", dest, RestoreOptions{Only: func(e Entry) bool { return differs[e.Path] }}))
+	if got, want := list(t, dest), []string{".", "lib", "lib/deep", "lib/deep/other"}; !reflect.DeepEqual(got, want) {
+		t.Errorf("restored %q, want %q", got, want)
+	}
+	fi, err := os.Stat(filepath.Join(dest, "lib/deep"))
+	must(t, err)
+	if fi.Mode().Perm() != 0o750 {
+		t.Errorf("a directory on the way has mode %o, want 750", fi.Mode().Perm())
+	}
+}
