@@ -48,7 +48,7 @@ type DumpRequest struct {
 	// LogLevel is CRIU's: 1 errors, 2 warnings (the default), 3 info, 4 debug.
 	LogLevel int
 	// Notify may be nil.
-	Notify Notify
+	Notify Notify `json:"-"`
 }
 
 // DumpResult describes a complete dump.

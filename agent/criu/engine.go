@@ -39,7 +39,7 @@ type Options struct {
 	// programs CRIU finds first in its PATH. Required.
 	Libexec string
 	// Logger gets debug lines only. Nil: discarded.
-	Logger *slog.Logger
+	Logger *slog.Logger `json:"-"`
 }
 
 // Engine runs CRIU. It holds no state between calls and is safe for

@@ -13,13 +13,15 @@ import (
 )
 
 // killCRIU ends the CRIU that works in a directory, as nobody should.
-func killCRIU(workDir string) {
+func killCRIU(workDir string) { signalCRIU(workDir, unix.SIGKILL) }
+
+func signalCRIU(workDir string, signal unix.Signal) {
 	var r running
 	data, err := os.ReadFile(filepath.Join(workDir, runningFile))
 	if err != nil || json.Unmarshal(data, &r) != nil {
 		return // it has ended already
 	}
-	_ = unix.Kill(r.PID, unix.SIGKILL)
+	_ = unix.Kill(r.PID, signal)
 }
 
 // TestKilledCRIULeavesTheTreeUsable kills CRIU at steps of dumps of a tree with

@@ -78,6 +78,7 @@ func startTime(pid int) string {
 	return fields[19]
 }
 
+// waitForLeftover returns nil when no CRIU works in the directory any more.
 func waitForLeftover(ctx context.Context, workDir string) error {
 	data, err := os.ReadFile(filepath.Join(workDir, runningFile))
 	if errors.Is(err, os.ErrNotExist) {
@@ -86,18 +87,25 @@ func waitForLeftover(ctx context.Context, workDir string) error {
 	if err != nil {
 		return err
 	}
-	defer forgetRunning(workDir)
 	var left running
-	if err := json.Unmarshal(data, &left); err != nil || left.PID <= 0 {
-		return nil // half written: CRIU had not been asked for anything yet
+	// A half-written note means that CRIU had not been asked for anything yet.
+	if json.Unmarshal(data, &left) == nil && left.PID > 0 {
+		if err := left.wait(ctx); err != nil {
+			return err
+		}
 	}
-	pidfd, err := unix.PidfdOpen(left.PID, 0)
+	forgetRunning(workDir)
+	return nil
+}
+
+func (r running) wait(ctx context.Context) error {
+	pidfd, err := unix.PidfdOpen(r.PID, 0)
 	if err != nil {
-		return nil
+		return nil // gone
 	}
 	defer unix.Close(pidfd)
-	if startTime(left.PID) != left.Start {
-		return nil
+	if startTime(r.PID) != r.Start {
+		return nil // another process has got its number
 	}
 	return waitPidfd(ctx, pidfd)
 }
