@@ -8,14 +8,16 @@
 // RPC (protobuf messages over a SOCK_SEQPACKET socket pair):
 //
 //	dump                                     restore
-//	1 take notes: affinities, TCP sockets    1 start criu, put it into the target cgroups
-//	2 start criu, send the request           2 send the request
-//	3 answer its notifications:              3 answer its notifications:
-//	    pre-dump, network-lock, post-dump,       pre-restore, setup-namespaces,
-//	    (leave running: network-unlock)          post-setup-namespaces, post-restore,
-//	4 at post-dump compare what was dumped       network-unlock, pre-resume, post-resume
-//	  with the cgroup: a process left out    4 at pre-resume pin the threads again
-//	  fails the dump                         5 return the pid of the new tree's init
+//	1 start criu, send the request           1 start criu, put it into the target cgroups
+//	2 answer its notifications:              2 send the request
+//	    pre-dump, network-lock, post-dump,   3 answer its notifications:
+//	    (leave running: network-unlock)          pre-restore, setup-namespaces,
+//	3 at pre-dump, when the caller has           post-setup-namespaces, post-restore,
+//	  frozen the tree, note affinities           network-unlock, pre-resume, post-resume
+//	  and TCP sockets                        4 at pre-resume pin the threads again
+//	4 at post-dump compare what was dumped   5 return the pid of the new tree's init
+//	  with the cgroup: a process left out
+//	  fails the dump
 //	5 read the statistics
 //
 // Every option CRIU gets is set in options.go and nowhere else. CRIU's answer

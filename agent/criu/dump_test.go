@@ -96,6 +96,25 @@ func TestLeaveRunningKeepsTheCgroupAsItWas(t *testing.T) {
 	}
 }
 
+func TestFreezingAtPreDumpIsKeptToo(t *testing.T) {
+	e := newEngine(t)
+	s := startSandbox(t, e, job(t), "tcp")
+	r := s.request()
+	r.LeaveRunning = true
+	r.Notify = func(_ context.Context, event Event, _ int) error {
+		if event == EventPreDump {
+			s.freeze()
+		}
+		return nil
+	}
+	mustDump(t, s, r)
+	if !s.frozen() {
+		t.Error("the cgroup is thawed after the dump")
+	}
+	s.thaw()
+	s.moreLines(3)
+}
+
 func TestTCPConnectionUnderTrafficSurvives(t *testing.T) {
 	e := newEngine(t)
 	s := startSandbox(t, e, job(t), "tcp")

@@ -38,7 +38,7 @@ type heldSocket struct {
 	reuse int // SO_REUSEADDR before the dump; leaving repair mode clears it
 }
 
-// newGuard takes notes of the tree before the dump. The caller must close it.
+// newGuard looks at the tree before the dump. The caller must close it.
 func newGuard(pids []int, freezeDir string) (*guard, error) {
 	g := &guard{pids: pids, stopped: map[int]bool{}}
 	var err error
