@@ -2,6 +2,7 @@ package cgroup
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -78,16 +79,48 @@ func (g *Group) Pids() ([]int, error) {
 	return pids, lines.Err()
 }
 
+// freezeAttempts bounds how often Freeze tries again for a better moment.
+const freezeAttempts = 50
+
 // Freeze stops every process of the group and returns when all have stopped.
 // When ctx ends first, the group thaws again.
+//
+// A thread that waits in vfork(2) for its child to execute something counts as
+// frozen, but a debugger, and so CRIU, cannot take hold of it. Such moments last
+// some microseconds, so Freeze tries again; if it is always one, the group stays
+// frozen as it is.
 func (g *Group) Freeze(ctx context.Context) error {
-	if err := write(g.Unified, "cgroup.freeze", "1"); err != nil {
-		return err
+	for attempt := 1; ; attempt++ {
+		if err := write(g.Unified, "cgroup.freeze", "1"); err != nil {
+			return err
+		}
+		if err := g.waitEvent(ctx, "frozen", "1"); err != nil {
+			return errors.Join(fmt.Errorf("the processes could not be frozen: %w", err), write(g.Unified, "cgroup.freeze", "0"))
+		}
+		if attempt == freezeAttempts || !g.inVfork() {
+			return nil
+		}
+		if err := g.Thaw(ctx); err != nil {
+			return err
+		}
 	}
-	if err := g.waitEvent(ctx, "frozen", "1"); err != nil {
-		return errors.Join(fmt.Errorf("the processes could not be frozen: %w", err), write(g.Unified, "cgroup.freeze", "0"))
+}
+
+// inVfork reports whether a thread of the frozen group sleeps uninterruptibly:
+// of the reasons for that, only vfork counts as frozen.
+func (g *Group) inVfork() bool {
+	threads, err := os.ReadFile(filepath.Join(g.Unified, "cgroup.threads"))
+	if err != nil {
+		return false
 	}
-	return nil
+	for id := range strings.Lines(string(threads)) {
+		stat, err := os.ReadFile("/proc/" + strings.TrimSpace(id) + "/stat")
+		// proc_pid_stat(5): the state follows the name, which is in parentheses.
+		if end := bytes.LastIndexByte(stat, ')'); err == nil && end >= 0 && bytes.HasPrefix(stat[end:], []byte(") D ")) {
+			return true
+		}
+	}
+	return false
 }
 
 // Thaw lets the processes of the group go on, and returns when they do.
