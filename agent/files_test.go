@@ -1,0 +1,167 @@
+package agent
+
+import (
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+
+	"dormouse/api"
+	"dormouse/api/agentpb"
+)
+
+// rootFor makes a small root with programs and the libraries they need.
+func rootFor(t *testing.T, dir string, programs ...string) {
+	t.Helper()
+	for _, name := range append(programs, "etc/passwd") {
+		copyInto(t, dir, "/"+name)
+		if !strings.Contains(name, "bin/") {
+			continue
+		}
+		libraries, err := exec.Command("ldd", "/"+name).Output()
+		must(t, err)
+		for _, library := range regexp.MustCompile(`/\S+`).FindAllString(string(libraries), -1) {
+			copyInto(t, dir, library)
+		}
+	}
+	for _, name := range []string{"root", "tmp", "proc", "dev", "sys"} {
+		must(t, os.MkdirAll(filepath.Join(dir, name), 0o755))
+	}
+}
+
+func copyInto(t *testing.T, dir, name string) {
+	t.Helper()
+	text, err := os.ReadFile(name)
+	must(t, err)
+	info, err := os.Stat(name)
+	must(t, err)
+	must(t, os.MkdirAll(filepath.Join(dir, filepath.Dir(name)), 0o755))
+	must(t, os.WriteFile(filepath.Join(dir, name), text, info.Mode()))
+}
+
+// A node may have other versions of what the task runs from, or none.
+func TestRestoreWhereTheRootHasChanged(t *testing.T) {
+	c := newController(t)
+	c.addNode("east-0")
+	root := filepath.Join(c.dir, "root")
+	rootFor(t, root, "bin/sh", "bin/sleep")
+	spec := counter()
+	spec.Root = "dir:" + root
+	ref := c.start("east-0", "j-root", spec)
+	c.awaitLog("east-0", ref, "10 lines", counted(10))
+	c.checkpoint("east-0", ref, "c-root")
+	c.mustDo("east-0", ref, &agentpb.DestroyTask{})
+
+	must(t, os.Remove(filepath.Join(root, "bin/sh")))
+	libraries, err := filepath.Glob(filepath.Join(root, "lib/*/libc.so.6"))
+	must(t, err)
+	if len(libraries) != 1 {
+		t.Fatalf("the C library of the root: %q", libraries)
+	}
+	f, err := os.OpenFile(libraries[0], os.O_APPEND|os.O_WRONLY, 0)
+	must(t, err)
+	_, err = f.WriteString("another version")
+	must(t, err)
+	must(t, f.Close())
+
+	again := c.restore("east-0", ref, "c-root", spec)
+	last, err := countsUp(c.logs("east-0", again, false))
+	must(t, err)
+	c.awaitLog("east-0", again, "more lines", counted(last+10))
+	// What came from the checkpoint belongs to the next one, too.
+	c.checkpoint("east-0", again, "c-root-two")
+	c.mustDo("east-0", again, &agentpb.DestroyTask{})
+	again = c.restore("east-0", again, "c-root-two", spec)
+	c.awaitLog("east-0", again, "more lines", counted(last+20))
+}
+
+// files is a program that holds on to files in every way, and looks after
+// each second line on standard input's behalf whether they are as it left them.
+const files = `
+import os, mmap, fcntl, socket, sys, time, threading
+os.makedirs("/data/dir", exist_ok=True)
+os.chdir("/data/dir")
+gone = open("/data/gone", "w+b"); gone.write(b"deleted but open"); gone.flush(); os.unlink("/data/gone")
+linked = open("/data/linked", "w+b"); linked.write(b"deleted name, other name left"); linked.flush()
+os.link("/data/linked", "/data/other"); os.unlink("/data/linked")
+with open("/data/map", "wb") as f: f.write(b"\0" * 8192)
+f = open("/data/map", "r+b"); shared = mmap.mmap(f.fileno(), 8192)
+log = open("/data/log", "a")
+lock = open("/data/lock", "w"); fcntl.flock(lock, fcntl.LOCK_EX)
+lower = open("/etc/hostname") if os.path.exists("/etc/hostname") else open("/etc/passwd")
+text = lower.read()
+os.mkfifo("/data/fifo"); fifo = os.open("/data/fifo", os.O_RDWR)
+os.write(fifo, b"in the pipe")
+server = socket.create_server(("127.0.0.1", 0))
+a = socket.create_connection(server.getsockname()); b, _ = server.accept()
+a.sendall(b"unread")
+os.symlink("nowhere", "/data/soft")
+os.setxattr("/data/log", "user.note", b"kept")
+i = 0
+while True:
+    i += 1
+    shared[0:8] = b"%08d" % i
+    log.write("%d\n" % i); log.flush()
+    gone.seek(0); linked.seek(0); lower.seek(0)
+    assert gone.read() == b"deleted but open"
+    assert linked.read() == b"deleted name, other name left"
+    assert os.stat("/data/other").st_ino == os.fstat(linked.fileno()).st_ino
+    assert lower.read() == text
+    assert open("/data/map", "rb").read(8) == b"%08d" % i
+    assert len(open("/data/log").read().splitlines()) == i, "log"
+    assert os.readlink("/data/soft") == "nowhere" and os.getxattr("/data/log", "user.note") == b"kept"
+    other = open("/data/lock", "w")
+    try: fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB); assert False, "the lock is lost"
+    except BlockingIOError: pass
+    other.close()
+    if i % 10 == 0:
+        assert b.recv(6) == b"unread"; a.sendall(b"unread")
+        assert os.read(fifo, 11) == b"in the pipe"; os.write(fifo, b"in the pipe")
+    assert os.getcwd() == "/data/dir"
+    print(i, flush=True)
+    time.sleep(0.02)
+`
+
+func TestFilesAreTheSameAfterARestore(t *testing.T) {
+	if _, err := exec.LookPath("python3"); err != nil {
+		t.Skip("needs python3")
+	}
+	c := newController(t)
+	c.addNode("east-0")
+	c.addNode("west-0")
+	spec := api.JobSpec{Command: []string{"python3", "-c", files}, CPUs: 1, MemBytes: 256 << 20}
+	ref := c.start("east-0", "j-files", spec)
+	nodes := []string{"east-0", "west-0", "east-0"}
+	for i, next := range nodes[1:] {
+		id := "c-files" + string(rune('0'+i))
+		last, _ := countsUp(c.logs(nodes[i], ref, false))
+		c.awaitLog(nodes[i], ref, "lines", counted(last+15))
+		c.checkpoint(nodes[i], ref, id+"-early")
+		last, _ = countsUp(c.logs(nodes[i], ref, false))
+		c.awaitLog(nodes[i], ref, "lines after a checkpoint", counted(last+15))
+		c.checkpoint(nodes[i], ref, id)
+		c.mustDo(nodes[i], ref, &agentpb.DestroyTask{})
+		ref = c.restore(next, ref, id, spec)
+	}
+	last, _ := countsUp(c.logs("east-0", ref, false))
+	c.awaitLog("east-0", ref, "lines after the restores", counted(last+25))
+}
+
+// A task of an ordinary user, too.
+func TestTaskOfAnOrdinaryUserIsRestored(t *testing.T) {
+	c := newController(t)
+	c.addNode("east-0")
+	spec := counter()
+	spec.User = "nobody"
+	spec.Command = []string{"/bin/sh", "-c", "i=0; while :; do i=$((i+1)); echo $i; sleep 0.02; done"}
+	ref := c.start("east-0", "j-user", spec)
+	c.awaitLog("east-0", ref, "10 lines", counted(10))
+	c.checkpoint("east-0", ref, "c-user")
+	c.mustDo("east-0", ref, &agentpb.DestroyTask{})
+	again := c.restore("east-0", ref, "c-user", spec)
+	last, err := countsUp(c.logs("east-0", again, false))
+	must(t, err)
+	c.awaitLog("east-0", again, "more lines", counted(last+10))
+}
