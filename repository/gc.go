@@ -29,6 +29,7 @@ type GCStats struct {
 	RemovedPacks   int      `json:"removed_packs"`
 	RemovedBytes   int64    `json:"removed_bytes"`
 	RemovedParts   int      `json:"removed_parts"`
+	RepackedBytes  int64    `json:"repacked_bytes"`  // moved out of packs that were mostly garbage
 	CondemnedPacks int      `json:"condemned_packs"` // to be removed as soon as WaitingFor have ended
 	WaitingFor     []string `json:"waiting_for"`     // holders of leases
 }
@@ -83,8 +84,9 @@ type collector struct {
 
 	lists  []condemned
 	living map[string]leaseRecord
-	packs  map[ID]bool // needed
-	parts  map[ID]bool // needed
+	packs  map[ID]*usage // needed
+	parts  map[ID]bool   // needed
+	moved  map[ID]bool   // packs whose needed chunks lie elsewhere too
 }
 
 // GC deletes what no checkpoint needs. It is safe beside running uploads, and
@@ -99,6 +101,13 @@ type collector struct {
 // condemn, and only then looks for chunks. So an upload either knows a list,
 // or its lease holds up step 2 until it has ended; and what it has referred to
 // by then is marked. With no upload running both steps happen in one call.
+//
+// Packs of which less than half is needed, and small packs when there are
+// many, are repacked before step 1: their needed chunks are stored again in
+// new packs, and they are condemned.
+//
+// In memory GC keeps 700 bytes per pack (16 MiB), and 64 MiB at most for what
+// else it has seen.
 //
 // GC deletes nothing when the manifest or the metadata of any checkpoint is
 // damaged, because then it cannot tell what that checkpoint needs: remove the
@@ -144,9 +153,14 @@ func (c *collector) run(ctx context.Context) error {
 	if err := c.repo.be.RemoveIncomplete(ctx, max(c.opts.Grace, defaultGrace)); err != nil {
 		return err
 	}
-	for range 2 {
+	for round := range 2 {
 		if err := c.mark(ctx); err != nil {
 			return err
+		}
+		if round == 0 {
+			if err := c.repack(ctx); err != nil {
+				return err
+			}
 		}
 		for i := range c.lists {
 			if err := c.carryOut(ctx, &c.lists[i]); err != nil {
@@ -165,7 +179,7 @@ func (c *collector) run(ctx context.Context) error {
 // manifests, so that a lease that has ended has left its manifest.
 func (c *collector) mark(ctx context.Context) (err error) {
 	r := c.repo
-	c.packs, c.parts = make(map[ID]bool), make(map[ID]bool)
+	c.packs, c.parts = make(map[ID]*usage), make(map[ID]bool)
 	if c.lists, err = r.condemned(ctx); err != nil {
 		return err
 	}
@@ -268,7 +282,7 @@ func (c *collector) markPart(ctx context.Context, id string, seen, avoid map[ID]
 		if !ok {
 			return &DamagedError{Object: "part " + id, Chunk: chunk.String(), Err: errors.New("no pack contains it")}
 		}
-		c.packs[loc.Pack] = true
+		c.use(loc)
 		return nil
 	})
 	if err == nil {
@@ -294,7 +308,7 @@ func (c *collector) carryOut(ctx context.Context, list *condemned) error {
 	}
 	dead := make(map[ID]bool)
 	for _, id := range list.Packs {
-		if !c.packs[id] {
+		if c.packs[id] == nil {
 			dead[id] = true
 		}
 	}
@@ -343,16 +357,19 @@ func (c *collector) condemn(ctx context.Context) (found bool, err error) {
 		}
 	}
 	list := condemned{Format: formatVersion, Created: time.Now().UTC()}
-	collect := func(kind backend.Kind, needed map[ID]bool, into *[]ID) error {
+	collect := func(kind backend.Kind, needed func(ID) bool, into *[]ID) error {
 		return c.repo.be.List(ctx, kind, func(info backend.Info) error {
 			id, err := ParseID(info.Name)
-			if err == nil && !needed[id] && !already[id] && c.old(info) && len(*into) < condemnedAtMost {
+			if err == nil && !needed(id) && !already[id] && c.old(info) && len(*into) < condemnedAtMost {
 				*into = append(*into, id)
 			}
 			return nil
 		})
 	}
-	if err := errors.Join(collect(backend.Pack, c.packs, &list.Packs), collect(backend.Part, c.parts, &list.Parts)); err != nil {
+	err = errors.Join(
+		collect(backend.Pack, func(id ID) bool { return c.packs[id] != nil && !c.moved[id] }, &list.Packs),
+		collect(backend.Part, func(id ID) bool { return c.parts[id] }, &list.Parts))
+	if err != nil {
 		return false, err
 	}
 	if len(list.Packs)+len(list.Parts) == 0 {

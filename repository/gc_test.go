@@ -424,3 +424,51 @@ func (r *testRepo) restoreHere(t *testing.T, id string) (string, error) {
 	dir := filepath.Join(t.TempDir(), "images")
 	return dir, p.RestoreImages(t.Context(), dir, RestoreOptions{})
 }
+
+func TestGCRepacksPacksThatAreMostlyGarbage(t *testing.T) {
+	r := newTestRepo(t)
+	big, dir := contiguous(0x10000, 6000, 1), filepath.Join(t.TempDir(), "a") // two packs
+	big.writeImages(t, dir)
+	r.checkpoint(t, "c-1", dir, PartOptions{})
+	few, kept := make(memory), filepath.Join(t.TempDir(), "b")
+	for n := range uint64(1600) { // whole windows, so that chunks are shared
+		few[0x10+n] = big[0x10+n]
+	}
+	few.writeImages(t, kept)
+	r.checkpoint(t, "c-2", kept, PartOptions{})
+	must(t, r.RemoveManifest(t.Context(), "c-1"))
+	s := r.gc(t)
+	if s.RepackedBytes == 0 || s.RemovedPacks == 0 {
+		t.Errorf("GC = %+v, want it to repack", s)
+	}
+	var size int64
+	for _, f := range r.objects(t, "packs") {
+		fi, err := os.Stat(f)
+		must(t, err)
+		size += fi.Size()
+	}
+	if size > 1600*pageSize*3/2 {
+		t.Errorf("%d bytes of packs are left for %d bytes of memory", size, 1600*pageSize)
+	}
+	r.wantRestorable(t, "c-2", kept)
+	if s := r.gc(t); s.RepackedBytes != 0 || s.CondemnedPacks != 0 {
+		t.Errorf("a second GC did %+v, want nothing", s)
+	}
+}
+
+func TestGCJoinsManySmallPacks(t *testing.T) {
+	r := newTestRepo(t)
+	dirs := make(map[string]string)
+	for i := range 40 {
+		id := fmt.Sprint("c-", i)
+		dirs[id] = images(t, 20, uint64(i)+1)
+		r.checkpoint(t, id, dirs[id], PartOptions{})
+	}
+	r.gc(t)
+	if packs, indexes := len(r.objects(t, "packs")), len(r.objects(t, "index")); packs > 3 || indexes > 3 {
+		t.Errorf("after GC there are %d packs and %d index objects, want them joined", packs, indexes)
+	}
+	for id, dir := range dirs {
+		r.wantRestorable(t, id, dir)
+	}
+}
