@@ -7,6 +7,9 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"time"
+
+	"golang.org/x/sync/errgroup"
 
 	"dormouse/agent/capture"
 	"dormouse/agent/criu"
@@ -86,7 +89,8 @@ func (a *Agent) canRun(entry *repository.TaskManifest) error {
 	return criu.CheckCPU(have, need.CPU)
 }
 
-func (a *Agent) rebuild(ctx context.Context, t *task, entry *repository.TaskManifest, progress func(float64, string)) error {
+// rebuild fetches the task's part and wakes the task.
+func (a *Agent) rebuild(ctx context.Context, t *task, entry *repository.TaskManifest, progress func(float64, string)) (err error) {
 	repo, err := a.repository()
 	if err != nil {
 		return err
@@ -100,35 +104,47 @@ func (a *Agent) rebuild(ctx context.Context, t *task, entry *repository.TaskMani
 	if err != nil {
 		return refusal{err}
 	}
-	woken := false
 	defer func() {
-		if !woken {
-			spool.close()
+		if err != nil {
+			err = errors.Join(err, spool.close())
 		}
 	}()
-	progress(0, "fetching memory")
+	begun := time.Now()
+	progress(0, "fetching memory and files")
 	images := filepath.Join(spool.path, imagesDir)
-	if err := part.RestoreImages(ctx, images, repository.RestoreOptions{}); err != nil {
+	if err := a.fetch(ctx, t, &r, part, images); err != nil {
 		return spaceError(err, spool)
 	}
-	failpoint.Hit("agent.restore.images")
-	progress(0.6, "building files")
-	box, err := a.boxes.Create(ctx, boxConfig(t, &r))
-	if err != nil {
-		return err
-	}
-	t.setBox(box)
-	if err := restoreFiles(ctx, part, box, t.dir); err != nil {
-		return err
-	}
-	failpoint.Hit("agent.restore.files")
+	fetched := time.Now()
 	progress(0.8, "waking processes")
+	_, box := t.snapshot()
 	if err := a.wake(ctx, t, box, images); err != nil {
 		return err
 	}
-	woken = true
+	a.log.Debug("restored", "task", t.id(), "fetch", fetched.Sub(begun), "wake", time.Since(fetched))
 	a.lanes.run(t.id()+" pages", func() { a.rememberPages(part, spool, images, &r) })
 	return nil
+}
+
+// fetch brings the images into the spool and, beside that, builds the files.
+func (a *Agent) fetch(ctx context.Context, t *task, r *record, part *repository.PartReader, images string) error {
+	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error {
+		err := part.RestoreImages(ctx, images, repository.RestoreOptions{})
+		failpoint.Hit("agent.restore.images")
+		return err
+	})
+	group.Go(func() error {
+		box, err := a.boxes.Create(ctx, boxConfig(t, r))
+		if err != nil {
+			return err
+		}
+		t.setBox(box)
+		err = restoreFiles(ctx, part, box, t.dir)
+		failpoint.Hit("agent.restore.files")
+		return err
+	})
+	return group.Wait()
 }
 
 // rememberPages lets the next checkpoint of the task store only what changed
@@ -143,18 +159,25 @@ func (a *Agent) rememberPages(part *repository.PartReader, spool *spoolDir, imag
 	}
 }
 
-// restoreFiles builds the upper layer.
+// restoreFiles builds the upper layer: the task's own files, and those of its
+// closure that this node does not have.
 func restoreFiles(ctx context.Context, part *repository.PartReader, box *sandbox.Sandbox, dir string) error {
 	if err := part.RestoreTree(ctx, upperTree, box.UpperDir(), repository.RestoreOptions{}); err != nil {
 		return err
 	}
-	stored := filepath.Join(dir, closureTree)
-	defer os.RemoveAll(stored)
-	if err := part.RestoreTree(ctx, closureTree, stored, repository.RestoreOptions{}); err != nil {
+	differing, err := capture.Differing(ctx, part, closureTree, box.LowerDir())
+	if err != nil || len(differing) == 0 {
 		return err
 	}
-	_, err := capture.Apply(stored, box.LowerDir(), box.UpperDir())
-	return err
+	stored := filepath.Join(dir, closureTree)
+	defer os.RemoveAll(stored)
+	err = part.RestoreTree(ctx, closureTree, stored, repository.RestoreOptions{
+		Only: func(e repository.Entry) bool { return differing[e.Path] },
+	})
+	if err != nil {
+		return err
+	}
+	return capture.Apply(stored, box.LowerDir(), box.UpperDir())
 }
 
 // wake lets CRIU build the processes.

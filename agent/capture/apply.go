@@ -2,24 +2,92 @@ package capture
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
+	"iter"
 	"os"
 	"path/filepath"
 	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"dormouse/repository"
 )
 
-// Apply makes an overlay of upper over lower show the files of a closure as
-// they were captured. stored is the closure tree, restored to a directory on
-// upper's file system; what lower lacks, or has otherwise, is moved from there
-// into upper. It returns the paths that were moved.
-func Apply(stored, lower, upper string) (moved []string, err error) {
-	err = filepath.WalkDir(stored, func(name string, entry fs.DirEntry, err error) error {
+// Stored is a closure in the repository; a repository.PartReader is one.
+type Stored interface {
+	Entries(ctx context.Context, tree string) iter.Seq2[repository.StoredEntry, error]
+	SameContent(ctx context.Context, e repository.StoredEntry, f *os.File) (bool, error)
+}
+
+// Differing returns the paths of a stored closure that lower lacks or has
+// otherwise.
+func Differing(ctx context.Context, stored Stored, tree, lower string) (map[string]bool, error) {
+	differing := map[string]bool{}
+	for entry, err := range stored.Entries(ctx, tree) {
+		if err != nil {
+			return nil, err
+		}
+		if entry.Type == repository.TypeHardlink {
+			differing[entry.Path] = differing[entry.Target]
+			continue
+		}
+		same, err := sameNode(ctx, stored, entry, filepath.Join(lower, entry.Path))
+		if err != nil {
+			return nil, fmt.Errorf("compare /%s with the checkpoint's: %w", entry.Path, err)
+		}
+		if !same {
+			differing[entry.Path] = true
+		}
+	}
+	return differing, nil
+}
+
+// sameNode reports whether CRIU, and the program that had the entry open, can
+// take the file at path for it.
+func sameNode(ctx context.Context, stored Stored, e repository.StoredEntry, path string) (bool, error) {
+	var st unix.Stat_t
+	err := unix.Lstat(path, &st)
+	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENOTDIR) {
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	if e.Type == repository.TypeDir {
+		return st.Mode&unix.S_IFMT == unix.S_IFDIR, nil
+	}
+	if st.Mode&0o7777 != e.Mode || st.Uid != e.UID || st.Gid != e.GID {
+		return false, nil
+	}
+	switch kind := st.Mode & unix.S_IFMT; e.Type {
+	case repository.TypeFile:
+		if kind != unix.S_IFREG || st.Size != e.Size {
+			return false, nil
+		}
+		f, err := os.Open(path)
+		if err != nil {
+			return false, err
+		}
+		defer f.Close()
+		return stored.SameContent(ctx, e, f)
+	case repository.TypeSymlink:
+		target, err := os.Readlink(path)
+		return err == nil && target == e.Target, nil
+	case repository.TypeFifo:
+		return kind == unix.S_IFIFO, nil
+	}
+	return false, nil
+}
+
+// Apply makes an overlay of upper over lower show what is in stored, a
+// directory on upper's file system with the differing files of a closure: they
+// are moved into upper, and directories that lower lacks are made there.
+func Apply(stored, lower, upper string) error {
+	return filepath.WalkDir(stored, func(name string, entry fs.DirEntry, err error) error {
 		if err != nil {
 			return err
 		}
@@ -27,79 +95,22 @@ func Apply(stored, lower, upper string) (moved []string, err error) {
 		if err != nil || p == "." {
 			return err
 		}
-		if _, err := os.Lstat(filepath.Join(upper, p)); err == nil {
-			return nil // made for an earlier file of the closure, or the task's own
+		if entry.IsDir() && isDir(filepath.Join(lower, p)) {
+			return nil // made when a file in it needs it
 		}
-		same, err := sameNode(name, filepath.Join(lower, p))
-		if err != nil || same {
-			return err
+		if _, err := os.Lstat(filepath.Join(upper, p)); err == nil {
+			return nil // the task's own
 		}
 		if err := move(stored, lower, upper, p, entry.IsDir()); err != nil {
 			return fmt.Errorf("put /%s into the task's files: %w", p, err)
 		}
-		moved = append(moved, p)
 		return nil
 	})
-	return moved, err
 }
 
-// sameNode reports whether CRIU, and the program that had a open, can take b for
-// it.
-func sameNode(a, b string) (bool, error) {
-	ai, err := os.Lstat(a)
-	if err != nil {
-		return false, err
-	}
-	bi, err := os.Lstat(b)
-	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ENOTDIR) {
-		return false, nil
-	}
-	if err != nil {
-		return false, err
-	}
-	switch {
-	case ai.IsDir():
-		return bi.IsDir(), nil
-	case ai.Mode() != bi.Mode() || ai.Size() != bi.Size():
-		return false, nil
-	case ai.Mode().IsRegular():
-		return sameContent(a, b)
-	case ai.Mode()&fs.ModeSymlink != 0:
-		at, err := os.Readlink(a)
-		if err != nil {
-			return false, err
-		}
-		bt, err := os.Readlink(b)
-		return at == bt, err
-	}
-	return true, nil
-}
-
-func sameContent(a, b string) (bool, error) {
-	af, err := os.Open(a)
-	if err != nil {
-		return false, err
-	}
-	defer af.Close()
-	bf, err := os.Open(b)
-	if err != nil {
-		return false, err
-	}
-	defer bf.Close()
-	ab, bb := make([]byte, 1<<18), make([]byte, 1<<18)
-	for {
-		n, aerr := io.ReadFull(af, ab)
-		m, berr := io.ReadFull(bf, bb)
-		if !bytes.Equal(ab[:n], bb[:m]) {
-			return false, nil
-		}
-		if aerr == io.EOF || aerr == io.ErrUnexpectedEOF {
-			return berr == aerr, nil
-		}
-		if err := errors.Join(aerr, berr); err != nil {
-			return false, err
-		}
-	}
+func isDir(path string) bool {
+	info, err := os.Lstat(path)
+	return err == nil && info.IsDir()
 }
 
 func move(stored, lower, upper, p string, dir bool) error {
@@ -125,7 +136,7 @@ func makeParents(stored, lower, upper, p string) error {
 		return err
 	}
 	like := filepath.Join(lower, p)
-	if info, err := os.Lstat(like); err != nil || !info.IsDir() {
+	if !isDir(like) {
 		like = filepath.Join(stored, p)
 	}
 	return makeDir(filepath.Join(upper, p), like)

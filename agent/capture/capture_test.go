@@ -255,7 +255,7 @@ func TestIndexSurvivesARestartAndRestoresEveryKindOfFile(t *testing.T) {
 	must(t, err)
 
 	dest := filepath.Join(t.TempDir(), "restored")
-	throughRepository(t, index, dest)
+	must(t, store(t, "upper", index).RestoreTree(t.Context(), "upper", dest, repository.RestoreOptions{}))
 	compare(t, dir, dest)
 	if _, err := unix.Lgetxattr(filepath.Join(dest, "dir"), "trusted.overlay.origin", nil); !errors.Is(err, unix.ENODATA) {
 		t.Errorf("an attribute of this node alone was kept: %v", err)
@@ -323,20 +323,6 @@ func compare(t *testing.T, a, b string) {
 	}
 }
 
-func throughRepository(t *testing.T, index *Index, dest string) {
-	t.Helper()
-	repo := newRepository(t)
-	part, err := repo.NewPart(t.Context(), repository.PartOptions{})
-	must(t, err)
-	defer part.Close()
-	must(t, part.AddTree(t.Context(), "upper", index.Entries()))
-	result, err := part.Commit(t.Context())
-	must(t, err)
-	reader, err := repo.OpenPart(t.Context(), result.ID)
-	must(t, err)
-	must(t, reader.RestoreTree(t.Context(), "upper", dest, repository.RestoreOptions{}))
-}
-
 func TestClosureIsWhatTheTreeUsesFromBelow(t *testing.T) {
 	lower, upper := t.TempDir(), t.TempDir()
 	for _, name := range []string{"lib/one.so", "lib/two.so", "hidden/three.so", "etc/data"} {
@@ -364,24 +350,35 @@ func TestClosureIsWhatTheTreeUsesFromBelow(t *testing.T) {
 	}
 }
 
-func TestApplyMovesOnlyWhatThisNodeLacksOrHasOtherwise(t *testing.T) {
-	stored, lower, upper := t.TempDir(), t.TempDir(), t.TempDir()
-	for _, name := range []string{"lib/same", "lib/other", "lib/mode", "lib/deep/gone", "run/dir/x"} {
-		write(t, filepath.Join(stored, name), "text of "+name)
+func TestApplyAddsOnlyWhatThisNodeLacksOrHasOtherwise(t *testing.T) {
+	captured, lower, upper := t.TempDir(), t.TempDir(), t.TempDir()
+	for _, name := range []string{"lib/same", "lib/other", "lib/longer", "lib/mode", "lib/deep/gone", "run/dir/x"} {
+		write(t, filepath.Join(captured, name), "text of "+name)
 	}
-	must(t, os.Remove(filepath.Join(stored, "run/dir/x")))
-	must(t, os.Chmod(filepath.Join(stored, "lib/mode"), 0o755))
-	must(t, os.Chmod(filepath.Join(stored, "lib/deep"), 0o700))
+	must(t, os.Chmod(filepath.Join(captured, "lib/mode"), 0o755))
+	must(t, os.Chmod(filepath.Join(captured, "lib/deep"), 0o700))
+	must(t, os.Symlink("same", filepath.Join(captured, "lib/link")))
+	part := closureOf(t, captured, "lib/same", "lib/other", "lib/longer", "lib/mode", "lib/deep/gone", "lib/link", "run/dir")
 	write(t, filepath.Join(lower, "lib/same"), "text of lib/same")
 	write(t, filepath.Join(lower, "lib/other"), "TEXT of lib/other")
+	write(t, filepath.Join(lower, "lib/longer"), "text of lib/longer, and more")
 	write(t, filepath.Join(lower, "lib/mode"), "text of lib/mode")
+	must(t, os.Symlink("other", filepath.Join(lower, "lib/link")))
 	must(t, os.Chmod(filepath.Join(lower, "lib"), 0o711))
 
-	moved, err := Apply(stored, lower, upper)
+	differing, err := Differing(t.Context(), part, "closure", lower)
 	must(t, err)
-	want := []string{"lib/deep", "lib/deep/gone", "lib/mode", "lib/other", "run", "run/dir"}
-	if !slices.Equal(moved, want) {
-		t.Errorf("moved %q, want %q", moved, want)
+	want := []string{"lib/deep", "lib/deep/gone", "lib/link", "lib/longer", "lib/mode", "lib/other", "run", "run/dir"}
+	if got := slices.Sorted(maps.Keys(differing)); !slices.Equal(got, want) {
+		t.Errorf("differing: %q, want %q", got, want)
+	}
+	stored := filepath.Join(t.TempDir(), "stored")
+	must(t, part.RestoreTree(t.Context(), "closure", stored, repository.RestoreOptions{
+		Only: func(e repository.Entry) bool { return differing[e.Path] },
+	}))
+	must(t, Apply(stored, lower, upper))
+	if got := slices.Sorted(maps.Keys(present(t, upper))); !slices.Equal(got, append([]string{".", "lib"}, want...)) {
+		t.Errorf("added: %q", got)
 	}
 	for name, mode := range map[string]os.FileMode{"lib": 0o711, "lib/deep": 0o700, "lib/mode": 0o755, "lib/other": 0o644} {
 		info, err := os.Lstat(filepath.Join(upper, name))
@@ -390,6 +387,14 @@ func TestApplyMovesOnlyWhatThisNodeLacksOrHasOtherwise(t *testing.T) {
 			t.Errorf("%s has mode %o, want %o", name, info.Mode().Perm(), mode)
 		}
 	}
+}
+
+// closureOf stores some files of a directory.
+func closureOf(t *testing.T, dir string, names ...string) *repository.PartReader {
+	t.Helper()
+	index, err := Closure(t.Context(), dir, t.TempDir(), names)
+	must(t, err)
+	return store(t, "closure", index)
 }
 
 func TestLookSeesWhatAProcessHasOpenMappedAndRuns(t *testing.T) {
