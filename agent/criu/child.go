@@ -3,6 +3,7 @@ package criu
 import (
 	"errors"
 	"fmt"
+	"os"
 	"os/exec"
 	"runtime"
 	"sync"
@@ -43,6 +44,11 @@ func startChild(cmd *exec.Cmd, dying func()) (*child, error) {
 		return nil, fmt.Errorf("pidfd_open: %w", err)
 	}
 	_ = cmd.Process.Release()
+	if dying != nil {
+		// The machine's memory being short is no reason to lose a dump; refused
+		// without CAP_SYS_RESOURCE.
+		_ = os.WriteFile(procPath(c.pid, "oom_score_adj"), []byte("-1000"), 0)
+	}
 	ready := make(chan struct{})
 	go c.attend(dying, ready)
 	<-ready

@@ -67,7 +67,7 @@ func FuzzErrorLines(f *testing.F) {
 
 func TestParseMountInfo(t *testing.T) {
 	got := parseMountInfo("36 35 98:0 /a /mnt\\0402 rw master:1 - ext3 /dev/ro\\134ot rw\nnonsense\n")
-	want := []mountEntry{{36, "98:0", "/a", "/mnt 2", "ext3", `/dev/ro\ot`}}
+	want := []mountEntry{{36, "98:0", "/a", "/mnt 2", "ext3", `/dev/ro\ot`, 0}}
 	if !reflect.DeepEqual(got, want) {
 		t.Errorf("got %+v", got)
 	}

@@ -19,6 +19,7 @@ type mountEntry struct {
 	mountpoint string
 	kind       string // file system type
 	source     string
+	pid        int // a process that has it
 }
 
 // parseMountInfo skips lines it does not understand: the kernel may add fields.
@@ -72,10 +73,11 @@ func (i *inspection) addMounts(pid int) error {
 	}
 	list := parseMountInfo(string(data))
 	for _, m := range list {
-		i.mounts[m.id] = m
-	}
-	if pid == i.request.Pid {
-		i.initMounts = list
+		m.pid = pid
+		if _, known := i.mounts[m.id]; !known {
+			i.mounts[m.id] = m
+			i.checkMount(m)
+		}
 	}
 	return nil
 }
@@ -86,27 +88,21 @@ var captured = []string{
 	"securityfs", "debugfs", "tracefs", "pstore", "fusectl", "bpf", "efivarfs",
 }
 
-// checkMounts refuses mounts of other file systems than the root's that were
-// not declared external, and adds what tmpfs mounts hold to the estimate.
-func (i *inspection) checkMounts() {
-	rootDevice := ""
-	for _, m := range i.initMounts {
-		if m.mountpoint == "/" {
-			rootDevice = m.device
-		}
+// checkMount refuses a mount of another file system than the root's that was
+// not declared external, and adds what a tmpfs holds to the estimate.
+func (i *inspection) checkMount(m mountEntry) {
+	if m.mountpoint == "/" && m.pid == i.request.Pid {
+		i.rootDevice = m.device
 	}
-	counted := map[string]bool{}
-	for _, m := range i.initMounts {
-		external := slices.ContainsFunc(i.request.ExternalMounts, func(x DumpMount) bool { return x.Mountpoint == m.mountpoint })
-		switch {
-		case external || m.device == rootDevice:
-		case !slices.Contains(captured, m.kind):
-			i.refuse(i.request.Pid, fmt.Sprintf("has a %s file system (%s) mounted at %s", m.kind, m.source, m.mountpoint),
-				"give it to the job as a --volume, or unmount it")
-		case m.kind == "tmpfs" && !counted[m.device]:
-			counted[m.device] = true
-			i.report.ImageBytes += usedBytes(filepath.Join(procPath(i.request.Pid, "root"), m.mountpoint))
-		}
+	external := slices.ContainsFunc(i.request.ExternalMounts, func(x DumpMount) bool { return x.Mountpoint == m.mountpoint })
+	switch {
+	case external || m.device == i.rootDevice:
+	case !slices.Contains(captured, m.kind):
+		i.refuse(m.pid, fmt.Sprintf("has a %s file system (%s) mounted at %s", m.kind, m.source, m.mountpoint),
+			"give it to the job as a --volume, or unmount it")
+	case m.kind == "tmpfs" && !i.counted[m.device]:
+		i.counted[m.device] = true
+		i.report.ImageBytes += usedBytes(filepath.Join(procPath(m.pid, "root"), m.mountpoint))
 	}
 }
 

@@ -80,6 +80,7 @@ func (e *Engine) Preflight(ctx context.Context, r PreflightRequest) (*PreflightR
 		request: r,
 		report:  &PreflightReport{Processes: len(tree)},
 		mounts:  map[int]mountEntry{},
+		counted: map[string]bool{},
 		seen:    map[string]bool{},
 	}
 	defer i.close()
@@ -91,7 +92,6 @@ func (e *Engine) Preflight(ctx context.Context, r PreflightRequest) (*PreflightR
 	if err := i.readNamespaces(tree); err != nil {
 		return nil, fmt.Errorf("preflight: %w", err)
 	}
-	i.checkMounts()
 	for _, pid := range tree {
 		if err := ctx.Err(); err != nil {
 			return nil, context.Cause(ctx)
@@ -112,7 +112,8 @@ type inspection struct {
 	report  *PreflightReport
 
 	mounts     map[int]mountEntry // of all mount namespaces of the tree, by id
-	initMounts []mountEntry
+	rootDevice string             // of the init's root
+	counted    map[string]bool    // devices that are in the estimate
 	nets       []*network
 	unixOwned  []unixSocket    // held by the tree
 	seen       map[string]bool // sockets already looked at
@@ -325,6 +326,8 @@ func (i *inspection) checkDescriptors(pid int) error {
 			}
 		case strings.HasPrefix(link, "/"):
 			i.checkFile(pid, fd, link)
+		case link == "anon_inode:inotify" || link == "anon_inode:[fanotify]":
+			i.checkWatches(pid, fd)
 		}
 	}
 	return i.checkSockets(pid, sockets)

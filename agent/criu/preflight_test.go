@@ -10,6 +10,8 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 func preflight(t *testing.T, s *sandbox, change func(*PreflightRequest)) *PreflightReport {
@@ -180,4 +182,66 @@ func TestPreflightNamesTCPConnectionsThatLeaveTheJob(t *testing.T) {
 	if len(report.Refusals) > 0 {
 		t.Errorf("a connection to another task is refused: %v", report.Refusals)
 	}
+}
+
+func TestPreflightNamesWatchesThatCannotBeFoundAgain(t *testing.T) {
+	e := newEngine(t)
+	program := objects(t)
+	for _, c := range []struct{ options, file, want string }{
+		{"", "/usr/bin/env", "watches a file"},
+		{",index=on,nfs_export=on", "/usr/bin/env", ""},
+		{"", "/etc/hostname", ""},
+		{"", "/tmp/job", ""},
+	} {
+		for _, kind := range []string{"inotify", "fanotify"} {
+			dir, err := os.MkdirTemp("", "criu-test-")
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer os.RemoveAll(dir)
+			for _, sub := range []string{"upper", "work"} {
+				if err := os.Mkdir(filepath.Join(dir, sub), 0o755); err != nil {
+					t.Fatal(err)
+				}
+			}
+			overlay := fmt.Sprintf("lowerdir=/,upperdir=%s/upper,workdir=%[1]s/work%s", dir, c.options)
+			s := startStage(t, e, unix.CLONE_NEWNET, stage{Program: program, Args: []string{kind, c.file}, Overlay: overlay})
+			if out := s.output(); !strings.Contains(out, "ready") {
+				t.Fatal(out)
+			}
+			report := preflight(t, s, nil)
+			if c.want != "" {
+				expectRefusal(t, report, c.want)
+			} else if len(report.Refusals) > 0 {
+				t.Errorf("%s of %s on an overlay with %q is refused: %v", kind, c.file, c.options, report.Refusals)
+			}
+			// The verdict is CRIU's own.
+			_, err = e.Dump(t.Context(), s.request())
+			if (err != nil) != (c.want != "") {
+				t.Errorf("%s of %s on an overlay with %q: preflight says %v, the dump %v", kind, c.file, c.options, report.Refusals, err)
+			}
+			s.kill()
+		}
+	}
+}
+
+func TestPreflightNamesForeignMounts(t *testing.T) {
+	e := newEngine(t)
+	volume := t.TempDir()
+	if err := unix.Mount("ramfs", volume, "ramfs", 0, ""); err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Unmount(volume, unix.MNT_DETACH)
+	s := startStage(t, e, unix.CLONE_NEWNET, stage{Program: job(t), Args: []string{"counter"}, Volume: volume})
+	expectRefusal(t, preflight(t, s, nil), "has a ramfs file system (ramfs) mounted at /mnt: give it to the job as a --volume")
+	report := preflight(t, s, func(r *PreflightRequest) { r.ExternalMounts = []DumpMount{{Key: "v", Mountpoint: "/mnt"}} })
+	if len(report.Refusals) > 0 {
+		t.Errorf("a volume is refused: %v", report.Refusals)
+	}
+}
+
+func FuzzParseWatch(f *testing.F) {
+	f.Add("inotify wd:1 ino:5a sdev:800010 mask:fff ignored_mask:0 fhandle-bytes:8 fhandle-type:1 f_handle:5a00000033b5a7d1\n")
+	f.Add("fanotify mnt_id:12 mflags:0 mask:1 ignored_mask:0\n")
+	f.Fuzz(func(t *testing.T, line string) { parseWatch(line) })
 }

@@ -45,6 +45,7 @@ type stage struct {
 	Program string   // copied to /tmp/job
 	Args    []string // of it
 	Volume  string   // a directory bound to /mnt, if any
+	Overlay string   // options of an overlay as the root, instead of the bind, if any
 }
 
 // sandboxStage runs as pid 1 of the sandbox and returns only on failure.
@@ -69,6 +70,9 @@ func sandboxStage(encoded string) error {
 		{"proc", at("proc"), "proc", 0, ""},
 		{"dev", at("dev"), "tmpfs", 0, "mode=755"},
 		{"tmp", at("tmp"), "tmpfs", 0, "mode=1777"},
+	}
+	if s.Overlay != "" {
+		mounts[1] = mount{"overlay", s.Root, "overlay", 0, s.Overlay}
 	}
 	if s.Volume != "" {
 		mounts = append(mounts, mount{s.Volume, at("mnt"), "", unix.MS_BIND, ""})

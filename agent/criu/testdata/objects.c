@@ -21,6 +21,8 @@
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
+#include <sys/fanotify.h>
+#include <sys/file.h>
 #include <sys/inotify.h>
 #include <sys/mman.h>
 #include <sys/ptrace.h>
@@ -264,6 +266,15 @@ int main(int argc, char **argv)
 	KIND("procself") must(open("/proc/self", O_RDONLY | O_DIRECTORY), "open");
 	KIND("deleted") deleted_file((off_t)2 << 30);
 	KIND("tcp") tcp_connect(argv[2], atoi(argv[3]));
+	KIND("inotify") must(inotify_add_watch(must(inotify_init1(0), "inotify"), argv[2], IN_ALL_EVENTS), argv[2]);
+	KIND("fanotify") must(fanotify_mark(must(fanotify_init(FAN_CLASS_NOTIF, O_RDONLY), "fanotify"), FAN_MARK_ADD, FAN_OPEN, AT_FDCWD, argv[2]), argv[2]);
+	KIND("flock") must(flock(must(open(argv[2], O_RDWR | O_CREAT, 0600), argv[2]), LOCK_EX), "flock");
+	KIND("posix-lock") must(lockf(must(open(argv[2], O_RDWR | O_CREAT, 0600), argv[2]), F_LOCK, 10), "lockf");
+	KIND("mntns") nested(CLONE_NEWNS, "unshare");
+	KIND("open") must(open(argv[2], O_RDWR | O_CREAT, 0600), argv[2]);
+	KIND("unlinked") { must(open(argv[2], O_RDWR | O_CREAT, 0600), argv[2]); must(unlink(argv[2]), "unlink"); }
+	KIND("linked") { must(open(argv[2], O_RDWR | O_CREAT, 0600), argv[2]); must(link(argv[2], argv[3]), "link"); must(unlink(argv[2]), "unlink"); }
+	KIND("cwd") { must(mkdir(argv[2], 0700), "mkdir"); must(chdir(argv[2]), "chdir"); must(rmdir(argv[2]), "rmdir"); }
 	KIND("backlog") backlog();
 	KIND("files") files();
 	KIND("unix") unix_connect(argv[2], SOCK_STREAM);
