@@ -12,6 +12,7 @@
 #include <sys/mount.h>
 #include <sys/prctl.h>
 #include <sys/ptrace.h>
+#include <sys/rseq.h>
 
 static pid_t other;
 static int to_child[2], from_child[2];
@@ -334,6 +335,28 @@ static void affinity_check(void)
 	expect(CPU_EQUAL(&now, &pinned), "the processor the process was pinned to");
 }
 CARRIED(affinity)
+
+/* The C library's restartable sequences: the kernel keeps writing the processor's number where it was told to. */
+static struct rseq *area(void) { return (struct rseq *)((char *)__builtin_thread_pointer() + __rseq_offset); }
+
+static void rseq_setup(void)
+{
+	if (!__rseq_size)
+		unavailable("the C library has no rseq");
+}
+
+static void rseq_check(void)
+{
+	unsigned before, kernel;
+
+	do {
+		before = *(volatile unsigned *)&area()->cpu_id;
+		must(syscall(SYS_getcpu, &kernel, NULL, NULL), "getcpu");
+	} while (before != *(volatile unsigned *)&area()->cpu_id);
+	if (before != kernel)
+		broken("rseq says processor %d, the kernel %u", (int)before, kernel);
+}
+CARRIED(rseq)
 
 /* A daemon: its own session, its parent gone. */
 static volatile long *counter;
