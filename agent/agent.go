@@ -76,7 +76,7 @@ func New(config Config) (_ *Agent, err error) {
 	if a.endpoint, err = parseEndpoint(config.Join, config.ServerName); err != nil {
 		return nil, err
 	}
-	for _, dir := range []string{a.tasksDir(), a.workDir(""), a.pagesDir(), a.uploadsDir()} {
+	for _, dir := range []string{a.tasksDir(), a.workDir(""), a.pagesDir(), a.uploadsDir(), a.criuLogsDir()} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return nil, fmt.Errorf("agent: state directory: %w", err)
 		}

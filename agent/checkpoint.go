@@ -315,7 +315,7 @@ func (a *Agent) dump(ctx context.Context, t *task, box *sandbox.Sandbox, c *capt
 		return spaceError(filesErr, c.spool)
 	}
 	if err != nil {
-		return dumpError(err, c.spool)
+		return dumpError(a.keepLog(err, c.key), c.spool)
 	}
 	failpoint.Hit("agent.capture.files")
 	r, _ := t.snapshot()

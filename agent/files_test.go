@@ -1,12 +1,18 @@
 package agent
 
 import (
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"strconv"
 	"strings"
+	"syscall"
 	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
 
 	"dormouse/api"
 	"dormouse/api/agentpb"
@@ -164,4 +170,107 @@ func TestTaskOfAnOrdinaryUserIsRestored(t *testing.T) {
 	last, err := countsUp(c.logs("east-0", again, false))
 	must(t, err)
 	c.awaitLog("east-0", again, "more lines", counted(last+10))
+}
+
+// hungry is a job whose dump is large.
+func hungry(bytes int) api.JobSpec {
+	return api.JobSpec{CPUs: 1, MemBytes: 512 << 20, Command: []string{"python3", "-c", fmt.Sprintf(`
+import os, time
+data = os.urandom(%d)
+i = 0
+while True:
+    i += 1
+    print(i, flush=True)
+    time.sleep(0.02)
+`, bytes)}}
+}
+
+func TestSpoolThatFillsUpDuringTheDumpFailsTheCheckpointOnly(t *testing.T) {
+	c := newController(t)
+	small := filepath.Join(c.dir, "small")
+	must(t, os.Mkdir(small, 0o700))
+	must(t, unix.Mount("small", small, "tmpfs", 0, "size=300m"))
+	t.Cleanup(func() { unix.Unmount(small, unix.MNT_DETACH) })
+	c.addNode("east-0", func(config *Config) { config.Spool, config.SpoolMemBytes = filepath.Join(small, "spool"), -1 })
+	ref := c.start("east-0", "j-full", hungry(64<<20))
+	c.awaitLog("east-0", ref, "lines", counted(5))
+	c.mustDo("east-0", ref, &agentpb.Preflight{Checkpoint: "c-full"})
+	must(t, os.WriteFile(filepath.Join(small, "ballast"), make([]byte, 270<<20), 0o600))
+	c.mustDo("east-0", ref, &agentpb.Freeze{Checkpoint: "c-full"})
+	f := c.do("east-0", ref, &agentpb.Capture{Checkpoint: "c-full"}).GetFailure()
+	if !strings.Contains(f.GetMessage(), "ran out of space") || !strings.Contains(f.GetMessage(), small) {
+		t.Errorf("the failure is %v", f)
+	}
+	t.Log(f.GetMessage())
+	c.mustDo("east-0", ref, &agentpb.Thaw{Checkpoint: "c-full", Abort: true})
+	if left, err := os.ReadDir(filepath.Join(small, "spool")); err != nil || len(left) > 0 {
+		t.Errorf("left in the spool: %v, %v", left, err)
+	}
+	log := regexp.MustCompile(`log: ([^)]+)`).FindStringSubmatch(f.GetMessage())
+	if len(log) != 2 || !fileExists(log[1]) {
+		t.Errorf("the log that the failure names is not there: %q", log)
+	}
+	last, err := countsUp(c.logs("east-0", ref, false))
+	must(t, err)
+	c.awaitLog("east-0", ref, "more lines", counted(last+10))
+	must(t, os.Remove(filepath.Join(small, "ballast")))
+	c.checkpoint("east-0", ref, "c-room")
+}
+
+func TestKilledCRIUFailsTheCheckpointOnly(t *testing.T) {
+	c := newController(t)
+	n := c.addNode("east-0")
+	ref := c.start("east-0", "j-murder", hungry(200<<20))
+	c.awaitLog("east-0", ref, "lines", counted(5))
+	killed := 0
+	for i := range 6 {
+		id := "c-murder" + string(rune('0'+i))
+		c.mustDo("east-0", ref, &agentpb.Preflight{Checkpoint: id})
+		c.mustDo("east-0", ref, &agentpb.Freeze{Checkpoint: id})
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			n.killCRIU(time.Duration(i) * 20 * time.Millisecond)
+		}()
+		f := c.do("east-0", ref, &agentpb.Capture{Checkpoint: id}).GetFailure()
+		<-done
+		if f != nil {
+			killed++
+			t.Log(f.GetMessage())
+		}
+		c.mustDo("east-0", ref, &agentpb.Thaw{Checkpoint: id, Abort: true})
+		last, err := countsUp(c.logs("east-0", ref, false))
+		must(t, err)
+		c.awaitLog("east-0", ref, "more lines", counted(last+5))
+	}
+	if killed == 0 {
+		t.Error("no CRIU was killed while it dumped")
+	}
+	c.checkpoint("east-0", ref, "c-calm")
+	c.mustDo("east-0", ref, &agentpb.DestroyTask{})
+	again := c.restore("east-0", ref, "c-calm", hungry(200<<20))
+	c.awaitLog("east-0", again, "lines", counted(5))
+}
+
+// killCRIU kills the criu that the node's agent starts next, some time after it
+// has appeared.
+func (n *node) killCRIU(after time.Duration) {
+	children := fmt.Sprintf("/proc/%d/task/*/children", n.command.Process.Pid)
+	for range 2000 {
+		lists, _ := filepath.Glob(children)
+		for _, list := range lists {
+			text, _ := os.ReadFile(list)
+			for _, child := range strings.Fields(string(text)) {
+				comm, _ := os.ReadFile("/proc/" + child + "/comm")
+				if strings.TrimSpace(string(comm)) != "criu" {
+					continue
+				}
+				time.Sleep(after)
+				pid, _ := strconv.Atoi(child)
+				syscall.Kill(pid, syscall.SIGKILL)
+				return
+			}
+		}
+		time.Sleep(time.Millisecond)
+	}
 }

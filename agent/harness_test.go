@@ -660,6 +660,17 @@ func removeCgroups(name string) bool {
 	return !left
 }
 
+// nothingSpooled checks that no images and no notes are left.
+func (n *node) nothingSpooled(t *testing.T) {
+	t.Helper()
+	for _, dir := range []string{"spool", "memory", "work", "uploads"} {
+		left, err := os.ReadDir(filepath.Join(n.state, dir))
+		if err != nil || len(left) > 0 {
+			t.Errorf("left in %s: %v, %v", dir, left, err)
+		}
+	}
+}
+
 func contains(refs []*agentpb.TaskRef, ref *agentpb.TaskRef) bool {
 	for _, r := range refs {
 		if taskID(r) == taskID(ref) {

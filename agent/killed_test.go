@@ -34,17 +34,6 @@ func (c *controller) killedAtWith(name, point string, change func(*Config)) *nod
 	return n
 }
 
-// nothingSpooled checks that no images and no notes are left.
-func (n *node) nothingSpooled(t *testing.T) {
-	t.Helper()
-	for _, dir := range []string{"spool", "memory", "work", "uploads"} {
-		left, err := os.ReadDir(filepath.Join(n.state, dir))
-		if err != nil || len(left) > 0 {
-			t.Errorf("left in %s: %v, %v", dir, left, err)
-		}
-	}
-}
-
 func TestAgentKilledDuringACheckpoint(t *testing.T) {
 	for _, memory := range []int64{0, -1} {
 		for _, point := range []string{

@@ -201,7 +201,7 @@ func (a *Agent) wake(ctx context.Context, t *task, box *sandbox.Sandbox, images 
 	failpoint.Hit("agent.restore.before-criu")
 	result, err := a.criu.Restore(ctx, request)
 	if err != nil {
-		return err
+		return a.keepLog(err, t.id())
 	}
 	failpoint.Hit("agent.restore.after-criu")
 	return box.FinishRestore(ctx, result.Pid)
