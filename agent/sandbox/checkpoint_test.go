@@ -67,13 +67,18 @@ func (b *bench) dump(engine *criu.Engine, s *sandbox.Sandbox, to image) error {
 	for _, x := range s.External() {
 		request.ExternalMounts = append(request.ExternalMounts, criu.DumpMount{Key: x.Key, Mountpoint: x.Mountpoint})
 	}
-	if _, err := engine.Dump(b.context(), request); err != nil {
-		return err
+	// At this moment CRIU's links to files that have no name any more are there.
+	request.Notify = func(_ context.Context, event criu.Event, _ int) error {
+		if event != criu.EventPostDump {
+			return nil
+		}
+		if out, err := exec.Command("cp", "-a", s.UpperDir(), to.upper).CombinedOutput(); err != nil {
+			return fmt.Errorf("%w: %s", err, out)
+		}
+		return stripXattrs(to.upper)
 	}
-	if out, err := exec.Command("cp", "-a", s.UpperDir(), to.upper).CombinedOutput(); err != nil {
-		return fmt.Errorf("%w: %s", err, out)
-	}
-	return stripXattrs(to.upper)
+	_, err := engine.Dump(b.context(), request)
+	return err
 }
 
 // stripXattrs removes what must not travel.
@@ -245,5 +250,43 @@ func TestPrepareRestoreRefusesWhatIsNoCheckpoint(t *testing.T) {
 	s := b.create(b.config("true"))
 	if _, err := s.PrepareRestore(b.context()); err == nil {
 		t.Error("an empty upper layer passed for a checkpoint")
+	}
+}
+
+// What an overlay root is known to break in CRIU, on files and directories of
+// either layer.
+func TestHoldsOnFilesOfTheOverlaySurvive(t *testing.T) {
+	engine := newEngine(t)
+	b := newBench(t)
+	bin := filepath.Join(b.dir, "bin")
+	if err := os.Mkdir(bin, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := exec.Command("gcc", "-O1", "-Wall", "-o", bin+"/hold", "testdata/hold.c").CombinedOutput(); err != nil {
+		missing(t, "this test needs gcc: %v: %s", err, out)
+	}
+	for _, hold := range []string{
+		"inotify /usr/local", "inotify /newdir", "inotify /tmp",
+		"fanotify /usr/local", "fanotify /newdir",
+		"flock /etc/passwd", "flock /newfile", "posix /etc/passwd", "posix /newfile",
+		"ofd /etc/passwd", "ofd /newfile", "lease /etc/passwd", "lease /newfile",
+		"deleted /newfile", "deleted /etc/passwd", "unlinked /newfile",
+	} {
+		cfg := b.config("mkdir /newdir; exec /prog/hold " + hold)
+		cfg.Volumes = []api.Volume{{Source: bin, Destination: "/prog", ReadOnly: true}}
+		cfg.CapAdd = []string{"SYS_ADMIN"} // fanotify needs it
+		s := b.start(cfg)
+		b.logs(s, "ready")
+		for range 2 {
+			s = b.resume(engine, b.suspend(engine, s))
+		}
+		if err := s.Signal(b.context(), syscall.SIGUSR1); err != nil {
+			t.Fatal(err)
+		}
+		b.wait(s)
+		expect(t, hold, b.log(s, "stdout"), "ready\nkept\n")
+		if err := s.Destroy(b.context(), sandbox.DestroyOptions{}); err != nil {
+			t.Error(err)
+		}
 	}
 }

@@ -17,8 +17,14 @@ import (
 // overlayOptions are the mount options of a sandbox's root. Each is fixed, as a
 // kernel's own defaults may differ between nodes: what one node writes to the
 // upper layer another one must be able to use.
+//
+// CRIU restores inotify and fanotify watches by file handle, which an overlay
+// has only with nfs_export, which needs index. With xino a file keeps its
+// device and inode number when upper and lower layer are different file
+// systems. A file system without handles below makes the kernel fall back to
+// none of this; such watches then cannot be dumped.
 func overlayOptions(lower, upper, work string) string {
-	return fmt.Sprintf("lowerdir=%s,upperdir=%s,workdir=%s,index=off,metacopy=off,redirect_dir=off,xino=off", lower, upper, work)
+	return fmt.Sprintf("lowerdir=%s,upperdir=%s,workdir=%s,index=on,nfs_export=on,xino=on,metacopy=off,redirect_dir=off", lower, upper, work)
 }
 
 // KeepXattr reports whether an extended attribute of a file in an upper layer

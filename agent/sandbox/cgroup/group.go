@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -97,30 +98,44 @@ func (g *Group) Freeze(ctx context.Context) error {
 		if err := g.waitEvent(ctx, "frozen", "1"); err != nil {
 			return errors.Join(fmt.Errorf("the processes could not be frozen: %w", err), write(g.Unified, "cgroup.freeze", "0"))
 		}
-		if attempt == freezeAttempts || !g.inVfork() {
+		waiting := g.inVfork()
+		if attempt == freezeAttempts || len(waiting) == 0 {
 			return nil
 		}
 		if err := g.Thaw(ctx); err != nil {
 			return err
 		}
+		letGo(waiting)
 	}
 }
 
-// inVfork reports whether a thread of the frozen group sleeps uninterruptibly:
-// of the reasons for that, only vfork counts as frozen.
-func (g *Group) inVfork() bool {
+// letGo gives vforked children a moment to execute their programs. There is no
+// event for that, so it looks, for 10 ms at most.
+func letGo(threads []string) {
+	for range 100 {
+		if !slices.ContainsFunc(threads, uninterruptible) {
+			return
+		}
+		time.Sleep(100 * time.Microsecond)
+	}
+}
+
+// inVfork lists the threads of the frozen group that sleep uninterruptibly: of
+// the reasons for that, only vfork counts as frozen.
+func (g *Group) inVfork() []string {
 	threads, err := os.ReadFile(filepath.Join(g.Unified, "cgroup.threads"))
 	if err != nil {
-		return false
+		return nil
 	}
-	for id := range strings.Lines(string(threads)) {
-		stat, err := os.ReadFile("/proc/" + strings.TrimSpace(id) + "/stat")
-		// proc_pid_stat(5): the state follows the name, which is in parentheses.
-		if end := bytes.LastIndexByte(stat, ')'); err == nil && end >= 0 && bytes.HasPrefix(stat[end:], []byte(") D ")) {
-			return true
-		}
-	}
-	return false
+	return slices.DeleteFunc(strings.Fields(string(threads)), func(id string) bool { return !uninterruptible(id) })
+}
+
+// uninterruptible reads the state of a thread, which in proc_pid_stat(5)
+// follows the name in parentheses.
+func uninterruptible(thread string) bool {
+	stat, err := os.ReadFile("/proc/" + thread + "/stat")
+	end := bytes.LastIndexByte(stat, ')')
+	return err == nil && end >= 0 && bytes.HasPrefix(stat[end:], []byte(") D "))
 }
 
 // Thaw lets the processes of the group go on, and returns when they do.

@@ -158,7 +158,11 @@ func cleanName(name string) (string, error) {
 
 // parent opens a directory of the tree, making what is missing. Links in the
 // path are followed as a process inside the root would.
-func (t *tree) parent(dir string) (int, error) {
+func (t *tree) parent(dir string) (int, error) { return t.parentVia(dir, 0) }
+
+// parentVia is parent after so many links that led to directories still
+// missing.
+func (t *tree) parentVia(dir string, links int) (int, error) {
 	fd, err := unix.Dup(t.root)
 	if err != nil {
 		return -1, err
@@ -168,29 +172,63 @@ func (t *tree) parent(dir string) (int, error) {
 		if part == "" {
 			continue
 		}
-		sofar = path.Join(sofar, part)
-		next, err := t.open(sofar)
-		if errors.Is(err, unix.ENOENT) {
-			if err = unix.Mkdirat(fd, part, 0o755); err == nil {
-				next, err = t.open(sofar)
-			}
-		}
-		if errors.Is(err, unix.ENOTDIR) {
-			// A file of a lower layer that became a directory.
-			if err = removeAt(fd, part); err == nil {
-				err = unix.Mkdirat(fd, part, 0o755)
-			}
-			if err == nil {
-				next, err = t.open(sofar)
-			}
-		}
+		next, err := t.descend(fd, sofar, part, links)
 		_ = unix.Close(fd)
 		if err != nil {
 			return -1, err
 		}
-		fd = next
+		fd, sofar = next, path.Join(sofar, part)
 	}
 	return fd, nil
+}
+
+// maxLinks is the kernel's own limit, path_resolution(7).
+const maxLinks = 40
+
+// descend opens the directory part of the directory at, which is open as fd.
+func (t *tree) descend(fd int, at, part string, links int) (int, error) {
+	name := path.Join(at, part)
+	next, err := t.open(name)
+	if errors.Is(err, unix.ELOOP) {
+		return -1, badImage("the link %s leads to itself", name)
+	}
+	if err == nil || !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.ENOTDIR) {
+		return next, err
+	}
+	if errors.Is(err, unix.ENOTDIR) {
+		// A file of a lower layer that became a directory.
+		if err := removeAt(fd, part); err != nil {
+			return -1, err
+		}
+	}
+	if err := unix.Mkdirat(fd, part, 0o755); err == nil {
+		return t.open(name)
+	} else if err != unix.EEXIST {
+		return -1, err
+	}
+	// It is missing and exists: a link to what is missing.
+	target := make([]byte, unix.PathMax)
+	n, err := unix.Readlinkat(fd, part, target)
+	if err != nil {
+		return -1, err
+	}
+	if links == maxLinks {
+		return -1, badImage("the link %s leads to itself", name)
+	}
+	to := string(target[:n])
+	if !path.IsAbs(to) {
+		to = path.Join(at, to)
+	}
+	made, err := t.parentVia(path.Clean("/"+to), links+1)
+	if err != nil {
+		return -1, err
+	}
+	_ = unix.Close(made)
+	next, err = t.open(name)
+	if err != nil {
+		return -1, badImage("the link %s leads to no directory", name)
+	}
+	return next, nil
 }
 
 // open resolves a path within the tree.
