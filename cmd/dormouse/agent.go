@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"errors"
-	"fmt"
 	"log/slog"
 	"os"
 	"strings"
@@ -132,10 +131,7 @@ func (c *cli) agent(ctx context.Context, config agent.Config) error {
 	if ctx.Err() != nil && (err == nil || errors.Is(err, context.Canceled)) {
 		return nil
 	}
-	if err != nil {
-		return fmt.Errorf("the agent of %s ends: %w", config.Node, err)
-	}
-	return nil
+	return err
 }
 
 // daemonLogger logs to standard error, where a system service's log is.
