@@ -31,7 +31,7 @@ func FuzzPack(f *testing.F) {
 	b.finish()
 	f.Add(bytes.Clone(b.buf))
 	f.Fuzz(func(t *testing.T, p []byte) {
-		chunks, err := parsePack(bytes.NewReader(p), int64(len(p)))
+		_, chunks, err := parsePack(bytes.NewReader(p), int64(len(p)))
 		if err != nil {
 			return
 		}

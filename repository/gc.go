@@ -491,9 +491,9 @@ func (r *Repository) packsOfIndex(ctx context.Context, name ID) ([]packIndex, er
 		if err != nil {
 			return nil, err
 		}
-		chunks, err := parsePack(packReader{ctx, r.be, id}, info.Size)
-		if err != nil {
-			return nil, fmt.Errorf("table of pack %s: %w", id, err)
+		is, chunks, err := parsePack(packReader{ctx, r.be, id}, info.Size)
+		if err != nil || is != id {
+			return nil, &DamagedError{Object: "pack " + id.String(), Err: errors.Join(err, errPackName)}
 		}
 		packs = append(packs, packIndex{id, chunks})
 	}

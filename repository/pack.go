@@ -7,6 +7,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+
+	"github.com/zeebo/blake3"
 )
 
 // A pack is a file of chunks:
@@ -16,9 +18,10 @@ import (
 //	table    per chunk 48 bytes: id [32], offset u32, stored u32, raw u32, codec u8, 3 zero bytes
 //	trailer  number of chunks u32, "DMPK"
 //
-// Integers are little-endian. The name of a pack is the BLAKE3 hash of the
-// whole file, in hexadecimal. The random bytes make every pack's name new, so
-// that a pack that is about to be deleted can never be written again.
+// Integers are little-endian. The name of a pack is the BLAKE3 hash of header,
+// table and trailer, in hexadecimal; the table's ids cover the chunks, so that
+// nothing is hashed twice. The random bytes make every pack's name new, so that
+// a pack that is about to be deleted can never be written again.
 const (
 	packTarget    = 16 << 20 // a pack is closed when its chunks reach this
 	packMaxChunks = 8192
@@ -71,15 +74,25 @@ func (b *packBuilder) full() bool {
 
 // finish appends table and trailer and returns the pack's name.
 func (b *packBuilder) finish() ID {
+	table := len(b.buf)
 	for i := range b.chunks {
 		b.buf = appendPackEntry(b.buf, b.chunks[i])
 	}
 	b.buf = binary.LittleEndian.AppendUint32(b.buf, uint32(len(b.chunks)))
 	b.buf = append(b.buf, packTail...)
-	name := hashOf(b.buf)
+	name := packName(b.buf[:packHeader], b.buf[table:])
 	for i := range b.chunks {
 		b.chunks[i].Pack = name
 	}
+	return name
+}
+
+// packName hashes a pack's header, and its table with the trailer.
+func packName(header, table []byte) (name ID) {
+	h := blake3.New()
+	h.Write(header)
+	h.Write(table)
+	h.Sum(name[:0])
 	return name
 }
 
@@ -117,38 +130,48 @@ func (l location) check(end int64) error {
 	return nil
 }
 
-// parsePack reads the table of a pack of the given size; the index can be
-// rebuilt from nothing but packs with it.
-func parsePack(rd io.ReaderAt, size int64) ([]packChunk, error) {
+// parsePack reads the table of a pack of the given size, and the name that the
+// pack has if it is whole. The index can be rebuilt from nothing but packs.
+func parsePack(rd io.ReaderAt, size int64) (name ID, chunks []packChunk, err error) {
 	if size < packHeader+packTrailer || size > packMaxSize {
-		return nil, fmt.Errorf("a pack cannot have %d bytes", size)
+		return name, nil, fmt.Errorf("a pack cannot have %d bytes", size)
 	}
 	head, tail := make([]byte, packHeader), make([]byte, packTrailer)
-	if _, err := rd.ReadAt(head, 0); err != nil {
-		return nil, err
+	if err := readFull(rd, head, 0); err != nil {
+		return name, nil, err
 	}
-	if _, err := rd.ReadAt(tail, size-packTrailer); err != nil && err != io.EOF {
-		return nil, err
+	if err := readFull(rd, tail, size-packTrailer); err != nil {
+		return name, nil, err
 	}
 	if !bytes.HasPrefix(head, packMagic) {
-		return nil, errors.New("it does not begin like a pack of version 1")
+		return name, nil, errors.New("it does not begin like a pack of version 1")
 	}
 	n := int64(binary.LittleEndian.Uint32(tail))
-	table := size - packTrailer - n*packEntry
-	if !bytes.Equal(tail[4:], packTail) || n > packMaxChunks || table < packHeader {
-		return nil, errors.New("it does not end like a pack")
+	end := size - packTrailer - n*packEntry
+	if !bytes.Equal(tail[4:], packTail) || n > packMaxChunks || end < packHeader {
+		return name, nil, errors.New("it does not end like a pack")
 	}
-	p := make([]byte, n*packEntry)
-	if _, err := rd.ReadAt(p, table); err != nil && err != io.EOF {
-		return nil, err
+	p := make([]byte, n*packEntry+packTrailer)
+	if err := readFull(rd, p, end); err != nil {
+		return name, nil, err
 	}
-	chunks := make([]packChunk, n)
+	name = packName(head, p)
+	chunks = make([]packChunk, n)
 	for i := range chunks {
-		c, err := parsePackEntry(p[i*packEntry:][:packEntry], table)
+		c, err := parsePackEntry(p[i*packEntry:][:packEntry], end)
 		if err != nil {
-			return nil, fmt.Errorf("table line %d: %w", i, err)
+			return name, nil, fmt.Errorf("table line %d: %w", i, err)
 		}
+		c.Pack = name
 		chunks[i] = c
 	}
-	return chunks, nil
+	return name, chunks, nil
+}
+
+func readFull(rd io.ReaderAt, p []byte, off int64) error {
+	n, err := rd.ReadAt(p, off)
+	if n == len(p) {
+		return nil
+	}
+	return err
 }

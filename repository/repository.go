@@ -233,15 +233,12 @@ func (r *Repository) indexFromPacks(ctx context.Context, damaged ID) error {
 		if err != nil || known[name] {
 			return nil
 		}
-		chunks, err := parsePack(packReader{ctx, r.be, name}, info.Size)
+		is, chunks, err := parsePack(packReader{ctx, r.be, name}, info.Size)
 		if errors.Is(err, backend.ErrNotExist) || ctx.Err() != nil {
 			return ctx.Err()
 		}
-		if err != nil {
+		if err != nil || is != name {
 			return nil // verify and restores name it when they need it
-		}
-		for i := range chunks {
-			chunks[i].Pack = name
 		}
 		packs = append(packs, packIndex{name, chunks})
 		return nil

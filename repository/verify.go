@@ -66,7 +66,7 @@ type badChunk struct {
 // told the bytes of packs read so far and in all.
 //
 // It walks the metadata of each checkpoint to find the packs, then reads each
-// pack once, compares its hash with its name and every chunk with its id, and
+// pack once, compares its table with its name and every chunk with its id, and
 // if anything is wrong walks the metadata again to tell whom it concerns. In
 // memory it keeps 100 bytes per pack (16 MiB) and what it reports.
 func (r *Repository) Verify(ctx context.Context, keys *Verifier, checkpoints []string, progress func(done, total int64)) (*VerifyReport, error) {
@@ -231,7 +231,7 @@ func (v *verifier) readPacks(ctx context.Context) error {
 	return err
 }
 
-// pack checks one pack: its hash and each chunk in it.
+// pack checks one pack: its table against its name, and by the table each chunk.
 func (v *verifier) pack(ctx context.Context, pack ID, size int64) error {
 	p := make([]byte, min(size, packMaxSize))
 	if err := v.repo.readPack(ctx, pack, p, 0); err != nil && !refusal(err) {
@@ -239,12 +239,14 @@ func (v *verifier) pack(ctx context.Context, pack ID, size int64) error {
 	} else if err != nil {
 		p = nil
 	}
-	whole, broken := hashOf(p) == pack && int64(len(p)) == size, 0
-	chunks, err := v.table(ctx, pack, p, whole)
-	if err != nil {
-		return err
+	name, chunks, err := parsePack(bytes.NewReader(p), size)
+	whole := err == nil && name == pack
+	if !whole {
+		if chunks, err = v.table(ctx, pack); err != nil {
+			return err
+		}
 	}
-	buf := make([]byte, 0, maxChunk)
+	buf, broken := make([]byte, 0, maxChunk), 0
 	for _, c := range chunks {
 		fault := v.chunk(c, p, buf)
 		if fault == "" {
@@ -258,17 +260,15 @@ func (v *verifier) pack(ctx context.Context, pack ID, size int64) error {
 	if !whole && broken == 0 {
 		v.mu.Lock()
 		defer v.mu.Unlock()
-		v.problem(Problem{Object: "pack " + pack.String(), Error: "its content does not match its name, though every chunk in it is whole"})
+		v.problem(Problem{Object: "pack " + pack.String(), Error: errPackName.Error() + ", though every chunk in it is whole"})
 	}
 	return nil
 }
 
-// table lists the chunks of a pack: by its own table if that can be trusted,
-// otherwise by the index.
-func (v *verifier) table(ctx context.Context, pack ID, p []byte, whole bool) ([]packChunk, error) {
-	if whole {
-		return parsePack(bytes.NewReader(p), int64(len(p)))
-	}
+var errPackName = errors.New("its table does not match its name")
+
+// table lists the chunks of a pack by the index.
+func (v *verifier) table(ctx context.Context, pack ID) ([]packChunk, error) {
 	names, err := v.repo.db.indexNames()
 	if err != nil {
 		return nil, err
