@@ -277,3 +277,6 @@ func WaitFor(ctx context.Context, what string, condition func() (bool, error)) e
 		}
 	}
 }
+
+// State is the state directory of `dormouse up`.
+func (c *Cluster) State() string { return c.state }

@@ -1,0 +1,327 @@
+package e2e
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"dormouse/api"
+)
+
+// failpoints reads the names of all instants at which the daemons can be killed from
+// the code itself, so that none is forgotten.
+func failpoints(t *testing.T, dir string) []string {
+	t.Helper()
+	var names []string
+	call := regexp.MustCompile(`failpoint\.Hit\("([^"]+)"\)`)
+	sources, err := filepath.Glob(filepath.Join("..", dir, "*.go"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, source := range sources {
+		text, err := os.ReadFile(source)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, match := range call.FindAllStringSubmatch(string(text), -1) {
+			if !slices.Contains(names, match[1]) {
+				names = append(names, match[1])
+			}
+		}
+	}
+	if len(names) == 0 {
+		t.Fatalf("%s has no failpoint: the test looks in the wrong place", dir)
+	}
+	return names
+}
+
+func TestAgentKilledAtEveryStep(t *testing.T) {
+	for _, name := range failpoints(t, "agent") {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			killedAt(t, name)
+		})
+	}
+}
+
+func TestControllerKilledAtEveryStep(t *testing.T) {
+	for _, name := range failpoints(t, "controller") {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			killedAt(t, name)
+		})
+	}
+}
+
+// killedAt takes a job through every operation of its life while one process
+// ends itself, once, at the named step. Whatever a command answers then, the job
+// must be neither lost nor doubled, and its output must be that of an undisturbed run.
+func killedAt(t *testing.T, name string) {
+	if unavailable != "" {
+		t.Skip(unavailable)
+	}
+	const length = "500"
+	want := undisturbed(t, "python3", program("tree.py"), length, "0")
+	life := &disturbed{platform: &platform{t: t}, dir: directory(t)}
+	once := filepath.Join(life.dir, "once")
+	life.env = []string{"DORMOUSE_FAILPOINT=" + name + "=kill", "DORMOUSE_FAILPOINT_ONCE=" + once}
+	life.start(built.killable, life.dir, life.env, life.clouds()...)
+	t.Cleanup(func() {
+		if _, err := os.Stat(once); err != nil {
+			t.Errorf("the step %s was never reached", name)
+		}
+	})
+
+	job := life.submitDespite("--mem", "64M", "--env", "MARK="+life.dir, "--", "python3", program("tree.py"), length, "20")
+	life.waitLines(job, 5)
+	life.despite(job, api.PhaseRunning, "checkpoint", job)
+	prefixOutput(t, life.output(job), want)
+	life.despite(job, api.PhaseRunning, "restart", job, "--cloud", life.otherCloud(job))
+	prefixOutput(t, life.output(job), want)
+	life.alone(job)
+	life.moves(job)
+	life.despite(job, api.PhaseSuspended, "suspend", job)
+	life.despite(job, api.PhaseRunning, "resume", job)
+	life.alone(job)
+	sameOutput(t, life.completes(job), want)
+	life.run("verify")
+	life.forgetDespite(job)
+}
+
+// disturbed is a platform some process of which dies.
+type disturbed struct {
+	*platform
+	dir string
+	env []string
+}
+
+func (d *disturbed) clouds() []string {
+	return []string{"--cloud", "east=1", "--cloud", "west=1", "--cpus", "8", "--mem", "4G"}
+}
+
+// revive starts `up` again when it was the one that died.
+func (d *disturbed) revive() {
+	d.t.Helper()
+	select {
+	case <-d.c.Exited():
+		d.start(built.killable, d.dir, d.env, d.clouds()...)
+	default:
+	}
+}
+
+// submitDespite submits until there is a job that runs.
+func (d *disturbed) submitDespite(args ...string) string {
+	d.t.Helper()
+	got := d.try(append([]string{"submit"}, args...)...)
+	d.awaitDeath(got)
+	jobs := decode[[]api.Job](d.platform, "ps", "--all")
+	if len(jobs) > 1 {
+		d.t.Fatalf("there are %d jobs, one was submitted", len(jobs))
+	}
+	if len(jobs) == 0 { // the controller died before it had promised anything
+		return d.run(append([]string{"submit"}, args...)...)
+	}
+	job := jobs[0].ID
+	d.t.Cleanup(func() {
+		if d.t.Failed() {
+			d.report(job)
+		}
+	})
+	d.settled(job)
+	return job
+}
+
+// awaitDeath gives a controller that is just dying the time to be dead.
+func (d *disturbed) awaitDeath(got outcome) {
+	if got.status == failed {
+		select {
+		case <-d.c.Exited():
+		case <-time.After(2 * time.Second):
+		}
+	}
+	d.revive()
+}
+
+// despite runs an operation that may be hit; it must succeed at the first try
+// or leave everything such that the second one does.
+func (d *disturbed) despite(job string, phase api.Phase, args ...string) {
+	d.t.Helper()
+	got := d.try(args...)
+	d.awaitDeath(got)
+	d.settled(job)
+	if got.status != 0 && (d.inspect(job).Phase != phase || args[0] == "checkpoint") {
+		d.t.Logf("%s: %s", strings.Join(args, " "), strings.TrimSpace(got.stderr))
+		if detail := d.inspect(job); detail.Phase.Final() && args[0] != "restart" && args[0] != "resume" {
+			d.t.Fatalf("a %s that was hit has ended the job: %s", args[0], d.phase(job))
+		}
+		d.run(args...)
+	}
+	d.waitFor(job, phase)
+}
+
+// settled waits until no operation is under way.
+func (d *disturbed) settled(job string) {
+	d.t.Helper()
+	for end := time.Now().Add(patience); ; time.Sleep(50 * time.Millisecond) {
+		got := d.try("-o", "json", "inspect", job)
+		if got.status != 0 {
+			d.awaitDeath(got)
+		} else if detail := d.inspect(job); detail.Operation == "" && settledPhase(detail.Phase) {
+			return
+		}
+		if time.Now().After(end) {
+			d.t.Fatalf("job %s did not come to rest: %s; operations:\n%s", job, d.phase(job), d.try("operations").stdout)
+		}
+	}
+}
+
+func settledPhase(phase api.Phase) bool {
+	return phase.Final() || phase == api.PhaseRunning || phase == api.PhaseSuspended
+}
+
+// alone checks that the job runs once: its program, a parent of four, is there
+// no second time.
+func (d *disturbed) alone(job string) {
+	d.t.Helper()
+	environments, _ := filepath.Glob("/proc/[0-9]*/environ")
+	parents := 0
+	for _, path := range environments {
+		text, err := os.ReadFile(path)
+		if err != nil || !strings.Contains("\x00"+string(text), "\x00MARK="+d.dir+"\x00") {
+			continue
+		}
+		children, err := os.ReadFile(filepath.Join(filepath.Dir(path), "task", filepath.Base(filepath.Dir(path)), "children"))
+		if err == nil && len(strings.Fields(string(children))) == 4 {
+			parents++
+		}
+	}
+	if parents != 1 {
+		d.t.Errorf("the program of job %s runs %d times, expected once", job, parents)
+	}
+}
+
+func (d *disturbed) forgetDespite(job string) {
+	d.t.Helper()
+	d.awaitDeath(d.try("kill", job))
+	d.settled(job)
+	got := d.try("rm", job)
+	d.awaitDeath(got)
+	if got = d.try("rm", job); got.status != 0 && got.status != notFound {
+		d.t.Errorf("rm: %s", got.stderr)
+	}
+}
+
+// TestJobsSurviveTheAgentsRestart: the agent is killed while nothing happens to
+// the job, which must not notice, and the new agent must find it again.
+func TestJobsSurviveTheAgentsRestart(t *testing.T) {
+	p := onOwn(t, built.bin, nil, "--cloud", "east=1")
+	job := p.submit(append([]string{"--mem", "64M"}, counter...)...)
+	p.waitLines(job, 5)
+	pid := p.inspect(job).TaskStatus[0].Pid
+	for range 3 {
+		agent := decode[[]api.Node](p, "nodes")[0].AgentPid
+		if err := syscall.Kill(agent, syscall.SIGKILL); err != nil {
+			t.Fatal(err)
+		}
+		p.until(job, "a new agent is ready", func() bool {
+			node := decode[[]api.Node](p, "nodes")[0]
+			return node.AgentPid != agent && node.AgentPid != 0 && node.State == api.NodeReady
+		})
+		p.moves(job)
+	}
+	if now := p.inspect(job).TaskStatus[0].Pid; now != pid {
+		t.Errorf("the task's pid 1 was %d and is %d: it was started anew", pid, now)
+	}
+	p.checkpoint(job)
+	p.run("restart", job)
+	p.moves(job)
+	counts(t, p.output(job))
+}
+
+// TestUpKilledAndStartedAgainAdoptsItsNodes: kill -9 of `up` leaves agents and
+// jobs alone; the next one with the same state takes them over.
+func TestUpKilledAndStartedAgainAdoptsItsNodes(t *testing.T) {
+	if unavailable != "" {
+		t.Skip(unavailable)
+	}
+	p, dir := &platform{t: t}, directory(t)
+	args := []string{"--cloud", "east=1", "--cloud", "west=1"}
+	p.start(built.bin, dir, nil, args...)
+	job := p.submit(append([]string{"--mem", "64M"}, counter...)...)
+	p.waitLines(job, 5)
+	p.checkpoint(job)
+	lines, pid, agents := p.lines(job), p.inspect(job).TaskStatus[0].Pid, agentPids(p)
+	if err := p.c.Up().Kill(); err != nil {
+		t.Fatal(err)
+	}
+	<-p.c.Exited()
+	p.start(built.bin, dir, nil, args...)
+	p.waitLines(job, lines+5)
+	if now := p.inspect(job).TaskStatus[0].Pid; now != pid {
+		t.Errorf("the task's pid 1 was %d and is %d: it was started anew", pid, now)
+	}
+	if now := agentPids(p); !slices.Equal(now, agents) {
+		t.Errorf("the agents were %v and are %v", agents, now)
+	}
+	p.run("restart", job, "--cloud", p.otherCloud(job))
+	p.moves(job)
+	counts(t, p.output(job))
+}
+
+func agentPids(p *platform) []string {
+	p.t.Helper()
+	var pids []string
+	for _, node := range decode[[]api.Node](p, "nodes") {
+		pids = append(pids, node.Name+" "+strconv.Itoa(node.AgentPid))
+	}
+	slices.Sort(pids)
+	return pids
+}
+
+// TestCRIUKilledDuringARestore at several instants: the restart fails or is
+// taken again, nothing of the half-made tree stays, and the job can be restored.
+func TestCRIUKilledDuringARestore(t *testing.T) {
+	p := onOwn(t, built.bin, nil, "--cloud", "east=1", "--mem", "8G", "--cpus", "8")
+	job := p.submit("--mem", "1G", "--env", "MARK="+p.c.State(), "--", program("memory"), "300", "2", "1000000", "10")
+	p.waitLines(job, 3)
+	c := p.checkpoint(job)
+	for _, after := range []time.Duration{0, 10 * time.Millisecond, 50 * time.Millisecond, 100 * time.Millisecond, 200 * time.Millisecond} {
+		ended, killed := make(chan struct{}), make(chan bool, 1)
+		go func() { killed <- killCRIU(p.c.Up().Pid, after, ended) }()
+		got := p.try("restart", job, "--from", c.ID)
+		close(ended)
+		if hit := <-killed; hit && got.status != 0 {
+			t.Logf("killed after %v: %s", after, strings.TrimSpace(got.stderr))
+		} else if !hit && got.status != 0 {
+			t.Fatalf("restart failed though nothing was killed: %s", got.stderr)
+		}
+		if detail := p.inspect(job); got.status != 0 && !detail.Phase.Final() && detail.Phase != api.PhaseSuspended {
+			t.Errorf("after a restart that failed the job is %s", p.phase(job))
+		}
+		if n := marked("MARK=" + p.c.State()); got.status != 0 && n > 0 {
+			t.Errorf("after a restart that failed %d processes of the job are there", n)
+		}
+	}
+	p.run("restart", job, "--from", c.ID)
+	p.moves(job)
+}
+
+// marked counts processes that have the variable in their environment.
+func marked(variable string) int {
+	count := 0
+	environments, _ := filepath.Glob("/proc/[0-9]*/environ")
+	for _, path := range environments {
+		text, err := os.ReadFile(path)
+		if err == nil && strings.Contains("\x00"+string(text), fmt.Sprintf("\x00%s\x00", variable)) {
+			count++
+		}
+	}
+	return count
+}
