@@ -115,6 +115,67 @@ func TestFreezingAtPreDumpIsKeptToo(t *testing.T) {
 	s.moreLines(3)
 }
 
+func TestPreparedDumpWaitsBeforeItTouchesAnything(t *testing.T) {
+	e := newEngine(t)
+	s := startSandbox(t, e, job(t), "tcp")
+	r := s.request()
+	r.LeaveRunning = true
+	p, err := e.PrepareDump(t.Context(), r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.moreLines(5)
+	s.freeze()
+	result, err := p.Dump(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(result.Tree) != 2 || !s.frozen() {
+		t.Errorf("%d processes, frozen=%v", len(result.Tree), s.frozen())
+	}
+	s.thaw()
+	s.moreLines(3)
+	p.Abort() // too late, and harmless
+}
+
+func TestPreparedDumpCanBeGivenUp(t *testing.T) {
+	e := newEngine(t)
+	s := startSandbox(t, e, job(t), "counter")
+	for _, end := range []string{"abort", "cancel", "kill"} {
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		r := s.request()
+		p, err := e.PrepareDump(ctx, r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		switch end {
+		case "abort":
+			p.Abort()
+		case "cancel":
+			cancel()
+			_, err = p.Dump(t.Context())
+			if !errors.Is(err, context.Canceled) {
+				t.Errorf("cancelled: got %v", err)
+			}
+		case "kill":
+			killCRIU(r.ImagesDir)
+			if _, err = p.Dump(t.Context()); !errors.Is(err, ErrDied) {
+				t.Errorf("killed: got %v", err)
+			}
+		}
+		if _, err := os.Stat(filepath.Join(r.ImagesDir, runningFile)); err == nil {
+			t.Errorf("%s: CRIU still works", end)
+		}
+		checkCounted(t, s.moreLines(3))
+	}
+	r := s.request()
+	r.ImagesDir = "/nonexistent"
+	if _, err := e.PrepareDump(t.Context(), r); err == nil {
+		t.Error("a dump into a missing directory can be prepared")
+	}
+}
+
 func TestTCPConnectionUnderTrafficSurvives(t *testing.T) {
 	e := newEngine(t)
 	s := startSandbox(t, e, job(t), "tcp")
@@ -319,9 +380,7 @@ func TestRestoreOfDamagedImagesFailsWithCRIUsWords(t *testing.T) {
 	if !errors.As(err, &failure) || len(failure.Lines) == 0 || !strings.Contains(err.Error(), "core-1") {
 		t.Fatalf("got %v (%+v), expected CRIU's line about core-1", err, failure)
 	}
-	if pids, _ := CgroupPIDs(failed.cgroup); len(pids) != 0 {
-		t.Errorf("processes %v are left behind", pids)
-	}
+	failed.waitEmpty()
 }
 
 func TestVolumesComeFromElsewhereAndTmpfsComesAlong(t *testing.T) {
@@ -398,10 +457,7 @@ func TestCancelledRestoreLeavesNothing(t *testing.T) {
 		if !errors.Is(err, context.Canceled) {
 			t.Errorf("%s: got %v, expected the cancellation", event, err)
 		}
-		waitFor(t, "the kills to take effect", func() bool {
-			pids, _ := CgroupPIDs(failed.cgroup)
-			return len(pids) == 0
-		})
+		failed.waitEmpty()
 	}
 	s.restore(r.ImagesDir).moreLines(3)
 }

@@ -274,6 +274,10 @@ func (s *sandbox) frozen() bool {
 // kill ends every process and waits for it.
 func (s *sandbox) kill() {
 	_ = os.WriteFile(filepath.Join(s.cgroup, "cgroup.kill"), []byte("1"), 0)
+	s.waitEmpty()
+}
+
+func (s *sandbox) waitEmpty() {
 	waitFor(s.t, "the cgroup to become empty", func() bool {
 		pids, err := CgroupPIDs(s.cgroup)
 		return err != nil || len(pids) == 0
