@@ -15,7 +15,7 @@ const (
 	batchSize  = batchPages * pageSize
 	// maxWindowChunks bounds how many chunks a window may be scattered over: a
 	// window that needs more is stored anew.
-	maxWindowChunks = 8
+	maxWindowChunks = 12
 )
 
 // batch is a stretch of one file to be turned into runs.

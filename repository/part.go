@@ -46,6 +46,9 @@ type PartResult struct {
 	StoredBytes int64 `json:"stored_bytes"`
 	// NewBytes is what this upload added to the repository, metadata included.
 	NewBytes int64 `json:"new_bytes"`
+	// CacheErr says why the page or file cache could not be written. The part is
+	// whole; the next checkpoint will read and store more than it need.
+	CacheErr error `json:"-"`
 }
 
 // part is the content of a part object.
@@ -453,7 +456,10 @@ func (w *PartWriter) Commit(ctx context.Context) (PartResult, error) {
 	if err != nil {
 		return PartResult{}, fmt.Errorf("store the part: %w", err)
 	}
-	return PartResult{ID: id.String(), SizeBytes: w.part.Size, StoredBytes: w.part.Stored, NewBytes: w.upload.newBytes.Load()}, nil
+	return PartResult{
+		ID: id.String(), SizeBytes: w.part.Size, StoredBytes: w.part.Stored, NewBytes: w.upload.newBytes.Load(),
+		CacheErr: w.publishCaches(),
+	}, nil
 }
 
 func (w *PartWriter) commit() (ID, error) {
@@ -473,15 +479,15 @@ func (w *PartWriter) commit() (ID, error) {
 		return ID{}, err
 	}
 	w.upload.newBytes.Add(int64(len(p)))
-	if err := w.lease.check(); err != nil {
-		return ID{}, err
-	}
+	return id, w.lease.check()
+}
+
+func (w *PartWriter) publishCaches() error {
+	err := w.opts.FileCache.flush()
 	if w.cache != nil {
-		if err := w.cache.publish(); err != nil {
-			return ID{}, err
-		}
+		err = errors.Join(err, w.cache.publish())
 	}
-	return id, w.opts.FileCache.flush()
+	return err
 }
 
 // Close gives the lease back and frees everything. It may be called at any

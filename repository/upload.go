@@ -157,7 +157,7 @@ func (u *upload) writeIndex(packs []packIndex) error {
 	}
 	u.newBytes.Add(int64(len(p)))
 	if err := u.repo.db.add(name, packs); err != nil {
-		return err
+		return fmt.Errorf("write the local copy of the index %s: %w", u.repo.db.path, err)
 	}
 	u.mu.Lock()
 	defer u.mu.Unlock()
