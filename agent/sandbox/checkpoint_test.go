@@ -28,7 +28,11 @@ func newEngine(t *testing.T) *criu.Engine {
 	if _, err := os.Stat(path); err != nil {
 		missing(t, "this test needs a CRIU that works, at %s: run `make setup`", path)
 	}
-	engine, err := criu.New(context.Background(), criu.Options{Path: path, Libexec: t.TempDir()})
+	shim := filepath.Join(t.TempDir(), "shim.so")
+	if out, err := exec.Command("gcc", "-shared", "-fPIC", "-O2", "-o", shim, "../criu/shim/prlimit.c").CombinedOutput(); err != nil {
+		missing(t, "this test needs gcc: %v: %s", err, out)
+	}
+	engine, err := criu.New(context.Background(), criu.Options{Path: path, Libexec: t.TempDir(), Shim: shim})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -182,6 +186,21 @@ i=0; while :; do i=$((i+1)); echo $i; sleep 0.01; done`)
 		t.Errorf("after the count: %q", rest)
 	}
 	contains(t, "hosts", rest, "10.99.0.1\ttask-0")
+}
+
+func TestTheJobOfAnOrdinaryUserIsRestored(t *testing.T) {
+	engine := newEngine(t)
+	b := newBench(t)
+	cfg := b.config(`echo mine > /tmp/mine; trap 'id -u; id -G; grep -E "CapEff|CapBnd|NoNew" /proc/self/status; cat /tmp/mine; exit 0' TERM; echo ready; while :; do sleep 0.01; done`)
+	cfg.User, cfg.CapAdd = "daemon", []string{"NET_ADMIN"}
+	s := b.start(cfg)
+	b.logs(s, "ready")
+	s = b.resume(engine, b.suspend(engine, s))
+	if err := s.Signal(b.context(), syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	b.wait(s)
+	expect(t, "after the restore", b.log(s, "stdout"), "ready\n1\n1\nCapEff:\t0000000000001000\nCapBnd:\t00000000a80435fb\nNoNewPrivs:\t1\nmine\n")
 }
 
 func TestLimitsHoldAfterARestore(t *testing.T) {

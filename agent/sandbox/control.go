@@ -225,6 +225,9 @@ func ignoreClosed(err error) error {
 // dial connects to the control socket and makes sure that pid 1 answers there:
 // the task could have put anything at that path.
 func (s *Sandbox) dial(ctx context.Context) (*net.UnixConn, error) {
+	if !s.Running() {
+		return nil, fmt.Errorf("the sandbox %s does not run", s.ID())
+	}
 	pid := s.Pid()
 	path := fmt.Sprintf("/proc/%d/root%s/%s", pid, pid1.Directory, pid1.ControlSocket)
 	var dialer net.Dialer
@@ -288,7 +291,7 @@ func (s *Sandbox) Signal(ctx context.Context, sig syscall.Signal) error {
 		s.killed = true
 	}
 	s.mu.Unlock()
-	if p == nil {
+	if p == nil || p.ended() {
 		return fmt.Errorf("the sandbox %s does not run", s.ID())
 	}
 	switch sig {

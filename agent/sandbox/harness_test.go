@@ -77,11 +77,14 @@ func newBench(t *testing.T, hide ...string) *bench {
 	return b
 }
 
+// state is what an agent keeps for itself.
+func (b *bench) state() string { return filepath.Join(b.dir, "state") }
+
 // newRuntime is a second agent on the same state.
 func (b *bench) newRuntime(hide ...string) *sandbox.Runtime {
 	b.t.Helper()
 	r, err := sandbox.New(sandbox.Options{
-		Init: initBinary, Cgroup: b.parent, Images: filepath.Join(b.dir, "images"), Hide: append(hide, b.dir),
+		Init: initBinary, Cgroup: b.parent, Images: filepath.Join(b.state(), "images"), Hide: append(hide, b.state()),
 		Log: slog.New(slog.NewTextHandler(testWriter{b.t}, nil)),
 	})
 	if err != nil {
@@ -156,7 +159,7 @@ func (b *bench) config(script string) sandbox.Config {
 	b.n++
 	id := fmt.Sprintf("j-test-0-%d", b.n)
 	return sandbox.Config{
-		ID: id, Dir: filepath.Join(b.dir, "tasks", id, "box"), Hostname: "task-0",
+		ID: id, Dir: filepath.Join(b.state(), "tasks", id, "box"), Hostname: "task-0",
 		Command: []string{"/bin/sh", "-c", script}, CPUs: 1, MemBytes: 256 << 20, VirtualIP: "10.99.0.1",
 	}
 }

@@ -35,21 +35,36 @@ func KeepXattr(name string) bool {
 	return !ok || mark == "opaque"
 }
 
-// hide covers the directory host of the lower layer by an empty one in upper.
-// Directories above it are made with the attributes they have below.
-func hide(upper, host string) error {
-	made := upper
-	below := ""
-	for name := range strings.SplitSeq(strings.Trim(host, "/"), "/") {
-		made, below = filepath.Join(made, name), below+"/"+name
-		if err := copyDirectory(below, made); err != nil {
-			return fmt.Errorf("cannot hide %s from the sandbox: %w", host, err)
+const opaqueMark = "trusted.overlay.opaque"
+
+// hide covers the directory dir of the layer lower (both absolute) by an empty
+// one in upper. Directories above it are made with the attributes they have
+// below. The upper layer may be a checkpoint's, in which a task has put whatever
+// it liked: only true directories are entered, anything else hides dir already.
+func hide(upper, lower, dir string) error {
+	inside, below := upper, lower
+	for name := range strings.SplitSeq(strings.TrimPrefix(dir, strings.TrimSuffix(lower, "/")+"/"), "/") {
+		inside, below = filepath.Join(inside, name), filepath.Join(below, name)
+		info, err := os.Lstat(inside)
+		if errors.Is(err, os.ErrNotExist) {
+			err = copyDirectory(below, inside)
+		} else if err == nil && (!info.IsDir() || isOpaque(inside)) {
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("cannot hide %s from the sandbox: %w", dir, err)
 		}
 	}
-	if err := unix.Setxattr(made, "trusted.overlay.opaque", []byte("y"), 0); err != nil {
-		return fmt.Errorf("cannot hide %s from the sandbox: the file system of %s does not take trusted attributes: %w", host, upper, err)
+	if err := unix.Lsetxattr(inside, opaqueMark, []byte("y"), 0); err != nil {
+		return fmt.Errorf("cannot hide %s from the sandbox: the file system of %s does not take trusted attributes: %w", dir, upper, err)
 	}
 	return nil
+}
+
+func isOpaque(dir string) bool {
+	mark := make([]byte, 1)
+	n, err := unix.Lgetxattr(dir, opaqueMark, mark)
+	return err == nil && n == 1 && mark[0] == 'y'
 }
 
 // copyDirectory makes the directory to with owner and mode of from.
@@ -58,12 +73,7 @@ func copyDirectory(from, to string) error {
 	if err := syscall.Lstat(from, &stat); err != nil {
 		return err
 	}
-	if stat.Mode&syscall.S_IFMT != syscall.S_IFDIR {
-		return fmt.Errorf("%s is not a directory", from)
-	}
-	if err := os.Mkdir(to, 0o700); errors.Is(err, os.ErrExist) {
-		return nil
-	} else if err != nil {
+	if err := os.Mkdir(to, 0o700); err != nil {
 		return err
 	}
 	if err := os.Lchown(to, int(stat.Uid), int(stat.Gid)); err != nil {
@@ -72,32 +82,45 @@ func copyDirectory(from, to string) error {
 	return syscall.Chmod(to, stat.Mode&0o7777)
 }
 
-// hideHost covers, in the upper layer of a host root, what a task must not see
-// of its node: the given directories, and /run, whose sockets and pid files
-// speak of daemons that are not there.
-func hideHost(upper string, dirs []string) error {
-	real := []string{"/run"}
+// hideNode covers, in the upper layer, those of the node's directories that lie
+// in the lower layer.
+func hideNode(upper, lower string, dirs []string) error {
+	var hidden []string
 	for _, dir := range dirs {
-		resolved, err := filepath.EvalSymlinks(dir)
-		if errors.Is(err, os.ErrNotExist) {
+		real, err := filepath.EvalSymlinks(dir)
+		if errors.Is(err, os.ErrNotExist) || err == nil && !within(real, lower) {
 			continue
 		}
 		if err != nil {
 			return fmt.Errorf("cannot hide %s from the sandbox: %w", dir, err)
 		}
-		real = append(real, resolved)
+		hidden = append(hidden, real)
 	}
-	for _, dir := range real {
+	for _, dir := range hidden {
 		// One below another would show up in it again.
-		if slices.ContainsFunc(real, func(other string) bool { return strings.HasPrefix(dir, other+"/") }) {
+		if slices.ContainsFunc(hidden, func(other string) bool { return dir != other && within(dir, other) }) {
 			continue
 		}
-		if err := hide(upper, dir); err != nil {
+		if err := hide(upper, lower, dir); err != nil {
 			return err
 		}
 	}
+	return nil
+}
+
+// within reports whether path is dir or below it; both are clean.
+func within(path, dir string) bool {
+	return path == dir || strings.HasPrefix(path, strings.TrimSuffix(dir, "/")+"/")
+}
+
+// freshRun gives a host root an empty /run: the node's sockets and pid files
+// speak of daemons that are not in the sandbox.
+func freshRun(upper string) error {
+	if err := hide(upper, "/", "/run"); err != nil {
+		return err
+	}
 	lock := filepath.Join(upper, "run/lock")
-	if err := os.MkdirAll(lock, 0o755); err != nil {
+	if err := os.Mkdir(lock, 0o755); err != nil {
 		return fmt.Errorf("cannot make the sandbox's /run: %w", err)
 	}
 	return os.Chmod(lock, 0o777|os.ModeSticky)

@@ -35,20 +35,10 @@ func (s *Sandbox) PrepareRestore(ctx context.Context) (*RestoreTarget, error) {
 	if s.Pid() != 0 {
 		return nil, fmt.Errorf("the sandbox %s was started before", s.ID())
 	}
-	for _, v := range s.state.Config.Volumes {
-		if _, err := os.Stat(v.Source); err != nil {
-			return nil, refuse("the volume %s cannot be opened on this node: %v", v.Source, err)
-		}
-	}
 	target := &RestoreTarget{Root: s.rootDir(), External: s.External()}
 	err := take(ctx, []step{
-		{do: s.forgetExit},
-		{do: func(context.Context) error {
-			if !s.state.HostRoot {
-				return nil
-			}
-			return hideHost(s.UpperDir(), s.hidden())
-		}},
+		{do: s.checkUpper},
+		{do: func(context.Context) error { return hideNode(s.UpperDir(), s.state.Lower, s.hidden()) }},
 		{
 			do:   func(context.Context) error { return s.mountRoot() },
 			undo: func(context.Context) error { return s.unmountRoot() },
@@ -80,8 +70,8 @@ func (s *Sandbox) PrepareRestore(ctx context.Context) (*RestoreTarget, error) {
 	return target, nil
 }
 
-// forgetExit makes sure that the upper layer is a live sandbox's.
-func (s *Sandbox) forgetExit(context.Context) error {
+// checkUpper makes sure that the upper layer is a sandbox's.
+func (s *Sandbox) checkUpper(context.Context) error {
 	info, err := os.Lstat(filepath.Join(s.UpperDir(), pid1.Directory))
 	if err != nil || !info.IsDir() {
 		return fmt.Errorf("the upper layer in %s is not that of a sandbox: %s is missing", s.UpperDir(), pid1.Directory)

@@ -353,6 +353,21 @@ func TestExecEndsWithTheSandbox(t *testing.T) {
 	}
 }
 
+func TestAnEndedSandboxSaysSo(t *testing.T) {
+	b := newBench(t)
+	s := b.start(b.config("exit 0"))
+	b.wait(s)
+	if s.Running() {
+		t.Error("Running after the end")
+	}
+	_, err := s.Exec(b.context(), sandbox.ExecRequest{Command: []string{"true"}})
+	for _, err := range []error{err, s.Signal(b.context(), syscall.SIGTERM)} {
+		if err == nil || !strings.Contains(err.Error(), "does not run") {
+			t.Errorf("got %v", err)
+		}
+	}
+}
+
 func TestExecIsHungUpWhenItsUserLeaves(t *testing.T) {
 	b := newBench(t)
 	s := b.start(b.config("exec sleep 1000"))
@@ -513,7 +528,7 @@ func TestAgentRestart(t *testing.T) {
 
 func TestOpenOfNothing(t *testing.T) {
 	b := newBench(t)
-	if _, err := b.runtime.Open(b.context(), filepath.Join(b.dir, "nothing")); !errors.Is(err, fs.ErrNotExist) {
+	if _, err := b.runtime.Open(b.context(), filepath.Join(b.state(), "nothing")); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("got %v, want fs.ErrNotExist", err)
 	}
 }

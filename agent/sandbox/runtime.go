@@ -67,6 +67,7 @@ func (r *Runtime) Create(ctx context.Context, cfg Config) (*Sandbox, error) {
 	}
 	s := &Sandbox{runtime: r, dir: cfg.Dir, state: state{Version: 1, Config: cfg}}
 	err = take(ctx, []step{
+		{do: func(context.Context) error { return r.checkVolumes(cfg.Volumes) }},
 		{do: func(ctx context.Context) error { return r.findRoot(ctx, s, root) }},
 		{do: s.makeDirs, undo: s.removeDirs},
 		{do: s.makeCgroup, undo: s.removeCgroup},
@@ -78,7 +79,27 @@ func (r *Runtime) Create(ctx context.Context, cfg Config) (*Sandbox, error) {
 	return s, nil
 }
 
+// checkVolumes finds volumes that are not there, or that are Dormouse's own
+// state: a task must not read keys or another task's files.
+func (r *Runtime) checkVolumes(volumes []api.Volume) error {
+	for _, v := range volumes {
+		source, err := filepath.EvalSymlinks(v.Source)
+		if err != nil {
+			return refuse("the volume %s cannot be used on this node: %v", v.Source, err)
+		}
+		for _, dir := range r.options.Hide {
+			if hidden, err := filepath.EvalSymlinks(dir); err == nil && (within(source, hidden) || within(hidden, source)) {
+				return refuse("the volume %s cannot be used: Dormouse keeps its own state in %s", v.Source, dir)
+			}
+		}
+	}
+	return nil
+}
+
 // findRoot decides what lies below the overlay.
+// Cgroup is the cgroup v2 directory above those of all sandboxes.
+func (r *Runtime) Cgroup() string { return filepath.Join(r.hierarchies.Unified, r.parent) }
+
 func (r *Runtime) findRoot(ctx context.Context, s *Sandbox, root Root) error {
 	switch root.Kind {
 	case api.RootOCI:
@@ -94,7 +115,7 @@ func (r *Runtime) findRoot(ctx context.Context, s *Sandbox, root Root) error {
 		}
 		s.state.Lower = root.Path
 	default:
-		s.state.Lower, s.state.HostRoot = "/", true
+		s.state.Lower = "/"
 	}
 	if strings.ContainsAny(s.state.Lower, `,:\`) {
 		return refuse("the root %s has a comma, colon or backslash in its path, which an overlay cannot take", s.state.Lower)

@@ -34,12 +34,11 @@ type Sandbox struct {
 
 // state is what sandbox.json holds.
 type state struct {
-	Version  int          `json:"version"`
-	Config   Config       `json:"config"`
-	Lower    string       `json:"lower"` // the overlay's lower layer
-	HostRoot bool         `json:"host_root,omitempty"`
-	Image    *oci.Config  `json:"image,omitempty"`
-	Cgroup   cgroup.Group `json:"cgroup"`
+	Version int          `json:"version"`
+	Config  Config       `json:"config"`
+	Lower   string       `json:"lower"` // the overlay's lower layer
+	Image   *oci.Config  `json:"image,omitempty"`
+	Cgroup  cgroup.Group `json:"cgroup"`
 	// MountPoints are where the volumes lie inside, links resolved.
 	MountPoints []string `json:"mount_points,omitempty"`
 	// Pid 1 in the agent's pid namespace, with what tells it from a later
@@ -113,6 +112,14 @@ func (s *Sandbox) Pid() int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.state.Pid
+}
+
+// Running reports whether pid 1 was started and has not ended.
+func (s *Sandbox) Running() bool {
+	s.mu.Lock()
+	p := s.process
+	s.mu.Unlock()
+	return p != nil && !p.ended()
 }
 
 // NetNS is the inode of the sandbox's network namespace: CRIU's name for it is

@@ -114,8 +114,11 @@ func (s *Sandbox) fillUpper(context.Context) error {
 	if err := s.matchRoot(); err != nil {
 		return err
 	}
-	if s.state.HostRoot {
-		if err := hideHost(s.UpperDir(), s.hidden()); err != nil {
+	if err := hideNode(s.UpperDir(), s.state.Lower, s.hidden()); err != nil {
+		return err
+	}
+	if s.state.Lower == "/" {
+		if err := freshRun(s.UpperDir()); err != nil {
 			return err
 		}
 	}
@@ -138,9 +141,14 @@ func (s *Sandbox) matchRoot() error {
 	return nil
 }
 
-// hidden are the node's directories that a host root must not show.
+// hidden are the node's directories that no task may see.
 func (s *Sandbox) hidden() []string {
-	return append(slices.Clone(s.runtime.options.Hide), s.dir, s.runtime.options.Images)
+	dirs := append(slices.Clone(s.runtime.options.Hide), s.dir)
+	// An unpacked image lies in the directory of images, and is to be seen.
+	if images := s.runtime.options.Images; images != "" && !within(s.state.Lower, images) {
+		dirs = append(dirs, images)
+	}
+	return slices.DeleteFunc(dirs, func(dir string) bool { return within(s.state.Lower, dir) })
 }
 
 // emptyUpper takes fillUpper back, and what a failed birth has written.

@@ -168,7 +168,7 @@ func TestNodeIsUntouched(t *testing.T) {
 		t.Fatal(err)
 	}
 	b := newBench(t, hidden)
-	out := b.output(b.config("ls -A " + hidden + "; ls -A " + b.dir + "; test ! -e " + secret + " && echo covered; echo mine > /etc/dormouse-test; rm -rf /usr/share/doc; cat /etc/dormouse-test"))
+	out := b.output(b.config("ls -A " + hidden + "; ls -A " + b.state() + "; test ! -e " + secret + " && echo covered; echo mine > /etc/dormouse-test; rm -rf /usr/share/doc; cat /etc/dormouse-test"))
 	expect(t, "sight", out, "covered\nmine\n")
 	if _, err := os.Stat("/etc/dormouse-test"); err == nil {
 		t.Error("a write went through to the node")
@@ -193,6 +193,13 @@ func TestDirectoryRoot(t *testing.T) {
 		t.Fatal(err)
 	}
 	expect(t, "the directory itself", string(content), "hello from below\n")
+}
+
+func TestADirectoryRootDoesNotShowTheStateEither(t *testing.T) {
+	b := newBench(t)
+	cfg := b.config("ls -A " + b.state())
+	cfg.Root = "dir:/"
+	expect(t, "sight", b.output(cfg), "")
 }
 
 func TestVolumes(t *testing.T) {
@@ -348,6 +355,8 @@ func TestBadRequestsAreRefused(t *testing.T) {
 		"work dir":    func(c *sandbox.Config) { c.WorkDir = "/no/such/dir" },
 		"capability":  func(c *sandbox.Config) { c.CapAdd = []string{"FLY"} },
 		"volume":      func(c *sandbox.Config) { c.Volumes = []api.Volume{{Source: "/no/such/dir", Destination: "/x"}} },
+		"own state":   func(c *sandbox.Config) { c.Volumes = []api.Volume{{Source: b.state(), Destination: "/x"}} },
+		"above state": func(c *sandbox.Config) { c.Volumes = []api.Volume{{Source: "/var", Destination: "/x"}} },
 		"proc volume": func(c *sandbox.Config) { c.Volumes = []api.Volume{{Source: "/srv", Destination: "/proc/x"}} },
 		"root":        func(c *sandbox.Config) { c.Root = "dir:/no/such/root" },
 		"root kind":   func(c *sandbox.Config) { c.Root = "zip:/x" },

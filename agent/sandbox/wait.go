@@ -40,27 +40,29 @@ func (s *Sandbox) Wait(ctx context.Context) (ExitStatus, error) {
 			return ExitStatus{}, fmt.Errorf("waiting for sandbox %s: %w", s.ID(), err)
 		}
 	}
-	return s.settle()
+	return s.settle(), nil
 }
 
 // settle works out the exit status of a sandbox whose pid 1 is gone.
-func (s *Sandbox) settle() (ExitStatus, error) {
+func (s *Sandbox) settle() ExitStatus {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.status != nil {
-		return *s.status, nil
+		return *s.status
 	}
 	exit, err := readExit(s.UpperDir())
-	ownEnd := err == nil
-	if errors.Is(err, os.ErrNotExist) {
+	status := ExitStatus{Code: exit.Code}
+	ownEnd := true
+	switch {
+	case errors.Is(err, os.ErrNotExist):
 		// pid 1 writes how the command ended before it ends itself. It did not
 		// come to that, and against its will only SIGKILL ends it.
-		exit, err = pid1.Exit{Code: 128 + int(syscall.SIGKILL), Signal: syscall.SIGKILL}, nil
+		exit.Signal, ownEnd = syscall.SIGKILL, false
+		status.Code = 128 + int(exit.Signal)
+	case err != nil:
+		status.Code = 1
+		status.Reason = fmt.Sprintf("the command ended, but its record of how was spoiled: %v", err)
 	}
-	if err != nil {
-		return ExitStatus{}, fmt.Errorf("cannot learn how sandbox %s ended: %w", s.ID(), err)
-	}
-	status := ExitStatus{Code: exit.Code}
 	if exit.Signal != 0 {
 		status.Signal = unix.SignalName(exit.Signal)
 	}
@@ -76,7 +78,7 @@ func (s *Sandbox) settle() (ExitStatus, error) {
 		status.Reason = "the sandbox's first process was killed from outside"
 	}
 	s.status = &status
-	return status, nil
+	return status
 }
 
 func readExit(upper string) (pid1.Exit, error) {

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -54,6 +55,9 @@ func begin(f *family) (*control, <-chan syscall.WaitStatus, error) {
 	if err := json.Unmarshal(content, &cmd); err != nil {
 		return nil, nil, fmt.Errorf("cannot understand the command: %w", err)
 	}
+	if err := reserveExit(); err != nil {
+		return nil, nil, err
+	}
 	control, err := listen(f, &cmd)
 	if err != nil {
 		return nil, nil, err
@@ -85,21 +89,40 @@ func startCommand(f *family, cmd *pid1.Run) (<-chan syscall.WaitStatus, error) {
 	return exited, err
 }
 
+// exitDraft becomes the exit file. It is written at the beginning, so that the
+// end can be recorded on a full disk.
+const exitDraft = pid1.ExitFile + ".new"
+
+func reserveExit() error {
+	if err := os.WriteFile(inside(exitDraft), bytes.Repeat([]byte(" "), 128), 0o600); err != nil {
+		return fmt.Errorf("cannot make room for the exit status: %w", err)
+	}
+	return nil
+}
+
 // finish writes down how the command ended, and ends the sandbox: the kernel
 // kills what is left of it.
 func finish(exit pid1.Exit) {
-	content, err := json.Marshal(exit)
-	if err == nil {
-		draft := inside(pid1.ExitFile + ".new")
-		err = os.WriteFile(draft, content, 0o600)
-		if err == nil {
-			err = os.Rename(draft, inside(pid1.ExitFile))
-		}
-	}
-	if err != nil {
+	if err := record(exit); err != nil {
 		fmt.Fprintln(os.Stderr, "cannot record the exit status:", err)
 	}
 	os.Exit(exit.Code)
+}
+
+func record(exit pid1.Exit) error {
+	content, err := json.Marshal(exit)
+	if err != nil {
+		return err
+	}
+	draft, err := os.OpenFile(inside(exitDraft), os.O_CREATE|os.O_WRONLY, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = draft.Write(content)
+	if err := errors.Join(err, draft.Close()); err != nil {
+		return err
+	}
+	return os.Rename(inside(exitDraft), inside(pid1.ExitFile))
 }
 
 // family are the processes of the sandbox as seen by their first ancestor.
