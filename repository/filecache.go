@@ -19,15 +19,17 @@ import (
 // it refers to is looked up in the index before use. It is safe for use by
 // many uploads at once.
 //
-// The file is a bbolt database with one bucket, "files": device u64, inode u64
-// → size, mtime, ctime i64, day of last use u32, then the content: per segment
-// its length (uvarint), the length of its encoding (uvarint) and its encoding.
+// The file is a bbolt database, written without fsync and begun anew after a
+// boot. Its bucket "files" has device u64, inode u64 → size, mtime, ctime i64,
+// day of last use u32, then the content: per segment its length (uvarint), the
+// length of its encoding (uvarint) and its encoding.
 type FileCache struct {
 	db *bolt.DB
 
 	mu      sync.Mutex
 	pending map[[16]byte][]byte
 	size    int
+	failed  error // of a write since the last flush that was asked for
 }
 
 var bucketFiles = []byte("files")
@@ -72,10 +74,19 @@ func openFileDB(path string) (db *bolt.DB, err error) {
 		return nil, err
 	}
 	err = db.Update(func(tx *bolt.Tx) error {
-		_, err := tx.CreateBucketIfNotExists(bucketFiles)
-		return err
+		meta, err := tx.CreateBucketIfNotExists(bucketMeta)
+		if err != nil {
+			return err
+		}
+		if _, err := tx.CreateBucketIfNotExists(bucketFiles); err != nil {
+			return err
+		}
+		return checkBoot(meta)
 	})
-	return db, err
+	if err != nil {
+		return nil, errors.Join(err, db.Close())
+	}
+	return db, nil
 }
 
 // Close writes what is pending and closes the cache.
@@ -177,12 +188,11 @@ func (c *FileCache) put(k FileKey, captured time.Time, b *contentBuilder) {
 
 func (c *FileCache) store(key [16]byte, v []byte) {
 	c.mu.Lock()
+	defer c.mu.Unlock()
 	c.pending[key] = v
 	c.size += len(v) + 100
-	full := c.size > fileCachePending
-	c.mu.Unlock()
-	if full {
-		c.flush()
+	if c.size > fileCachePending {
+		c.failed = errors.Join(c.failed, c.write())
 	}
 }
 
@@ -193,6 +203,18 @@ func (c *FileCache) flush() error {
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	err := errors.Join(c.failed, c.write())
+	c.failed = nil
+	if err != nil {
+		return fmt.Errorf("write the file cache: %w", err)
+	}
+	return nil
+}
+
+func (c *FileCache) write() error {
+	if len(c.pending) == 0 {
+		return nil
+	}
 	err := c.db.Update(func(tx *bolt.Tx) error {
 		b := tx.Bucket(bucketFiles)
 		for key, v := range c.pending {

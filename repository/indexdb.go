@@ -40,6 +40,7 @@ var (
 	bucketNumbers = []byte("numbers")
 	bucketChunks  = []byte("chunks")
 	keyRepository = []byte("repository")
+	keyBoot       = []byte("boot")
 )
 
 func openIndexDB(dir, repository string) (*indexDB, error) {
@@ -93,8 +94,23 @@ func (x *indexDB) prepare(repository string) error {
 		if packs, gone := countPacks(tx); packs > 100 && gone > packs/2 {
 			return fmt.Errorf("%s is mostly about packs that are gone", x.path)
 		}
+		if err := checkBoot(meta); err != nil {
+			return err
+		}
 		return meta.Put(keyRepository, []byte(repository))
 	})
+}
+
+// checkBoot refuses a database of unsynced writes from before the last boot.
+func checkBoot(meta *bolt.Bucket) error {
+	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return fmt.Errorf("read the kernel's boot id: %w", err)
+	}
+	if have := meta.Get(keyBoot); have != nil && !bytes.Equal(have, boot) {
+		return errors.New("the machine was booted since")
+	}
+	return meta.Put(keyBoot, boot)
 }
 
 func countPacks(tx *bolt.Tx) (packs, gone int) {
