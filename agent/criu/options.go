@@ -78,9 +78,6 @@ func dumpOptions(r DumpRequest, images, work *os.File, netNS uint64) *rpc.CriuOp
 func restoreOptions(r RestoreRequest, images, work *os.File, netNSFD int) *rpc.CriuOpts {
 	o := common(images, work, restoreLog, r.LogLevel)
 	o.Root = proto.String(r.Root)
-	if r.Sibling {
-		o.RstSibling = proto.Bool(true)
-	}
 	if netNSFD >= 0 {
 		o.InheritFd = []*rpc.InheritFd{{Key: proto.String(netNSKey), Fd: proto.Int32(int32(netNSFD))}}
 	}

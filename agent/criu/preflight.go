@@ -367,10 +367,10 @@ func (i *inspection) checkFile(pid, fd int, link string) {
 // mqueueMagic is MQUEUE_MAGIC of the kernel's ipc/mqueue.c.
 const mqueueMagic = 0x19800202
 
-// processDirectory tells whether a path is /proc/N or in it.
+// processDirectory tells whether a path is /proc/N. CRIU fails to open just
+// that again; files and directories in it are no problem.
 func processDirectory(path string) bool {
-	first, _, _ := strings.Cut(strings.TrimPrefix(path, "/proc/"), "/")
-	_, err := strconv.Atoi(first)
+	_, err := strconv.Atoi(strings.TrimPrefix(path, "/proc/"))
 	return err == nil
 }
 

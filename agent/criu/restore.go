@@ -34,9 +34,6 @@ type RestoreRequest struct {
 	// Enter puts CRIU's process into the target cgroups, before it does
 	// anything; the restored processes inherit them. May be nil.
 	Enter func(pid int) error
-	// Sibling makes the restored init a child of this process, instead of being
-	// adopted by the machine's init.
-	Sibling bool
 	// Grace is how long a cancelled restore may take to undo itself before CRIU
 	// is killed. Zero: 20 s.
 	Grace time.Duration

@@ -228,6 +228,8 @@ static void plain(void)
 	must(socket(AF_INET, SOCK_STREAM, 0), "unconnected tcp");
 	must(pipe(p), "pipe");
 	must(open("/dev/null", O_RDWR), "/dev/null");
+	must(open("/proc/self/maps", O_RDONLY), "/proc/self/maps");
+	must(open("/proc/self/fd", O_RDONLY), "/proc/self/fd");
 	deleted_file(100);
 	unix_pair_in_two_processes();
 	l = tcp_listener(0);
