@@ -7,6 +7,7 @@ import (
 	"testing"
 
 	bolt "go.etcd.io/bbolt"
+	bolterrors "go.etcd.io/bbolt/errors"
 )
 
 // Whatever happened to the local copy of the index, it is read again.
@@ -54,7 +55,7 @@ func TestLocalIndexHasOneUser(t *testing.T) {
 	first, err := Open(t.Context(), r.be, Options{CacheDir: cache})
 	must(t, err)
 	defer first.Close()
-	if _, err := Open(t.Context(), r.be, Options{CacheDir: cache}); !errors.Is(err, bolt.ErrTimeout) {
+	if _, err := Open(t.Context(), r.be, Options{CacheDir: cache}); !errors.Is(err, bolterrors.ErrTimeout) {
 		t.Errorf("a second process in one cache = %v, want it refused", err)
 	}
 }

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	bolt "go.etcd.io/bbolt"
+	bolterrors "go.etcd.io/bbolt/errors"
 )
 
 // FileCache remembers on the agent's own disk the content of files that were
@@ -53,7 +54,7 @@ func OpenFileCache(path string) (*FileCache, error) {
 		return nil, fmt.Errorf("create the file cache: %w", err)
 	}
 	db, err := openFileDB(path)
-	if err != nil && !errors.Is(err, bolt.ErrTimeout) {
+	if err != nil && !errors.Is(err, bolterrors.ErrTimeout) {
 		os.Remove(path) // damaged: begin anew
 		db, err = openFileDB(path)
 	}

@@ -178,7 +178,7 @@ func TestPartThatExpiredIsRefused(t *testing.T) {
 
 func TestLeaseOfADeadUploadRunsOut(t *testing.T) {
 	r := newTestRepo(t)
-	res, w := r.upload(t, images(t, 100, 1), PartOptions{}, nil)
+	_, w := r.upload(t, images(t, 100, 1), PartOptions{}, nil)
 	w.lease.stop() // as if the process had died: nobody renews or removes the lease
 	if s := r.gc(t); s.RemovedParts != 0 || s.CondemnedPacks != 0 {
 		t.Errorf("GC touched the part of a lease that is alive: %+v", s)
@@ -193,7 +193,6 @@ func TestLeaseOfADeadUploadRunsOut(t *testing.T) {
 	if left := r.objects(t, "locks"); len(left) > 0 {
 		t.Errorf("lock objects %q are left", left)
 	}
-	_ = res
 }
 
 func TestUploadThatLostItsLeaseFails(t *testing.T) {

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	bolt "go.etcd.io/bbolt"
+	bolterrors "go.etcd.io/bbolt/errors"
 )
 
 // indexDB is the local copy of the repository's index: a bbolt file, about 120
@@ -49,7 +50,7 @@ func openIndexDB(dir, repository string) (*indexDB, error) {
 	}
 	path := filepath.Join(dir, "index.db")
 	x, err := tryIndexDB(path, repository)
-	if err == nil || errors.Is(err, bolt.ErrTimeout) {
+	if err == nil || errors.Is(err, bolterrors.ErrTimeout) {
 		return x, err
 	}
 	// Damaged, of another repository or mostly of packs that are gone: all of
@@ -67,7 +68,7 @@ func tryIndexDB(path, repository string) (x *indexDB, err error) {
 		}
 	}()
 	db, err := bolt.Open(path, 0o600, &bolt.Options{Timeout: time.Second, NoSync: true, NoFreelistSync: true, FreelistType: bolt.FreelistMapType})
-	if errors.Is(err, bolt.ErrTimeout) {
+	if errors.Is(err, bolterrors.ErrTimeout) {
 		return nil, fmt.Errorf("the repository's cache %s is in use by another process: give each process its own: %w", path, err)
 	}
 	if err != nil {

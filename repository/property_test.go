@@ -14,10 +14,11 @@ import (
 // Any history of memory, with or without a page cache that may be lost or
 // damaged between checkpoints, comes back byte for byte, every checkpoint of it.
 func TestAnyMemoryComesBack(t *testing.T) {
+	r := newTestRepo(t)
 	rapid.Check(t, func(rt *rapid.T) {
 		base, err := os.MkdirTemp(t.TempDir(), "")
 		must(t, err)
-		r, cache := newTestRepo(t), filepath.Join(base, "cache")
+		cache := filepath.Join(base, "cache")
 		m := make(memory)
 		for step := range rapid.IntRange(1, 6).Draw(rt, "checkpoints") {
 			mutate(rt, m)
@@ -32,8 +33,9 @@ func TestAnyMemoryComesBack(t *testing.T) {
 					must(t, os.WriteFile(cache, p, 0o600))
 				}
 			}
-			r.checkpoint(t, fmt.Sprint("c-", step), dir, PartOptions{PageCache: cache})
-			got, err := r.restore(t, fmt.Sprint("c-", step))
+			id := fmt.Sprintf("c-%s-%d", filepath.Base(base), step)
+			r.checkpoint(t, id, dir, PartOptions{PageCache: cache})
+			got, err := r.restoreHere(t, id)
 			must(t, err)
 			wantSameFiles(t, dir, got)
 		}
