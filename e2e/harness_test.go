@@ -187,12 +187,16 @@ func (p *platform) inspect(job string) api.JobDetail {
 	return decode[api.JobDetail](p, "inspect", job)
 }
 
-// output returns what the job has written to standard output.
+// output returns what the job has written to standard output. While an agent
+// that was killed comes back nobody can read it, so it is asked for again.
 func (p *platform) output(job string) string {
 	p.t.Helper()
 	got := p.try("logs", job)
-	if got.status != 0 {
-		p.t.Fatalf("logs %s: %s", job, got.stderr)
+	for end := time.Now().Add(20 * time.Second); got.status != 0; got = p.try("logs", job) {
+		if time.Now().After(end) {
+			p.t.Fatalf("logs %s: exit status %d: %s", job, got.status, got.stderr)
+		}
+		time.Sleep(100 * time.Millisecond)
 	}
 	return got.stdout
 }
