@@ -127,17 +127,26 @@ func (a *Agent) pagesDir() string { return filepath.Join(a.config.State, "pages"
 
 func (a *Agent) uploadsDir() string { return filepath.Join(a.config.State, "uploads") }
 
+// lockFile is locked by the agent of a state directory.
+const lockFile = "lock"
+
 // lockState keeps a second agent from the same state.
 func lockState(dir string) (*os.File, error) {
-	f, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_RDWR|os.O_CREATE, 0o600)
+	f, err := os.OpenFile(filepath.Join(dir, lockFile), os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
 		return nil, err
 	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		f.Close()
-		return nil, fmt.Errorf("agent: another agent runs on %s", dir)
+	// The lease guard tries the lock, too, for an instant.
+	for deadline := time.Now().Add(time.Second); ; time.Sleep(10 * time.Millisecond) {
+		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil {
+			return f, nil
+		}
+		if time.Now().After(deadline) {
+			f.Close()
+			return nil, fmt.Errorf("agent: another agent runs on %s", dir)
+		}
 	}
-	return f, nil
 }
 
 // Run joins the controller if this node has not yet, finds its tasks again and
@@ -159,6 +168,9 @@ func (a *Agent) Run(ctx context.Context) error {
 	}
 	if err := a.recover(ctx); err != nil {
 		return fmt.Errorf("find the tasks of an earlier agent: %w", err)
+	}
+	if err := a.startGuard(); err != nil {
+		return err
 	}
 	var leasing sync.WaitGroup
 	leasing.Go(func() { a.lease.watch(ctx, a.lapse) })
@@ -226,6 +238,10 @@ func (a *Agent) welcome(ctx context.Context, w *agentpb.Welcome, asked time.Dura
 	}
 	if err := a.lease.grant(time.Duration(w.GetLeaseMs())*time.Millisecond, asked); err != nil {
 		return err
+	}
+	// The guard would do this, too, but later.
+	if err := freezeCgroup(a.boxes.Cgroup(), false); err != nil && !notExist(err) {
+		return fmt.Errorf("let tasks go on: %w", err)
 	}
 	for _, ref := range w.GetKeep() {
 		t, err := a.find(ref)

@@ -205,6 +205,31 @@ func TestLapsedLeaseFreezesUntilTheControllerDecides(t *testing.T) {
 	})
 }
 
+func TestTasksOfADeadAgentStandStillWhenTheLeaseRunsOut(t *testing.T) {
+	c := newController(t)
+	c.lease = 700 * time.Millisecond
+	n := c.addNode("east-0")
+	ref := c.start("east-0", "j-orphan", counter())
+	c.awaitLog("east-0", ref, "10 lines", counted(10))
+	n.kill()
+	time.Sleep(2 * c.lease)
+	log := filepath.Join(n.state, "tasks", taskID(ref), "box", "upper", ".dormouse", "stdout")
+	frozen, err := os.ReadFile(log)
+	must(t, err)
+	time.Sleep(500 * time.Millisecond)
+	if later, err := os.ReadFile(log); err != nil || len(later) != len(frozen) {
+		t.Errorf("the task of a dead agent went on: %d bytes, then %d (%v)", len(frozen), len(later), err)
+	}
+	n.start()
+	last, err := countsUp(string(frozen))
+	must(t, err)
+	text := c.awaitLog("east-0", ref, "more lines", counted(last+10))
+	if !strings.HasPrefix(text, string(frozen)) {
+		t.Error("the task ran while there was no lease")
+	}
+	c.checkpoint("east-0", ref, "c-orphan")
+}
+
 func TestExecRunsInTheSandbox(t *testing.T) {
 	c := newController(t)
 	c.addNode("east-0")

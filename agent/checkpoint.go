@@ -255,16 +255,10 @@ func (a *Agent) goOn(t *task) error {
 	if err := t.release(ctx, holdCheckpoint); err != nil {
 		return err
 	}
-	r, box := t.snapshot()
-	if r.Checkpoint != "" {
-		if err := t.update(func(r *record) { r.Checkpoint, r.Work = "", "" }); err != nil {
-			return err
-		}
-	}
-	if box == nil || r.Stage != stageRunning || len(r.Holds) > 0 {
+	if r, _ := t.snapshot(); r.Checkpoint == "" {
 		return nil
 	}
-	return box.Unquiesce(ctx)
+	return t.update(func(r *record) { r.Checkpoint, r.Work = "", "" })
 }
 
 // capture dumps the frozen task. The task stays frozen, unless that fails.

@@ -40,13 +40,25 @@ func (a *Agent) recover(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	dirs, err := os.ReadDir(a.tasksDir())
+	tasks, err := a.readTasks(ctx)
 	if err != nil {
 		return err
 	}
-	for _, dir := range dirs {
-		if err := a.recoverTask(ctx, filepath.Join(a.tasksDir(), dir.Name())); err != nil {
-			return fmt.Errorf("task %s: %w", dir.Name(), err)
+	for _, t := range tasks {
+		if r, _ := t.snapshot(); a.lease.hasLapsed() && r.Checkpoint == "" {
+			if err := t.hold(ctx, holdLease); err != nil {
+				return err
+			}
+		}
+	}
+	// What the lease guard froze is now frozen task by task, but for tasks in
+	// which an interrupted CRIU needs to run to undo its work.
+	if err := freezeCgroup(a.boxes.Cgroup(), false); err != nil && !notExist(err) {
+		return err
+	}
+	for _, t := range tasks {
+		if err := a.recoverTask(ctx, t); err != nil {
+			return fmt.Errorf("task %s: %w", t.id(), err)
 		}
 	}
 	// Only now does no CRIU write to them any more.
@@ -57,9 +69,6 @@ func (a *Agent) recover(ctx context.Context) error {
 		if err := spool.close(); err != nil {
 			return err
 		}
-	}
-	if a.lease.hasLapsed() {
-		a.holdAll(ctx)
 	}
 	return nil
 }
@@ -83,29 +92,41 @@ func (a *Agent) recoverCaptures() (rest []*spoolDir, err error) {
 	return rest, nil
 }
 
-func (a *Agent) recoverTask(ctx context.Context, dir string) error {
-	t, err := readTask(dir)
-	if notExist(err) {
-		return os.RemoveAll(dir) // it was being made, or being forgotten
-	}
+// readTasks reads the state files of all tasks and opens their sandboxes.
+func (a *Agent) readTasks(ctx context.Context) ([]*task, error) {
+	dirs, err := os.ReadDir(a.tasksDir())
 	if err != nil {
-		return err
+		return nil, err
 	}
-	a.addTask(t)
-	r, _ := t.snapshot()
-	if r.Stage == stageDestroyed {
-		t.finish()
-		return nil
+	for _, entry := range dirs {
+		dir := filepath.Join(a.tasksDir(), entry.Name())
+		t, err := readTask(dir)
+		if notExist(err) { // it was being made, or being forgotten
+			if err := os.RemoveAll(dir); err != nil {
+				return nil, err
+			}
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		if r, _ := t.snapshot(); r.Stage != stageDestroyed {
+			box, err := a.boxes.Open(ctx, t.boxDir())
+			if err != nil && !notExist(err) {
+				return nil, err
+			}
+			t.setBox(box)
+		}
+		a.addTask(t)
 	}
-	box, err := a.boxes.Open(ctx, t.boxDir())
-	if err != nil && !notExist(err) {
-		return err
-	}
-	if box != nil {
-		t.setBox(box)
-	}
+	return a.allTasks(), nil
+}
+
+// recoverTask takes a task over, or undoes it.
+func (a *Agent) recoverTask(ctx context.Context, t *task) error {
+	r, box := t.snapshot()
 	switch {
-	case r.Stage == stageEnded:
+	case r.Stage == stageDestroyed || r.Stage == stageEnded:
 		t.finish()
 		return nil
 	case r.Stage == stageRunning && box != nil:
@@ -118,26 +139,29 @@ func (a *Agent) recoverTask(ctx context.Context, dir string) error {
 	return a.undo(t)
 }
 
-// adopt takes over a task whose processes live, or lived.
+// adopt takes over a task whose processes live, or lived. It stands still
+// afterwards exactly if there is a reason for it.
 func (a *Agent) adopt(ctx context.Context, t *task, box *sandbox.Sandbox) error {
 	r, _ := t.snapshot()
 	if r.Checkpoint != "" {
-		if c := a.findCapture(r.ref(), r.Checkpoint); c == nil {
+		interrupted := a.findCapture(r.ref(), r.Checkpoint) == nil
+		if interrupted {
 			a.log.Warn("a capture was interrupted and is rolled back", "task", t.id())
 			if err := a.settle(ctx, box.Pid(), r.Work); err != nil {
 				return err
 			}
-			if err := a.goOn(t); err != nil {
+		}
+		if a.lease.hasLapsed() {
+			if err := t.hold(ctx, holdLease); err != nil {
 				return err
 			}
 		}
-	}
-	r, _ = t.snapshot()
-	if len(r.Holds) > 0 {
-		if err := t.hold(ctx, r.Holds[0]); err != nil {
-			return err
+		if !interrupted {
+			a.watch(t)
+			return nil
 		}
-	} else if err := a.goOn(t); err != nil {
+	}
+	if err := a.goOn(t); err != nil {
 		return err
 	}
 	a.watch(t)

@@ -139,6 +139,7 @@ func (t *task) live() (*sandbox.Sandbox, error) {
 func (t *task) hold(ctx context.Context, reason string) error {
 	t.holding.Lock()
 	defer t.holding.Unlock()
+	before, _ := t.snapshot()
 	err := t.update(func(r *record) {
 		if !slices.Contains(r.Holds, reason) {
 			r.Holds = append(r.Holds, reason)
@@ -150,6 +151,9 @@ func (t *task) hold(ctx context.Context, reason string) error {
 	r, box := t.snapshot()
 	if r.Stage != stageRunning || box == nil {
 		return nil // a task that is being built is looked after when it is complete
+	}
+	if slices.Contains(before.Holds, holdCheckpoint) {
+		return nil // it stands still, or CRIU is at work in it and may not be disturbed
 	}
 	if err := box.Freeze(ctx); err != nil {
 		return retry{fmt.Errorf("freeze task %s: %w", t.id(), err)}
@@ -174,7 +178,7 @@ func (t *task) release(ctx context.Context, reason string) error {
 	if err := box.Thaw(ctx); err != nil {
 		return fmt.Errorf("thaw task %s: %w", t.id(), err)
 	}
-	return nil
+	return box.Unquiesce(ctx)
 }
 
 // state says the task's record in the words of the protocol.
