@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -113,7 +114,7 @@ func (g *Group) Freeze(ctx context.Context) error {
 // event for that, so it looks, for 10 ms at most.
 func letGo(threads []string) {
 	for range 100 {
-		if !slices.ContainsFunc(threads, uninterruptible) {
+		if !slices.ContainsFunc(threads, func(id string) bool { return threadState(id) == 'D' }) {
 			return
 		}
 		time.Sleep(100 * time.Microsecond)
@@ -127,15 +128,30 @@ func (g *Group) inVfork() []string {
 	if err != nil {
 		return nil
 	}
-	return slices.DeleteFunc(strings.Fields(string(threads)), func(id string) bool { return !uninterruptible(id) })
+	return slices.DeleteFunc(strings.Fields(string(threads)), func(id string) bool { return settledState(id) != 'D' })
 }
 
-// uninterruptible reads the state of a thread, which in proc_pid_stat(5)
-// follows the name in parentheses.
-func uninterruptible(thread string) bool {
+// settledState is the state of a thread of a frozen group: one that enters
+// vfork is counted as frozen an instant before it sleeps.
+func settledState(thread string) byte {
+	for range 1000 {
+		if state := threadState(thread); state != 'R' {
+			return state
+		}
+		runtime.Gosched()
+	}
+	return 'R'
+}
+
+// threadState reads the state of a thread, which in proc_pid_stat(5) follows
+// the name in parentheses; 0 when it is gone.
+func threadState(thread string) byte {
 	stat, err := os.ReadFile("/proc/" + thread + "/stat")
 	end := bytes.LastIndexByte(stat, ')')
-	return err == nil && end >= 0 && bytes.HasPrefix(stat[end:], []byte(") D "))
+	if err != nil || end < 0 || len(stat) < end+3 {
+		return 0
+	}
+	return stat[end+2]
 }
 
 // Thaw lets the processes of the group go on, and returns when they do.
