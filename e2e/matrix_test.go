@@ -15,6 +15,7 @@ var refusals = map[string]string{
 	"backlog":            "accept",
 	"bpf_map":            "BPF",
 	"io_uring":           "io_uring",
+	"landlock":           "landlock",
 	"memfd_secret":       "memfd_secret",
 	"mptcp":              "MPTCP",
 	"mqueue":             "message queue",

@@ -2,6 +2,7 @@
 # pipeline.sh STEPS PACE_MS: a shell pipeline. Each step starts short-lived processes, so that some checkpoints meet a
 # process that is just being made.
 steps=$1
+sum=0
 pause=$(awk "BEGIN { print $2 / 1000 }")
 i=0
 while [ "$i" -lt "$steps" ]; do
@@ -9,6 +10,9 @@ while [ "$i" -lt "$steps" ]; do
 	echo "$i $(expr "$i" '*' 7 % 101)"
 	sleep "$pause"
 done |
-	awk '{ sum = (sum * 31 + $1 * $2) % 1000003; print "step", $1, $2, sum; fflush() }' |
+	while read -r number factor; do
+		sum=$(((sum * 31 + number * factor) % 1000003))
+		echo "step $number $factor $sum"
+	done |
 	sed -u 's/$/ ./'
 echo "end"
