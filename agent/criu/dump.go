@@ -211,6 +211,9 @@ func (e *Engine) dumpResult(r DumpRequest, affinity []pinned, begin time.Time) (
 	if err := writeAffinity(r.ImagesDir, affinity); err != nil {
 		return nil, fmt.Errorf("criu dump: %w", err)
 	}
+	if err := rearmTimers(r.ImagesDir); err != nil {
+		return nil, fmt.Errorf("criu dump: %w", err)
+	}
 	result := &DumpResult{Version: e.version}
 	var err error
 	if result.Stats, err = ReadDumpStats(r.WorkDir); err != nil {

@@ -412,6 +412,18 @@ func TestVolumesComeFromElsewhereAndTmpfsComesAlong(t *testing.T) {
 	}
 }
 
+func TestPeriodicTimerWithUnreadExpiriesGoesOn(t *testing.T) {
+	e := newEngine(t)
+	s := startSandbox(t, e, objects(t), "timer")
+	s.moreLines(2)
+	for range 2 {
+		r := s.request()
+		mustDump(t, s, r)
+		s = s.restore(r.ImagesDir)
+		s.moreLines(3)
+	}
+}
+
 func TestDumpErrorsTellTheReason(t *testing.T) {
 	e := newEngine(t)
 	t.Run("a connection waits to be accepted", func(t *testing.T) {

@@ -51,6 +51,24 @@ func FuzzReadTree(f *testing.F) {
 	})
 }
 
+func FuzzRearmed(f *testing.F) {
+	header := []byte("\x19\x43\x56\x54\x38\x31\x30\x56")
+	f.Add(header)
+	f.Add(append(header, "\x04\x00\x00\x00\x08\x0a\x10\x01"...))
+	f.Fuzz(func(t *testing.T, image []byte) {
+		changed, err := rearmed(image)
+		if err != nil && !errors.Is(err, errBadImage) {
+			t.Errorf("unexpected kind of error: %v", err)
+		}
+		if changed == nil {
+			return
+		}
+		if again, err := rearmed(changed); again != nil || err != nil {
+			t.Errorf("the corrected image needs another correction: %v, %v", again, err)
+		}
+	})
+}
+
 func FuzzParseMountInfo(f *testing.F) {
 	f.Add("36 35 98:0 /mnt1 /mnt\\0402 rw,noatime master:1 - ext3 /dev/root rw,errors=continue\n")
 	f.Fuzz(func(t *testing.T, text string) { parseMountInfo(text) })

@@ -239,6 +239,7 @@ var anonymous = []struct{ prefix, what, fix string }{
 	{"anon_inode:[fscontext]", "is just mounting a file system", "try again later"},
 	{"anon_inode:sync_file", "uses a GPU fence", "run it without a GPU"},
 	{"anon_inode:[iommufd]", "uses a device directly", "run it without that device"},
+	{"anon_inode:[landlock-ruleset]", "has a landlock ruleset open", "close rulesets once they are in force"},
 	{"/secretmem", "uses secret memory (memfd_secret)", "run it without memfd_secret"},
 	{"/dmabuf:", "shares memory with a device (dma-buf)", "run it without that device"},
 }
@@ -250,8 +251,15 @@ func (i *inspection) refuseAnonymous(pid int, name, where string) bool {
 			return true
 		}
 	}
+	if kind, ok := strings.CutPrefix(name, "anon_inode:"); ok && !slices.Contains(knownAnonymous, kind) {
+		i.refuse(pid, fmt.Sprintf("uses %s (%s), which CRIU does not know", kind, where), "close it before the checkpoint")
+		return true
+	}
 	return false
 }
+
+// knownAnonymous are the other anon_inode kinds, which CRIU captures.
+var knownAnonymous = []string{"[eventfd]", "[eventpoll]", "[signalfd]", "[timerfd]", "inotify", "[fanotify]", "[pidfd]"}
 
 // checkMappings looks for mappings of what has no descriptor any more, and of
 // devices.

@@ -37,6 +37,7 @@ func TestPreflightNamesWhatCannotBeCaptured(t *testing.T) {
 		{"userfaultfd", "uses userfaultfd (descriptor 3)"},
 		{"perf", "has a perf event open (descriptor 3)"},
 		{"bpf", "has a BPF map open (descriptor 3)"},
+		{"landlock", "has a landlock ruleset open (descriptor 3)"},
 		{"secretmem", "uses secret memory (memfd_secret)"},
 		{"device", "has the device /tmp/kmsg open (descriptor 3)"},
 		{"vsock", "has a vsock socket (descriptor 3)"},

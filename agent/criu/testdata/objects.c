@@ -16,6 +16,7 @@
 #include <pty.h>
 #include <sched.h>
 #include <signal.h>
+#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -111,6 +112,21 @@ static void backlog(void)
 
 	must(getsockname(tcp_listener(0), (struct sockaddr *)&a, &n), "getsockname");
 	tcp_connect("127.0.0.1", ntohs(a.sin_port));
+}
+
+/* A periodic timer of which many expiries are unread at any time. */
+static void timer(void)
+{
+	struct itimerspec every = { { 0, 5000000 }, { 0, 5000000 } };
+	int fd = must(timerfd_create(CLOCK_MONOTONIC, 0), "timerfd");
+	uint64_t n;
+
+	must(timerfd_settime(fd, 0, &every, NULL), "timerfd_settime");
+	for (;;) {
+		usleep(50000);
+		must(read(fd, &n, sizeof(n)), "read");
+		dprintf(1, "tick\n");
+	}
 }
 
 /* Contents of the private /tmp and of the volume at /mnt, told again and again. */
@@ -277,6 +293,11 @@ int main(int argc, char **argv)
 	KIND("unlinked") { must(open(argv[2], O_RDWR | O_CREAT, 0600), argv[2]); must(unlink(argv[2]), "unlink"); }
 	KIND("linked") { must(open(argv[2], O_RDWR | O_CREAT, 0600), argv[2]); must(link(argv[2], argv[3]), "link"); must(unlink(argv[2]), "unlink"); }
 	KIND("cwd") { must(mkdir(argv[2], 0700), "mkdir"); must(chdir(argv[2]), "chdir"); must(rmdir(argv[2]), "rmdir"); }
+	KIND("landlock") {
+		uint64_t handled[1] = { 1 };
+		must(syscall(SYS_landlock_create_ruleset, handled, sizeof(handled), 0), "landlock");
+	}
+	KIND("timer") timer();
 	KIND("backlog") backlog();
 	KIND("files") files();
 	KIND("unix") unix_connect(argv[2], SOCK_STREAM);
