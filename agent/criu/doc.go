@@ -34,6 +34,11 @@
 // if that takes longer than the request's Grace, or if somebody else kills
 // CRIU, does the engine take the sockets out of repair mode itself (repair.go).
 //
+// One thing cannot be helped: CRIU gets its code into each process by having it
+// execute a few instructions that end in a breakpoint. A CRIU that is killed by
+// somebody else within that fraction of a millisecond lets the process run into
+// the breakpoint's SIGTRAP.
+//
 // A failed restore may leave processes in the target cgroup; killing that
 // cgroup is the caller's part, CRIU itself is gone when Restore returns.
 //

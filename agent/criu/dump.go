@@ -108,9 +108,11 @@ func (e *Engine) Dump(ctx context.Context, r DumpRequest) (*DumpResult, error) {
 	defer forgetRunning(r.WorkDir)
 	kind := rpc.CriuReqType_DUMP
 	req := &rpc.CriuReq{Type: &kind, Opts: dumpOptions(r, dirs.images, dirs.work, netNS)}
+	result := &DumpResult{Version: e.version}
 	resp, err := s.call(ctx, req, func(ctx context.Context, event Event, pid int) error {
 		if event == EventPostDump {
-			if err := checkNoneLeftOut(r); err != nil {
+			// Here everything can still be undone.
+			if err := result.complete(r, notes.affinity); err != nil {
 				return err
 			}
 		}
@@ -127,7 +129,14 @@ func (e *Engine) Dump(ctx context.Context, r DumpRequest) (*DumpResult, error) {
 	if err := e.dumpFailure(r, resp, err, notes, s); err != nil {
 		return nil, err
 	}
-	return e.dumpResult(r, notes.affinity, begin)
+	if result.Stats, err = ReadDumpStats(r.WorkDir); err != nil {
+		// Worth no failure: the images are good, and the tree may be gone.
+		e.log.Debug("dump statistics", "error", err)
+	}
+	result.Wall = time.Since(begin)
+	e.log.Debug("dumped", "pid", r.Pid, "processes", len(result.Tree), "bytes", result.Bytes,
+		"frozen", result.Stats.Frozen, "wall", result.Wall)
+	return result, nil
 }
 
 // notes are what is written down of the tree just before CRIU touches it.
@@ -207,42 +216,33 @@ func (e *Engine) dumpFailure(r DumpRequest, resp *rpc.CriuResp, err error, notes
 	return newError("dump", filepath.Join(r.WorkDir, dumpLog), resp.GetCrErrmsg(), err)
 }
 
-func (e *Engine) dumpResult(r DumpRequest, affinity []pinned, begin time.Time) (*DumpResult, error) {
-	if err := writeAffinity(r.ImagesDir, affinity); err != nil {
-		return nil, fmt.Errorf("criu dump: %w", err)
+// complete checks the images and adds what CRIU does not put into them.
+func (d *DumpResult) complete(r DumpRequest, affinity []pinned) error {
+	var err error
+	if d.Tree, err = ReadTree(r.ImagesDir); err != nil {
+		return err
+	}
+	if err := checkNoneLeftOut(r, d.Tree); err != nil {
+		return err
 	}
 	if err := rearmTimers(r.ImagesDir); err != nil {
-		return nil, fmt.Errorf("criu dump: %w", err)
+		return err
 	}
-	result := &DumpResult{Version: e.version}
-	var err error
-	if result.Stats, err = ReadDumpStats(r.WorkDir); err != nil {
-		return nil, fmt.Errorf("criu dump: %w", err)
+	if err := writeAffinity(r.ImagesDir, affinity); err != nil {
+		return err
 	}
-	if result.Tree, err = ReadTree(r.ImagesDir); err != nil {
-		return nil, fmt.Errorf("criu dump: %w", err)
-	}
-	if result.Bytes, err = imageBytes(r.ImagesDir); err != nil {
-		return nil, fmt.Errorf("criu dump: %w", err)
-	}
-	result.Wall = time.Since(begin)
-	e.log.Debug("dumped", "pid", r.Pid, "processes", len(result.Tree), "bytes", result.Bytes,
-		"frozen", result.Stats.Frozen, "wall", result.Wall)
-	return result, nil
+	d.Bytes, err = imageBytes(r.ImagesDir)
+	return err
 }
 
 // checkNoneLeftOut compares the dumped tree with the cgroup while the processes
 // still exist. CRIU itself only warns of processes that were put into the
 // sandbox from outside and leaves them out.
-func checkNoneLeftOut(r DumpRequest) error {
+func checkNoneLeftOut(r DumpRequest, tree []TreeProcess) error {
 	if r.FreezeCgroup == "" {
 		return nil
 	}
 	members, err := CgroupPIDs(r.FreezeCgroup)
-	if err != nil {
-		return err
-	}
-	tree, err := ReadTree(r.ImagesDir)
 	if err != nil {
 		return err
 	}
