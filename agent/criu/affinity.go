@@ -30,12 +30,22 @@ type pinned struct {
 // recordAffinity lists the pinned threads of a tree.
 func recordAffinity(pids []int) ([]pinned, error) {
 	var list []pinned
+	online := readCPUSet("/sys/devices/system/cpu/online")
+	byCgroup := map[string]unix.CPUSet{} // most processes share one
 	for _, pid := range pids {
 		tids, err := threadIDs(pid)
 		if err != nil {
 			continue // a process that ends now is not dumped either
 		}
-		all := allowedCPUs(pid)
+		cgroups, err := os.ReadFile(procPath(pid, "cgroup"))
+		if err != nil {
+			continue
+		}
+		all, known := byCgroup[string(cgroups)]
+		if !known {
+			all = allowedCPUs(string(cgroups), online)
+			byCgroup[string(cgroups)] = all
+		}
 		for _, tid := range tids {
 			var set unix.CPUSet
 			if unix.SchedGetaffinity(tid, &set) != nil || containsSet(set, all) {
@@ -57,15 +67,10 @@ func recordAffinity(pids []int) ([]pinned, error) {
 	return list, nil
 }
 
-// allowedCPUs are the CPUs an unpinned thread of the process may use: those
-// online, within its cpuset.
-func allowedCPUs(pid int) unix.CPUSet {
-	online := readCPUSet("/sys/devices/system/cpu/online")
-	cgroups, err := os.ReadFile(procPath(pid, "cgroup"))
-	if err != nil {
-		return online
-	}
-	for line := range strings.Lines(string(cgroups)) {
+// allowedCPUs are the CPUs an unpinned thread may use: those online, within its
+// cpuset. cgroups is the text of /proc/PID/cgroup.
+func allowedCPUs(cgroups string, online unix.CPUSet) unix.CPUSet {
+	for line := range strings.Lines(cgroups) {
 		parts := strings.SplitN(strings.TrimSpace(line), ":", 3)
 		if len(parts) != 3 {
 			continue

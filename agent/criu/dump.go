@@ -148,7 +148,7 @@ type notes struct {
 }
 
 func (n *notes) take(r DumpRequest) error {
-	pids, err := treePIDs(r.Pid)
+	pids, err := r.pids()
 	if err != nil {
 		return err
 	}
@@ -160,6 +160,16 @@ func (n *notes) take(r DumpRequest) error {
 	defer n.mu.Unlock()
 	n.guard = g
 	return err
+}
+
+// pids lists the processes, from the cgroup if possible: that is one read
+// instead of one for each thread, and the tree may stand still already.
+func (r DumpRequest) pids() ([]int, error) {
+	if r.FreezeCgroup == "" {
+		return treePIDs(r.Pid)
+	}
+	pids, err := CgroupPIDs(r.FreezeCgroup)
+	return slices.DeleteFunc(pids, func(pid int) bool { return pid == 0 }), err
 }
 
 // taken is nil as long as CRIU has touched nothing.

@@ -9,6 +9,8 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+
+	"golang.org/x/sys/unix"
 )
 
 // Reasons on which a caller may decide; an Error from Dump or Restore wraps at
@@ -124,6 +126,9 @@ func newError(op, logPath, fallback string, reason error) *Error {
 	}
 	if len(e.Lines) == 0 && fallback != "" && !isHarmless(fallback) {
 		e.Lines = []string{strings.TrimSpace(fallback)}
+	}
+	if errors.Is(e.Err, unix.ENOSPC) {
+		e.Err = fmt.Errorf("%w: %w", ErrNoSpace, e.Err)
 	}
 	if e.Err != nil {
 		return e
