@@ -1,0 +1,523 @@
+package controller
+
+import (
+	"context"
+	"crypto/subtle"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"runtime"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/danielgtaylor/huma/v2"
+	"github.com/danielgtaylor/huma/v2/adapters/humago"
+
+	"dormouse/api"
+	"dormouse/controller/store"
+)
+
+const (
+	maxBody     = 1 << 20          // of a request
+	bodyTimeout = 30 * time.Second // for a request to arrive
+	longestWait = 5 * time.Minute  // of a long poll
+)
+
+// newHandler builds what serves REST and gRPC on one listener.
+func (c *Controller) newHandler() http.Handler {
+	mux := http.NewServeMux()
+	config := huma.DefaultConfig("Dormouse", c.parts.Version)
+	config.Info.Description = "Puts jobs to sleep and wakes them elsewhere. Errors are problem documents, RFC 9457: detail is one sentence."
+	config.DocsPath, config.CreateHooks = "", nil // no page of another host, no $schema in answers
+	config.Transformers = []huma.Transformer{plainProblem}
+	config.Components.SecuritySchemes = map[string]*huma.SecurityScheme{"token": {Type: "http", Scheme: "bearer"}}
+	config.Security = []map[string][]string{{"token": {}}}
+	rest := humago.New(mux, config)
+	c.routeJobs(rest)
+	c.routeCheckpoints(rest)
+	c.routePlatform(rest)
+	c.routeStreams(rest, mux)
+	mux.Handle("GET /metrics", c.metrics.handler())
+	mux.HandleFunc("GET /healthz", c.healthz)
+	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
+		writeProblem(w, newProblem(http.StatusNotFound, "there is no %s %s", r.Method, r.URL.Path))
+	})
+	authorized := c.authorize(c.counted(mux))
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.ProtoMajor == 2 && strings.HasPrefix(r.Header.Get("Content-Type"), "application/grpc") {
+			c.grpc.ServeHTTP(w, r)
+			return
+		}
+		r.Body = http.MaxBytesReader(w, r.Body, maxBody)
+		authorized.ServeHTTP(w, r)
+	})
+}
+
+// open are the paths that need no token: they tell nothing about jobs.
+func open(path string) bool {
+	return path == "/healthz" || strings.HasPrefix(path, "/openapi")
+}
+
+// authorize lets requests with the admin token through.
+func (c *Controller) authorize(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if open(r.URL.Path) || c.tokenFits(r) {
+			next.ServeHTTP(w, r)
+			return
+		}
+		w.Header().Set("WWW-Authenticate", `Bearer realm="dormouse"`)
+		if r.Header.Get("Authorization") == "" {
+			writeProblem(w, newProblem(http.StatusUnauthorized, "a token is needed: set DORMOUSE_TOKEN, or give --token"))
+			return
+		}
+		writeProblem(w, newProblem(http.StatusUnauthorized, "the token is wrong: `dormouse env` prints the right one on the controller's machine"))
+	})
+}
+
+func (c *Controller) tokenFits(r *http.Request) bool {
+	token, bearer := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer ")
+	return bearer && subtle.ConstantTimeCompare([]byte(token), []byte(c.parts.AdminToken)) == 1
+}
+
+// counted counts requests by their status.
+func (c *Controller) counted(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		counter := &statusWriter{ResponseWriter: w, status: http.StatusOK}
+		next.ServeHTTP(counter, r)
+		c.metrics.requests.WithLabelValues(r.Method, strconv.Itoa(counter.status)).Inc()
+	})
+}
+
+type statusWriter struct {
+	http.ResponseWriter
+	status int
+}
+
+func (w *statusWriter) WriteHeader(status int) {
+	w.status = status
+	w.ResponseWriter.WriteHeader(status)
+}
+
+// Unwrap lets http.ResponseController reach the connection.
+func (w *statusWriter) Unwrap() http.ResponseWriter { return w.ResponseWriter }
+
+func (c *Controller) healthz(w http.ResponseWriter, r *http.Request) {
+	if err := c.store.View(r.Context(), func(store.Tx) error { return nil }); err != nil {
+		writeProblem(w, newProblem(http.StatusServiceUnavailable, "the store does not answer: %v", err))
+		return
+	}
+	w.Header().Set("Content-Type", "application/json")
+	fmt.Fprintln(w, `{"status":"ok"}`)
+}
+
+func writeProblem(w http.ResponseWriter, p *problem) {
+	w.Header().Set("Content-Type", p.ContentType(""))
+	w.WriteHeader(p.Status)
+	json.NewEncoder(w).Encode(p) // a client that has gone needs no answer
+}
+
+// plainProblem makes one sentence of what huma found wrong with a request.
+func plainProblem(_ huma.Context, _ string, v any) (any, error) {
+	model, ok := v.(*huma.ErrorModel)
+	if !ok {
+		return v, nil
+	}
+	var found []string
+	for _, e := range model.Errors {
+		if e != nil {
+			found = append(found, plainDetail(e))
+		}
+	}
+	detail := model.Detail
+	if len(found) > 0 {
+		detail = sentences(found)
+	}
+	return newProblem(model.Status, "%s", detail), nil
+}
+
+// plainDetail says in the user's words what a value should have been.
+func plainDetail(e *huma.ErrorDetail) string {
+	at := e.Location
+	for _, prefix := range []string{"body.", "query.", "path."} {
+		at = strings.TrimPrefix(at, prefix)
+	}
+	if name, missing := strings.CutPrefix(e.Message, "expected required property "); missing {
+		return strings.TrimSuffix(name, " to be present") + " is missing"
+	}
+	if e.Message == "unexpected property" {
+		return fmt.Sprintf("there is no field %q", at)
+	}
+	if kind, wrong := strings.CutPrefix(e.Message, "expected "); wrong && at != "" {
+		value, err := json.Marshal(e.Value)
+		if err != nil {
+			return fmt.Sprintf("%s must be a %s", at, kind)
+		}
+		return fmt.Sprintf("%s must be a %s, got %s", at, kind, value)
+	}
+	if at == "" || at == "body" {
+		return e.Message
+	}
+	return at + ": " + e.Message
+}
+
+// answer is a response with a JSON body.
+type answer[T any] struct{ Body T }
+
+// route registers a handler whose errors become problem documents.
+func route[I, O any](rest huma.API, op huma.Operation, handle func(context.Context, *I) (O, error)) {
+	op.MaxBodyBytes, op.BodyReadTimeout = maxBody, bodyTimeout
+	huma.Register(rest, op, func(ctx context.Context, in *I) (*answer[O], error) {
+		out, err := handle(ctx, in)
+		if err != nil {
+			return nil, asProblem(err)
+		}
+		return &answer[O]{Body: out}, nil
+	})
+}
+
+// routeEmpty registers a handler that answers nothing.
+func routeEmpty[I any](rest huma.API, op huma.Operation, handle func(context.Context, *I) error) {
+	op.DefaultStatus = http.StatusNoContent
+	huma.Register(rest, op, func(ctx context.Context, in *I) (*struct{}, error) {
+		if err := handle(ctx, in); err != nil {
+			return nil, asProblem(err)
+		}
+		return nil, nil
+	})
+}
+
+func get(id, path, summary string) huma.Operation {
+	return huma.Operation{OperationID: id, Method: http.MethodGet, Path: path, Summary: summary}
+}
+
+// begins describes a POST that begins an operation.
+func begins(id, path, summary string) huma.Operation {
+	return huma.Operation{OperationID: id, Method: http.MethodPost, Path: path, Summary: summary, DefaultStatus: http.StatusAccepted}
+}
+
+type byID struct {
+	ID string `path:"id"`
+}
+
+// operation is the answer of what begins one.
+func operation(op *opRecord, err error) (api.Operation, error) {
+	if err != nil {
+		return api.Operation{}, err
+	}
+	return op.Operation, nil
+}
+
+func (c *Controller) routeJobs(rest huma.API) {
+	route(rest, huma.Operation{OperationID: "submit", Method: http.MethodPost, Path: "/v1/jobs", Summary: "Submit a job", DefaultStatus: http.StatusCreated},
+		func(ctx context.Context, in *struct {
+			Body    api.JobSpec
+			RawBody []byte
+		}) (api.JobDetail, error) {
+			spec, err := completeSpec(in.Body, in.RawBody)
+			if err != nil {
+				return api.JobDetail{}, err
+			}
+			job, err := c.submit(ctx, spec)
+			if err != nil {
+				return api.JobDetail{}, err
+			}
+			return job.JobDetail, nil
+		})
+	route(rest, get("jobs", "/v1/jobs", "List the jobs that are not over, or all"), func(ctx context.Context, in *struct {
+		All bool `query:"all"`
+	}) ([]api.Job, error) {
+		return c.listJobs(ctx, in.All)
+	})
+	route(rest, get("job", "/v1/jobs/{id}", "Show a job"), func(ctx context.Context, in *byID) (api.JobDetail, error) {
+		return c.jobDetail(ctx, in.ID)
+	})
+	routeEmpty(rest, huma.Operation{OperationID: "remove-job", Method: http.MethodDelete, Path: "/v1/jobs/{id}", Summary: "Forget a job, its checkpoints and logs"},
+		func(ctx context.Context, in *byID) error { return c.remove(ctx, in.ID) })
+	route(rest, get("wait-job", "/v1/jobs/{id}/wait", "Wait until a job is in a phase, or over"), func(ctx context.Context, in *struct {
+		byID
+		For     string `query:"for"`
+		Timeout string `query:"timeout"`
+	}) (api.JobDetail, error) {
+		return c.waitJob(ctx, in.ID, api.Phase(in.For), in.Timeout)
+	})
+	route(rest, begins("suspend", "/v1/jobs/{id}/suspend", "Put a running job to sleep"), func(ctx context.Context, in *byID) (api.Operation, error) {
+		return operation(c.suspend(ctx, in.ID))
+	})
+	type wake struct {
+		byID
+		Body *struct {
+			Cloud string `json:"cloud,omitempty"`
+			From  string `json:"from,omitempty" doc:"checkpoint; the newest durable one unless given"`
+		}
+	}
+	route(rest, begins("resume", "/v1/jobs/{id}/resume", "Wake a suspended job"), func(ctx context.Context, in *wake) (api.Operation, error) {
+		if in.Body == nil {
+			return operation(c.resume(ctx, in.ID, "", ""))
+		}
+		return operation(c.resume(ctx, in.ID, in.Body.Cloud, in.Body.From))
+	})
+	route(rest, begins("restart", "/v1/jobs/{id}/restart", "Restore a job from a checkpoint"), func(ctx context.Context, in *wake) (api.Operation, error) {
+		if in.Body == nil {
+			return operation(c.restart(ctx, in.ID, "", ""))
+		}
+		return operation(c.restart(ctx, in.ID, in.Body.Cloud, in.Body.From))
+	})
+	route(rest, begins("kill", "/v1/jobs/{id}/kill", "End a job, or send it a signal"), func(ctx context.Context, in *struct {
+		byID
+		Body *struct {
+			Signal string `json:"signal,omitempty" doc:"TERM, SIGTERM or 15; the job goes on if it survives. Empty: end the job"`
+		}
+	}) (api.Operation, error) {
+		if in.Body == nil {
+			return operation(c.kill(ctx, in.ID, ""))
+		}
+		return operation(c.kill(ctx, in.ID, in.Body.Signal))
+	})
+}
+
+func (c *Controller) listJobs(ctx context.Context, all bool) ([]api.Job, error) {
+	list := []api.Job{}
+	err := c.store.View(ctx, func(tx store.Tx) error {
+		jobs, err := store.All[jobRecord](tx, store.Jobs)
+		for _, j := range jobs {
+			if all || !j.Phase.Final() {
+				list = append(list, j.Job)
+			}
+		}
+		return err
+	})
+	sortBy(list, func(j api.Job) (time.Time, string) { return j.Created, j.ID })
+	return list, err
+}
+
+func (c *Controller) jobDetail(ctx context.Context, ref string) (api.JobDetail, error) {
+	var detail api.JobDetail
+	err := c.store.View(ctx, func(tx store.Tx) error {
+		job, err := findJob(tx, ref)
+		if err == nil {
+			detail = job.JobDetail
+		}
+		return err
+	})
+	return detail, err
+}
+
+func (c *Controller) waitJob(ctx context.Context, ref string, phase api.Phase, timeout string) (api.JobDetail, error) {
+	patience, err := parseWait(timeout)
+	if err != nil {
+		return api.JobDetail{}, err
+	}
+	first, err := c.jobDetail(ctx, ref)
+	if err != nil {
+		return first, err
+	}
+	// From here by id: a name may come to mean another job.
+	var detail api.JobDetail
+	_, err = c.until(ctx, c.clock.After(patience), func(tx store.Tx) (bool, error) {
+		job, err := getJob(tx, first.ID)
+		if errors.Is(err, store.ErrNotFound) {
+			return false, notFound("job %s was removed", first.ID)
+		}
+		if err != nil {
+			return false, err
+		}
+		detail = job.JobDetail
+		return job.Phase.Final() || job.Phase == phase, nil
+	})
+	return detail, err
+}
+
+// parseWait reads how long a long poll may take.
+func parseWait(text string) (time.Duration, error) {
+	if text == "" {
+		return longestWait, nil
+	}
+	d, err := time.ParseDuration(text)
+	if err != nil || d < 0 {
+		return 0, invalid("%q is not a duration such as 30s", text)
+	}
+	return min(d, longestWait), nil
+}
+
+func (c *Controller) routeCheckpoints(rest huma.API) {
+	route(rest, begins("checkpoint", "/v1/jobs/{id}/checkpoints", "Checkpoint a running job"), func(ctx context.Context, in *struct {
+		byID
+		Body *struct {
+			Label string `json:"label,omitempty" maxLength:"200" doc:"kept by retention"`
+		}
+	}) (api.Operation, error) {
+		if in.Body == nil {
+			return operation(c.checkpoint(ctx, in.ID, ""))
+		}
+		return operation(c.checkpoint(ctx, in.ID, in.Body.Label))
+	})
+	route(rest, get("job-checkpoints", "/v1/jobs/{id}/checkpoints", "List a job's checkpoints"), func(ctx context.Context, in *byID) ([]api.Checkpoint, error) {
+		return c.listCheckpoints(ctx, in.ID)
+	})
+	route(rest, get("checkpoints", "/v1/checkpoints", "List all checkpoints"), func(ctx context.Context, _ *struct{}) ([]api.Checkpoint, error) {
+		return c.listCheckpoints(ctx, "")
+	})
+	route(rest, get("show-checkpoint", "/v1/checkpoints/{id}", "Show a checkpoint"), func(ctx context.Context, in *byID) (cp api.Checkpoint, err error) {
+		err = c.store.View(ctx, func(tx store.Tx) error {
+			cp, err = findCheckpoint(tx, in.ID)
+			return err
+		})
+		return cp, err
+	})
+	routeEmpty(rest, huma.Operation{OperationID: "remove-checkpoint", Method: http.MethodDelete, Path: "/v1/checkpoints/{id}", Summary: "Forget a checkpoint"},
+		func(ctx context.Context, in *byID) error { return c.removeCheckpoint(ctx, in.ID) })
+	route(rest, begins("verify-checkpoint", "/v1/checkpoints/{id}/verify", "Read and hash a checkpoint"), func(ctx context.Context, in *byID) (api.Operation, error) {
+		return operation(c.verifyCheckpoints(ctx, in.ID))
+	})
+	route(rest, begins("verify", "/v1/verify", "Read and hash all checkpoints"), func(ctx context.Context, _ *struct{}) (api.Operation, error) {
+		return operation(c.verifyCheckpoints(ctx, ""))
+	})
+	route(rest, begins("clone", "/v1/checkpoints/{id}/clone", "Make a new job of a checkpoint"), func(ctx context.Context, in *struct {
+		byID
+		Body *struct {
+			Cloud string `json:"cloud,omitempty"`
+			Name  string `json:"name,omitempty"`
+		}
+	}) (api.Operation, error) {
+		if in.Body == nil {
+			return operation(c.clone(ctx, in.ID, "", ""))
+		}
+		return operation(c.clone(ctx, in.ID, in.Body.Cloud, in.Body.Name))
+	})
+}
+
+func (c *Controller) listCheckpoints(ctx context.Context, ref string) (list []api.Checkpoint, err error) {
+	err = c.store.View(ctx, func(tx store.Tx) error {
+		id := ""
+		if ref != "" {
+			job, err := findJob(tx, ref)
+			if err != nil {
+				return err
+			}
+			id = job.ID
+		}
+		list, err = checkpointsOf(tx, id)
+		return err
+	})
+	return list, err
+}
+
+func (c *Controller) routePlatform(rest huma.API) {
+	route(rest, get("operations", "/v1/operations", "List operations"), func(ctx context.Context, _ *struct{}) ([]api.Operation, error) {
+		return c.listOperations(ctx)
+	})
+	route(rest, get("operation", "/v1/operations/{id}", "Show an operation, or wait for its next change"), func(ctx context.Context, in *struct {
+		byID
+		Wait string `query:"wait"`
+	}) (api.Operation, error) {
+		return c.waitOperation(ctx, in.ID, in.Wait)
+	})
+	route(rest, get("nodes", "/v1/nodes", "List the nodes"), func(ctx context.Context, _ *struct{}) ([]api.Node, error) {
+		return c.listNodes(ctx)
+	})
+	routeEmpty(rest, huma.Operation{OperationID: "kill-node", Method: http.MethodPost, Path: "/v1/nodes/{id}/kill", Summary: "Cut the power of a virtual node"},
+		func(ctx context.Context, in *byID) error { return c.cutPower(ctx, in.ID) })
+	routeEmpty(rest, huma.Operation{OperationID: "start-node", Method: http.MethodPost, Path: "/v1/nodes/{id}/start", Summary: "Start a virtual node again"},
+		func(ctx context.Context, in *byID) error { return c.powerOn(ctx, in.ID) })
+	route(rest, get("clouds", "/v1/clouds", "List the clouds"), func(ctx context.Context, _ *struct{}) ([]api.Cloud, error) {
+		return c.listClouds(ctx)
+	})
+	route(rest, get("version", "/v1/version", "The controller's version"), func(context.Context, *struct{}) (api.Version, error) {
+		return api.Version{Version: c.parts.Version, Go: runtime.Version()}, nil
+	})
+}
+
+func (c *Controller) listOperations(ctx context.Context) ([]api.Operation, error) {
+	list := []api.Operation{}
+	err := c.store.View(ctx, func(tx store.Tx) error {
+		ops, err := store.All[opRecord](tx, store.Operations)
+		for _, op := range ops {
+			list = append(list, op.Operation)
+		}
+		return err
+	})
+	sortBy(list, func(op api.Operation) (time.Time, string) { return op.Started, op.ID })
+	return list, err
+}
+
+// waitOperation answers at once without wait; with it, when the operation has
+// changed or ended, or the time is over.
+func (c *Controller) waitOperation(ctx context.Context, ref, wait string) (api.Operation, error) {
+	var first, now *opRecord
+	err := c.store.View(ctx, func(tx store.Tx) error {
+		id, err := findID(tx, store.Operations, "operation", ref)
+		if err != nil {
+			return err
+		}
+		first, err = getOperation(tx, id)
+		return err
+	})
+	if err != nil || wait == "" || first.Phase != api.OpRunning {
+		return operation(first, err)
+	}
+	patience, err := parseWait(wait)
+	if err != nil {
+		return api.Operation{}, err
+	}
+	_, err = c.until(ctx, c.clock.After(patience), func(tx store.Tx) (bool, error) {
+		if now, err = getOperation(tx, first.ID); err != nil {
+			return false, err
+		}
+		return now.Phase != api.OpRunning || now.Step != first.Step || now.Message != first.Message || now.Progress != first.Progress, nil
+	})
+	return operation(now, err)
+}
+
+func (c *Controller) listNodes(ctx context.Context) ([]api.Node, error) {
+	list := []api.Node{}
+	err := c.store.View(ctx, func(tx store.Tx) error {
+		records, err := store.All[nodeRecord](tx, store.Nodes)
+		if err != nil {
+			return err
+		}
+		jobs, err := store.All[jobRecord](tx, store.Jobs)
+		if err != nil {
+			return err
+		}
+		nodes, err := snapshot(tx, jobs, "")
+		if err != nil {
+			return err
+		}
+		tasks := make(map[string]int)
+		for i := range jobs {
+			if jobs[i].Phase.Placed() {
+				for _, ref := range jobs[i].refs() {
+					tasks[ref.Node]++
+				}
+			}
+		}
+		for i, r := range records {
+			r.CPUsUsed, r.MemUsed, r.Tasks = nodes[i].CPUsUsed, nodes[i].MemUsed, tasks[r.ID]
+			list = append(list, r.Node)
+		}
+		return nil
+	})
+	return list, err
+}
+
+func (c *Controller) listClouds(ctx context.Context) ([]api.Cloud, error) {
+	list := []api.Cloud{}
+	err := c.store.View(ctx, func(tx store.Tx) error {
+		records, err := store.All[nodeRecord](tx, store.Nodes)
+		if err != nil {
+			return err
+		}
+		count := make(map[string]int)
+		for _, r := range records {
+			count[r.Cloud]++
+		}
+		for _, name := range c.cloudNames() {
+			cloud, _ := c.cloud(name)
+			list = append(list, api.Cloud{Name: name, Driver: cloud.DriverName, Nodes: count[name]})
+		}
+		return nil
+	})
+	return list, err
+}

@@ -1,0 +1,401 @@
+package controller
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"slices"
+
+	"dormouse/api"
+	"dormouse/api/agentpb"
+	"dormouse/controller/store"
+	"dormouse/internal/failpoint"
+	"dormouse/repository"
+	"dormouse/repository/backend"
+)
+
+// preflight asks every agent what keeps its task from being checkpointed,
+// before anything is frozen.
+func (d *doing) preflight(ctx context.Context) (effect, error) {
+	replies, err := d.each(ctx, func(taskRef) *agentpb.Command {
+		return &agentpb.Command{Body: &agentpb.Command_Preflight{Preflight: &agentpb.Preflight{Checkpoint: d.op.Checkpoint}}}
+	})
+	if err != nil {
+		return nil, err
+	}
+	var refusals []string
+	for i, reply := range replies {
+		for _, refusal := range reply.GetPreflight().GetRefusals() {
+			if len(replies) > 1 {
+				refusal = fmt.Sprintf("task %d: %s", i, refusal)
+			}
+			refusals = append(refusals, refusal)
+		}
+	}
+	if len(refusals) > 0 {
+		return nil, &failure{Message: sentences(refusals), Refused: true}
+	}
+	return func(_ store.Tx, op *opRecord, _ *jobRecord) error {
+		op.Frozen = d.clock.Now().UTC() // the next step freezes
+		return nil
+	}, nil
+}
+
+func (d *doing) freeze(ctx context.Context) (effect, error) {
+	_, err := d.each(ctx, func(taskRef) *agentpb.Command {
+		return &agentpb.Command{Body: &agentpb.Command_Freeze{Freeze: &agentpb.Freeze{Checkpoint: d.op.Checkpoint}}}
+	})
+	return nil, err
+}
+
+func (d *doing) capture(ctx context.Context) (effect, error) {
+	replies, err := d.each(ctx, func(taskRef) *agentpb.Command {
+		return &agentpb.Command{Body: &agentpb.Command_Capture{Capture: &agentpb.Capture{Checkpoint: d.op.Checkpoint}}}
+	})
+	if err != nil {
+		return nil, err
+	}
+	return func(_ store.Tx, op *opRecord, job *jobRecord) error {
+		for i, reply := range replies {
+			if err := noteSteps(op, job, i, reply.GetCaptured().GetSteps()); err != nil {
+				return err
+			}
+		}
+		return nil
+	}, nil
+}
+
+// noteSteps keeps what an agent measured of one task's capture.
+func noteSteps(op *opRecord, job *jobRecord, index int, raw []byte) error {
+	steps := api.CaptureSteps{}
+	if len(raw) > 0 {
+		if err := json.Unmarshal(raw, &steps); err != nil {
+			return fmt.Errorf("the measures of task %d cannot be read: %w", index, err)
+		}
+	}
+	steps.Task, steps.Node = index, job.TaskStatus[index].Node
+	if op.Steps == nil {
+		op.Steps = make(map[int]api.CaptureSteps)
+	}
+	op.Steps[index] = steps
+	return nil
+}
+
+// thaw lets the job go on: the pause ends here.
+func (d *doing) thaw(ctx context.Context) (effect, error) {
+	_, err := d.each(ctx, func(taskRef) *agentpb.Command {
+		return &agentpb.Command{Body: &agentpb.Command_Thaw{Thaw: &agentpb.Thaw{Checkpoint: d.op.Checkpoint}}}
+	})
+	if err != nil {
+		return nil, err
+	}
+	return func(tx store.Tx, op *opRecord, job *jobRecord) error {
+		cp, err := store.Get[api.Checkpoint](tx, store.Checkpoints, op.Checkpoint)
+		if err != nil {
+			return err
+		}
+		cp.State, cp.PauseMS, cp.Steps = api.CheckpointLocal, op.pause(), op.steps()
+		if cp.PauseMS == 0 {
+			cp.PauseMS = float64(d.clock.Now().Sub(op.Frozen).Microseconds()) / 1000
+		}
+		return store.Put(tx, store.Checkpoints, cp.ID, cp)
+	}, nil
+}
+
+// pause is the longest pause of a task, in ms.
+func (o *opRecord) pause() (ms float64) {
+	for _, s := range o.Steps {
+		ms = max(ms, s.PauseMS)
+	}
+	return ms
+}
+
+func (o *opRecord) steps() []api.CaptureSteps {
+	steps := make([]api.CaptureSteps, 0, len(o.Steps))
+	for _, s := range o.Steps {
+		steps = append(steps, s)
+	}
+	slices.SortFunc(steps, func(a, b api.CaptureSteps) int { return a.Task - b.Task })
+	return steps
+}
+
+// upload has the agents store what they captured.
+func (d *doing) upload(ctx context.Context) (effect, error) {
+	parent := ""
+	err := d.store.View(ctx, func(tx store.Tx) (err error) {
+		parent, err = newestDurable(tx, d.job)
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	replies, err := d.each(ctx, func(taskRef) *agentpb.Command {
+		return &agentpb.Command{Body: &agentpb.Command_Upload{Upload: &agentpb.Upload{Checkpoint: d.op.Checkpoint, Parent: parent}}}
+	})
+	if err != nil {
+		return nil, err
+	}
+	return func(_ store.Tx, op *opRecord, job *jobRecord) error {
+		op.Parts = make(map[int]json.RawMessage)
+		for i, reply := range replies {
+			op.Parts[i] = reply.GetUploaded().GetPart()
+			if err := noteSteps(op, job, i, reply.GetUploaded().GetSteps()); err != nil {
+				return err
+			}
+		}
+		return nil
+	}, nil
+}
+
+// network is a manifest's Network: the addresses that a restored job keeps.
+type network struct {
+	Addresses []string `json:"addresses"` // of the tasks, by index
+}
+
+// publish writes the signed manifest: the commit point. A controller that was
+// killed here finds the manifest, or writes it again.
+func (d *doing) publish(ctx context.Context) (effect, error) {
+	manifest, err := d.manifest(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if !d.published(ctx) {
+		err := d.parts.Repository.PutManifest(ctx, manifest, d.signer)
+		if err != nil && !d.published(ctx) {
+			return nil, &failure{Message: err.Error(), Refused: errors.Is(err, backend.ErrNoSpace)}
+		}
+	}
+	failpoint.Hit("controller." + string(d.op.Kind) + ".published")
+	return func(tx store.Tx, op *opRecord, job *jobRecord) error {
+		cp, err := store.Get[api.Checkpoint](tx, store.Checkpoints, op.Checkpoint)
+		if err != nil {
+			return err
+		}
+		now := d.clock.Now().UTC()
+		cp.State, cp.Durable, cp.Error = api.CheckpointDurable, &now, ""
+		cp.DurableMS = float64(now.Sub(op.Started).Microseconds()) / 1000
+		cp.SizeBytes, cp.StoredBytes, cp.NewBytes = manifest.SizeBytes, manifest.StoredBytes, manifest.NewBytes
+		cp.Steps, cp.Parent, cp.CRIUVersion = op.steps(), manifest.Parent, manifest.Tasks[0].CRIU
+		if pause := op.pause(); pause > 0 {
+			cp.PauseMS = pause
+		}
+		job.Checkpoints++
+		d.metrics.checkpointDurable(cp)
+		if err := store.Put(tx, store.Checkpoints, cp.ID, cp); err != nil {
+			return err
+		}
+		return d.emit(tx, api.Event{Job: job.ID, Type: "checkpoint", Message: fmt.Sprintf(
+			"checkpoint %s is durable: the job stood still for %.0f ms, %d bytes, %d of them new", cp.ID, cp.PauseMS, cp.SizeBytes, cp.NewBytes)})
+	}, nil
+}
+
+// published reports whether the checkpoint's manifest is in the repository.
+func (d *doing) published(ctx context.Context) bool {
+	_, err := d.parts.Repository.LoadManifest(ctx, d.op.Checkpoint, d.verifier)
+	return err == nil
+}
+
+func (d *doing) manifest(ctx context.Context) (*repository.Manifest, error) {
+	var cp api.Checkpoint
+	parent := ""
+	err := d.store.View(ctx, func(tx store.Tx) (err error) {
+		if parent, err = newestDurable(tx, d.job); err != nil {
+			return err
+		}
+		cp, err = store.Get[api.Checkpoint](tx, store.Checkpoints, d.op.Checkpoint)
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	m := &repository.Manifest{
+		Checkpoint: cp.ID, Job: d.job.ID, JobName: d.job.Name, Created: cp.Created, Trigger: string(cp.Trigger),
+		Label: cp.Label, Parent: parent, PauseMS: d.op.pause(),
+	}
+	if m.Spec, err = json.Marshal(d.job.Spec); err != nil {
+		return nil, err
+	}
+	var net network
+	for i, t := range d.job.TaskStatus {
+		net.Addresses = append(net.Addresses, t.VirtualIP)
+		var task repository.TaskManifest
+		if err := json.Unmarshal(d.op.Parts[i], &task); err != nil {
+			return nil, fmt.Errorf("the part of task %d cannot be read: %w", i, err)
+		}
+		task.Index = i
+		m.Tasks = append(m.Tasks, task)
+		m.SizeBytes += task.SizeBytes
+		m.StoredBytes += task.StoredBytes
+		m.NewBytes += task.NewBytes
+	}
+	m.Network, err = json.Marshal(net)
+	return m, err
+}
+
+// discard lets the agents forget their local copies.
+func (d *doing) discard(ctx context.Context) (effect, error) {
+	_, err := d.each(ctx, func(taskRef) *agentpb.Command {
+		return &agentpb.Command{Body: &agentpb.Command_Discard{Discard: &agentpb.Discard{Checkpoint: d.op.Checkpoint}}}
+	})
+	if isNodeLost(err) {
+		return nil, nil
+	}
+	return nil, err
+}
+
+// abort lets the job go on and has what was captured thrown away.
+func (d *doing) abort(ctx context.Context) (effect, error) {
+	_, err := d.each(ctx, func(taskRef) *agentpb.Command {
+		return &agentpb.Command{Body: &agentpb.Command_Thaw{Thaw: &agentpb.Thaw{Checkpoint: d.op.Checkpoint, Abort: true}}}
+	})
+	if isNodeLost(err) {
+		err = nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	return func(_ store.Tx, op *opRecord, _ *jobRecord) error {
+		op.Parts, op.Steps = nil, nil
+		return nil
+	}, nil
+}
+
+// destroy ends the job's tasks for good, and waits until that is certain.
+func (d *doing) destroy(ctx context.Context) (effect, error) {
+	refs := d.job.liveRefs()
+	if err := d.orderDestroyed(ctx, refs, true); err != nil {
+		return nil, err
+	}
+	if err := d.gone(ctx, refs); err != nil {
+		return nil, err
+	}
+	if d.op.Kind == api.OpSuspend {
+		if _, err := d.discard(ctx); err != nil {
+			return nil, err
+		}
+	}
+	return func(_ store.Tx, _ *opRecord, job *jobRecord) error {
+		job.Kept = append(job.Kept, job.liveRefs()...)
+		return nil
+	}, nil
+}
+
+// retention removes the checkpoints that the job's policy does not keep. What
+// fails here is told and left for the next checkpoint: this one is safe.
+func (d *doing) retention(ctx context.Context) (effect, error) {
+	if d.job.Spec.Keep <= 0 {
+		return nil, nil
+	}
+	var drop []string
+	err := d.store.View(ctx, func(tx store.Tx) error {
+		list, err := checkpointsOf(tx, d.job.ID)
+		drop = surplus(list, d.job.Spec.Keep)
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	for _, id := range drop {
+		if err := d.forgetCheckpoint(ctx, id); err != nil {
+			d.log.Warn("an old checkpoint was not removed", "checkpoint", id, "error", err)
+		}
+	}
+	if len(drop) > 0 {
+		d.collectGarbage(ctx)
+	}
+	return nil, nil
+}
+
+// surplus names the durable checkpoints without a label beyond the newest
+// keep; list is oldest first. It is a pure function.
+func surplus(list []api.Checkpoint, keep int) (drop []string) {
+	kept := 0
+	for i := len(list) - 1; i >= 0; i-- {
+		if list[i].State != api.CheckpointDurable || list[i].Label != "" {
+			continue
+		}
+		if kept++; kept > keep {
+			drop = append(drop, list[i].ID)
+		}
+	}
+	return drop
+}
+
+// forgetCheckpoint removes a checkpoint's manifest and then its record.
+func (c *Controller) forgetCheckpoint(ctx context.Context, id string) error {
+	err := c.parts.Repository.RemoveManifest(ctx, id)
+	if err != nil && !errors.Is(err, backend.ErrNotExist) {
+		return err
+	}
+	return c.store.Update(ctx, func(tx store.Tx) error {
+		cp, err := store.Get[api.Checkpoint](tx, store.Checkpoints, id)
+		if errors.Is(err, store.ErrNotFound) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		if err := tx.Delete(store.Checkpoints, id); err != nil {
+			return err
+		}
+		job, err := getJob(tx, cp.Job)
+		if errors.Is(err, store.ErrNotFound) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		if cp.State == api.CheckpointDurable {
+			job.Checkpoints = max(job.Checkpoints-1, 0)
+		}
+		return putJob(tx, job)
+	})
+}
+
+// collectGarbage frees what no manifest needs. One run at a time: who comes
+// while one is under way leaves it to the next.
+func (c *Controller) collectGarbage(ctx context.Context) {
+	if !c.claim("garbage") {
+		return
+	}
+	defer c.release("garbage")
+	stats, err := c.parts.Repository.GC(ctx, repository.GCOptions{Verifier: c.verifier})
+	if err != nil {
+		if ctx.Err() == nil {
+			c.log.Warn("the repository's garbage was not collected", "error", err)
+		}
+		return
+	}
+	c.log.Info("collected the repository's garbage", "packs", stats.RemovedPacks, "bytes", stats.RemovedBytes)
+}
+
+func (c *Controller) concludeCheckpoint(tx store.Tx, op *opRecord, job *jobRecord, done bool) error {
+	if done {
+		return nil
+	}
+	cp, err := store.Get[api.Checkpoint](tx, store.Checkpoints, op.Checkpoint)
+	if err != nil {
+		return err
+	}
+	cp.State, cp.Error = api.CheckpointFailed, op.Error
+	if err := store.Put(tx, store.Checkpoints, cp.ID, cp); err != nil {
+		return err
+	}
+	c.metrics.checkpointFailed()
+	return c.emit(tx, api.Event{Job: job.ID, Type: "checkpoint", Message: fmt.Sprintf("checkpoint %s failed: %s", cp.ID, cp.Error)})
+}
+
+func (c *Controller) concludeSuspend(tx store.Tx, op *opRecord, job *jobRecord, done bool) error {
+	if !done {
+		job.Phase, job.Reason = api.PhaseRunning, "suspend failed: "+op.Error
+		c.logJob(job)
+		return c.concludeCheckpoint(tx, op, job, false)
+	}
+	job.Phase, job.Reason = api.PhaseSuspended, "sleeps in checkpoint "+op.Checkpoint
+	for i := range job.TaskStatus {
+		job.TaskStatus[i].Phase, job.TaskStatus[i].Pid = api.PhaseSuspended, 0
+	}
+	c.logJob(job)
+	return c.emit(tx, api.Event{Job: job.ID, Type: "suspended", Message: job.Reason})
+}

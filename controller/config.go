@@ -1,0 +1,159 @@
+package controller
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"time"
+
+	"gopkg.in/yaml.v3"
+
+	"dormouse/drivers"
+)
+
+// Config is what `dormouse controller --config F` reads, and what `dormouse up`
+// makes of its flags.
+type Config struct {
+	// Listen is HOST:PORT; 127.0.0.1:7117 unless given.
+	Listen string `yaml:"listen"`
+	// AnyPort lets the listener fall back to a free port when Listen is taken.
+	AnyPort bool `yaml:"-"`
+	// Names are further names and addresses that the server certificate is for.
+	Names []string `yaml:"names"`
+	// State is the directory of everything the controller keeps.
+	State      string           `yaml:"state"`
+	Repository RepositoryConfig `yaml:"repository"`
+	Clouds     []CloudConfig    `yaml:"clouds"`
+	// Lease and Heartbeat of the agents; 30 s and 1 s unless given.
+	Lease     time.Duration `yaml:"lease"`
+	Heartbeat time.Duration `yaml:"heartbeat"`
+}
+
+// RepositoryConfig names the repository of checkpoints.
+type RepositoryConfig struct {
+	Backend string `yaml:"backend" json:"backend"` // local
+	Path    string `yaml:"path" json:"path"`       // STATE/repository unless given
+}
+
+// CloudConfig is one cloud: a driver and its configuration.
+type CloudConfig struct {
+	Name   string `yaml:"name"`
+	Driver string `yaml:"driver"` // local or static
+	// Local configures the driver of that name.
+	Local *LocalCloud `yaml:"config"`
+}
+
+// LocalCloud is a cloud of virtual nodes on this machine.
+type LocalCloud struct {
+	Nodes int `yaml:"nodes"`
+	// CPUs and MemBytes are each node's capacity; the whole machine's unless given.
+	CPUs     float64 `yaml:"cpus"`
+	MemBytes int64   `yaml:"mem_bytes"`
+}
+
+// The drivers.
+const (
+	driverLocal  = "local"
+	driverStatic = "static" // no driver: agents join by themselves
+)
+
+var cloudName = regexp.MustCompile(`^[a-z][a-z0-9-]{0,31}$`)
+
+// ReadConfig reads a configuration file. Fields it does not know are refused.
+func ReadConfig(file string) (Config, error) {
+	text, err := os.ReadFile(file)
+	if err != nil {
+		return Config{}, fmt.Errorf("read the configuration: %w", err)
+	}
+	var c Config
+	decoder := yaml.NewDecoder(bytes.NewReader(text))
+	decoder.KnownFields(true)
+	if err := decoder.Decode(&c); err != nil && !errors.Is(err, io.EOF) {
+		return Config{}, fmt.Errorf("the configuration %s: %s", file, strings.ReplaceAll(err.Error(), "\n", " "))
+	}
+	if err := c.complete(); err != nil {
+		return Config{}, fmt.Errorf("the configuration %s: %w", file, err)
+	}
+	return c, nil
+}
+
+// complete fills in what was left out and checks the rest.
+func (c *Config) complete() error {
+	if c.Listen == "" {
+		c.Listen = "127.0.0.1:7117"
+	}
+	if c.State == "" {
+		return errors.New("state is missing: name the directory for what the controller keeps")
+	}
+	var err error
+	if c.State, err = filepath.Abs(c.State); err != nil {
+		return err
+	}
+	if c.Repository.Backend == "" {
+		c.Repository.Backend = "local"
+	}
+	if c.Repository.Backend != "local" {
+		return fmt.Errorf("there is no repository backend %q: known is local", c.Repository.Backend)
+	}
+	if c.Repository.Path == "" {
+		c.Repository.Path = filepath.Join(c.State, "repository")
+	}
+	if c.Repository.Path, err = filepath.Abs(c.Repository.Path); err != nil {
+		return err
+	}
+	setDefault(&c.Heartbeat, time.Second)
+	setDefault(&c.Lease, 30*time.Second)
+	if c.Lease < 3*c.Heartbeat {
+		return fmt.Errorf("the lease (%s) must be at least three heartbeats (%s)", c.Lease, c.Heartbeat)
+	}
+	seen := make(map[string]bool)
+	for i := range c.Clouds {
+		if err := c.Clouds[i].check(); err != nil {
+			return err
+		}
+		if seen[c.Clouds[i].Name] {
+			return fmt.Errorf("there are two clouds named %q", c.Clouds[i].Name)
+		}
+		seen[c.Clouds[i].Name] = true
+	}
+	return nil
+}
+
+func (c *CloudConfig) check() error {
+	if !cloudName.MatchString(c.Name) {
+		return fmt.Errorf("a cloud's name must be small letters, digits and dashes, got %q", c.Name)
+	}
+	switch c.Driver {
+	case driverStatic:
+		return nil
+	case driverLocal:
+	default:
+		return fmt.Errorf("cloud %s: there is no driver %q: known are local, static", c.Name, c.Driver)
+	}
+	if c.Local == nil {
+		c.Local = &LocalCloud{Nodes: 1}
+	}
+	switch l := c.Local; {
+	case l.Nodes < 1:
+		return fmt.Errorf("cloud %s: nodes must be greater than 0, got %d", c.Name, l.Nodes)
+	case l.CPUs < 0:
+		return fmt.Errorf("cloud %s: cpus must be greater than 0, got %g", c.Name, l.CPUs)
+	case l.MemBytes < 0:
+		return fmt.Errorf("cloud %s: mem_bytes must be greater than 0, got %d", c.Name, l.MemBytes)
+	}
+	return nil
+}
+
+// nodes are the nodes that a local cloud is made of.
+func (c *CloudConfig) nodes() []drivers.NodeSpec {
+	specs := make([]drivers.NodeSpec, c.Local.Nodes)
+	for i := range specs {
+		specs[i] = drivers.NodeSpec{Name: fmt.Sprintf("%s-%d", c.Name, i), CPUs: c.Local.CPUs, MemBytes: c.Local.MemBytes}
+	}
+	return specs
+}

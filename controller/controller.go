@@ -1,0 +1,245 @@
+package controller
+
+import (
+	"context"
+	"crypto/ed25519"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"sync"
+	"time"
+
+	"google.golang.org/grpc"
+
+	"dormouse/controller/pki"
+	"dormouse/controller/store"
+	"dormouse/drivers"
+	"dormouse/repository"
+)
+
+// Repository is what the controller needs of the repository of checkpoints;
+// *repository.Repository has it.
+type Repository interface {
+	PutManifest(context.Context, *repository.Manifest, repository.Signer) error
+	LoadManifest(context.Context, string, *repository.Verifier) (*repository.Manifest, error)
+	RemoveManifest(context.Context, string) error
+	GC(context.Context, repository.GCOptions) (repository.GCStats, error)
+	Verify(context.Context, *repository.Verifier, []string, func(done, total int64)) (*repository.VerifyReport, error)
+}
+
+// Cloud is a named platform. A nil Driver means that its agents join by
+// themselves.
+type Cloud struct {
+	Name       string
+	DriverName string
+	Driver     drivers.Driver
+	Nodes      []drivers.NodeSpec // to provision at the start
+}
+
+// Parts are what a Controller is made of. Store, PKI and Repository are
+// required; the caller closes them after Run has returned.
+type Parts struct {
+	Store      store.Store
+	PKI        *pki.PKI
+	Repository Repository
+	// RepositoryConfig is handed to agents: {"backend":"local","path":DIR}.
+	RepositoryConfig json.RawMessage
+	AdminToken       string
+	JoinToken        string // lets agents of clouds without a driver join; empty: none
+	Clock            Clock  // nil: WallClock
+	Logger           *slog.Logger
+	Version          string
+	// Heartbeat is the agents' period, Lease what they may be silent for before
+	// they freeze their tasks. Margin is what the controller waits beyond it
+	// before it takes a node for lost. Zero: 1 s, 30 s, a third of the lease.
+	Heartbeat, Lease, Margin time.Duration
+	// Grace is what a killed job gets between SIGTERM and SIGKILL. Zero: 10 s.
+	Grace time.Duration
+	// AgentURL is where a cloud's new agents dial.
+	AgentURL func(cloud string) string
+}
+
+// Controller is the brain; see the package comment.
+type Controller struct {
+	parts    Parts
+	store    store.Store
+	clock    Clock
+	log      *slog.Logger
+	fleet    *fleet
+	streams  *attachments
+	metrics  *metrics
+	signer   repository.Signer
+	verifier *repository.Verifier
+	handler  http.Handler
+	grpc     *grpc.Server
+
+	mu        sync.Mutex
+	clouds    map[string]Cloud
+	order     []string // of clouds
+	booted    time.Time
+	operating map[string]bool // operations that have a goroutine
+	started   bool
+
+	work sync.WaitGroup // everything that runs
+	run  context.Context
+	stop context.CancelFunc
+}
+
+// New makes a controller of its parts. It does nothing until Run.
+func New(parts Parts) (*Controller, error) {
+	if parts.Store == nil || parts.PKI == nil || parts.Repository == nil || parts.AdminToken == "" {
+		return nil, errors.New("a controller needs a store, keys, a repository and an admin token")
+	}
+	if parts.Clock == nil {
+		parts.Clock = WallClock{}
+	}
+	if parts.Logger == nil {
+		parts.Logger = slog.New(slog.DiscardHandler)
+	}
+	setDefault(&parts.Heartbeat, time.Second)
+	setDefault(&parts.Lease, 30*time.Second)
+	setDefault(&parts.Margin, parts.Lease/3)
+	setDefault(&parts.Grace, 10*time.Second)
+	key := parts.PKI.ManifestKey()
+	c := &Controller{
+		parts: parts, store: parts.Store, clock: parts.Clock, log: parts.Logger,
+		fleet: newFleet(), streams: newAttachments(),
+		signer:   repository.NewSigner(key),
+		verifier: repository.NewVerifier(key.Public().(ed25519.PublicKey)),
+		clouds:   make(map[string]Cloud), operating: make(map[string]bool),
+	}
+	c.run, c.stop = context.WithCancel(context.Background())
+	c.metrics = newMetrics(c)
+	c.grpc = c.newAgentServer()
+	c.handler = c.newHandler()
+	return c, nil
+}
+
+func setDefault(d *time.Duration, value time.Duration) {
+	if *d <= 0 {
+		*d = value
+	}
+}
+
+// ServeHTTP answers REST and the agents' gRPC.
+func (c *Controller) ServeHTTP(w http.ResponseWriter, r *http.Request) { c.handler.ServeHTTP(w, r) }
+
+// Start takes up what the store says: operations that were under way, pending
+// jobs, nodes that may be gone. Everything it starts ends with Stop.
+func (c *Controller) Start(ctx context.Context) error {
+	c.mu.Lock()
+	if c.started {
+		c.mu.Unlock()
+		return errors.New("the controller was started before")
+	}
+	c.started, c.booted = true, c.clock.Now()
+	c.mu.Unlock()
+	if err := c.bootNodes(ctx); err != nil {
+		return fmt.Errorf("take up the nodes: %w", err)
+	}
+	c.work.Go(func() { c.watchNodes(c.run) })
+	c.work.Go(func() { c.reconcile(c.run) })
+	return nil
+}
+
+// Stop ends everything that Start and requests have begun, and waits for it.
+// Operations go on at the next Start.
+func (c *Controller) Stop() {
+	c.stop()
+	c.grpc.Stop()
+	c.work.Wait()
+}
+
+// AddCloud makes a cloud known, provisions its nodes and follows what its driver
+// tells. It returns when the driver has made the nodes; they join on their own time.
+func (c *Controller) AddCloud(ctx context.Context, cloud Cloud) error {
+	c.mu.Lock()
+	if _, known := c.clouds[cloud.Name]; known {
+		c.mu.Unlock()
+		return fmt.Errorf("there are two clouds named %q", cloud.Name)
+	}
+	c.clouds[cloud.Name] = cloud
+	c.order = append(c.order, cloud.Name)
+	c.mu.Unlock()
+	if cloud.Driver == nil {
+		return nil
+	}
+	if err := c.registerNodes(ctx, cloud); err != nil {
+		return err
+	}
+	events, err := cloud.Driver.Events(c.run)
+	if err != nil {
+		return fmt.Errorf("follow the nodes of cloud %s: %w", cloud.Name, err)
+	}
+	c.work.Go(func() { c.followDriver(cloud, events) })
+	if _, err := cloud.Driver.Provision(ctx, cloud.Nodes); err != nil {
+		return fmt.Errorf("provision the nodes of cloud %s: %w", cloud.Name, err)
+	}
+	return nil
+}
+
+func (c *Controller) cloud(name string) (Cloud, bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	cloud, ok := c.clouds[name]
+	return cloud, ok
+}
+
+func (c *Controller) cloudNames() []string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return append([]string(nil), c.order...)
+}
+
+// until waits for cond to hold in the store, and reports whether it did before
+// patience, when given, was over.
+func (c *Controller) until(ctx context.Context, patience <-chan time.Time, cond func(store.Tx) (bool, error)) (bool, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	over := make(chan struct{})
+	if patience != nil {
+		c.work.Go(func() {
+			select {
+			case <-patience:
+				close(over)
+				cancel()
+			case <-ctx.Done():
+			}
+		})
+	}
+	for {
+		revision := c.store.Revision()
+		holds := false
+		err := c.store.View(context.WithoutCancel(ctx), func(tx store.Tx) (err error) {
+			holds, err = cond(tx)
+			return err
+		})
+		if err != nil || holds {
+			return holds, err
+		}
+		if _, err := c.store.Wait(ctx, revision); err != nil {
+			select {
+			case <-over:
+				return false, nil
+			default:
+				return false, err
+			}
+		}
+	}
+}
+
+// Job returns a job as it is stored, for tests and for the daemon.
+func (c *Controller) job(ctx context.Context, id string) (*jobRecord, error) {
+	var job *jobRecord
+	err := c.store.View(ctx, func(tx store.Tx) (err error) {
+		job, err = getJob(tx, id)
+		return err
+	})
+	return job, err
+}
+
+func (c *Controller) logJob(job *jobRecord) {
+	c.log.Info("job "+string(job.Phase), "job", job.ID, "reason", job.Reason, "run", job.Run)
+}

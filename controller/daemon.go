@@ -1,0 +1,452 @@
+package controller
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/tls"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"dormouse/api"
+	"dormouse/controller/pki"
+	"dormouse/controller/store"
+	"dormouse/controller/store/bolt"
+	"dormouse/drivers"
+	"dormouse/drivers/local"
+	"dormouse/repository"
+	backendlocal "dormouse/repository/backend/local"
+)
+
+// Env is what a Daemon needs of the program that it is part of.
+type Env struct {
+	Logger  *slog.Logger
+	Version string
+	// AgentCommand is the command line of an agent with a configuration file,
+	// for local clouds.
+	AgentCommand func(configFile string) []string
+}
+
+// Daemon is a controller with its store, keys, repository, clouds and listener.
+type Daemon struct {
+	config     Config
+	log        *slog.Logger
+	lock       *os.File
+	store      store.Store
+	repository *repository.Repository
+	keys       *pki.PKI
+	controller *Controller
+	server     *http.Server
+	tcp        net.Listener
+	token      string
+	clouds     []Cloud
+	done       chan struct{}
+	err        error
+}
+
+// Start brings a controller up: it opens what is in the state directory,
+// listens, takes up what was under way, and provisions the clouds' nodes. It
+// leaves nothing behind when it fails.
+func Start(ctx context.Context, config Config, env Env) (*Daemon, error) {
+	if err := config.complete(); err != nil {
+		return nil, err
+	}
+	d := &Daemon{config: config, log: env.Logger, done: make(chan struct{})}
+	if d.log == nil {
+		d.log = slog.New(slog.DiscardHandler)
+	}
+	if err := d.start(ctx, env); err != nil {
+		return nil, errors.Join(err, d.Close(context.WithoutCancel(ctx)))
+	}
+	return d, nil
+}
+
+func (d *Daemon) start(ctx context.Context, env Env) error {
+	if err := d.openState(ctx); err != nil {
+		return err
+	}
+	if err := d.listen(); err != nil {
+		return err
+	}
+	shared, err := secret(d.path("join.token"))
+	if err != nil {
+		return err
+	}
+	repositoryConfig, err := json.Marshal(d.config.Repository)
+	if err != nil {
+		return err
+	}
+	d.controller, err = New(Parts{
+		Store: d.store, PKI: d.keys, Repository: d.repository, RepositoryConfig: repositoryConfig,
+		AdminToken: d.token, JoinToken: shared, Logger: d.log, Version: env.Version,
+		Heartbeat: d.config.Heartbeat, Lease: d.config.Lease, AgentURL: d.agentURL,
+	})
+	if err != nil {
+		return err
+	}
+	if err := d.controller.Start(ctx); err != nil {
+		return err
+	}
+	if err := d.serve(); err != nil {
+		return err
+	}
+	return d.addClouds(ctx, env)
+}
+
+func (d *Daemon) path(name string) string { return filepath.Join(d.config.State, name) }
+
+// openState opens everything in the state directory, for this process only.
+func (d *Daemon) openState(ctx context.Context) (err error) {
+	if err := os.MkdirAll(d.config.State, 0o700); err != nil {
+		return fmt.Errorf("make the state directory: %w", err)
+	}
+	if d.lock, err = lockFile(d.path("lock"), d.config.State); err != nil {
+		return err
+	}
+	if d.store, err = openStore(d.path("controller.db")); err != nil {
+		return err
+	}
+	if d.keys, err = pki.Open(d.path("pki"), time.Now); err != nil {
+		return err
+	}
+	if d.token, err = secret(d.path("admin.token")); err != nil {
+		return err
+	}
+	backend, err := backendlocal.Open(d.config.Repository.Path)
+	if err != nil {
+		return err
+	}
+	if err := repository.Init(ctx, backend); err != nil {
+		return err
+	}
+	d.repository, err = repository.Open(ctx, backend, repository.Options{CacheDir: d.path("repository-cache")})
+	return err
+}
+
+// openStore keeps a nil *bolt.Store out of the interface.
+func openStore(file string) (store.Store, error) {
+	s, err := bolt.Open(file)
+	if err != nil {
+		return nil, err
+	}
+	return s, nil
+}
+
+func lockFile(file, state string) (*os.File, error) {
+	lock, err := os.OpenFile(file, os.O_CREATE|os.O_RDWR|syscall.O_CLOEXEC, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("lock the state directory: %w", err)
+	}
+	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		lock.Close()
+		return nil, fmt.Errorf("another controller runs with the state directory %s: stop it, or choose another with --state", state)
+	}
+	return lock, nil
+}
+
+// secret reads the token in file, and makes one when there is none.
+func secret(file string) (string, error) {
+	text, err := os.ReadFile(file)
+	if err == nil && len(strings.TrimSpace(string(text))) > 0 {
+		return strings.TrimSpace(string(text)), nil
+	}
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return "", fmt.Errorf("read a token: %w", err)
+	}
+	token := rand.Text()
+	temporary := file + ".new"
+	if err := os.WriteFile(temporary, []byte(token+"\n"), 0o600); err != nil {
+		return "", fmt.Errorf("write a token: %w", err)
+	}
+	return token, os.Rename(temporary, file)
+}
+
+func (d *Daemon) listen() error {
+	listener, err := net.Listen("tcp", d.config.Listen)
+	if errors.Is(err, syscall.EADDRINUSE) && d.config.AnyPort {
+		host, _, splitErr := net.SplitHostPort(d.config.Listen)
+		if splitErr != nil {
+			return splitErr
+		}
+		listener, err = net.Listen("tcp", net.JoinHostPort(host, "0"))
+	}
+	if errors.Is(err, syscall.EADDRINUSE) {
+		return fmt.Errorf("the address %s is in use: stop what listens there, or choose another with --listen", d.config.Listen)
+	}
+	if err != nil {
+		return fmt.Errorf("listen: %w", err)
+	}
+	d.tcp = listener
+	return nil
+}
+
+func (d *Daemon) socket() string { return d.path("controller.sock") }
+
+// serve answers on TCP and on the unix socket that virtual nodes, which have
+// no network, use.
+func (d *Daemon) serve() error {
+	host, _, err := net.SplitHostPort(d.tcp.Addr().String())
+	if err != nil {
+		return err
+	}
+	names := append([]string{}, d.config.Names...)
+	if ip := net.ParseIP(host); ip == nil || !ip.IsUnspecified() {
+		names = append(names, host)
+	}
+	if name, err := os.Hostname(); err == nil {
+		names = append(names, name)
+	}
+	certificate, err := d.keys.Server(names)
+	if err != nil {
+		return err
+	}
+	// A socket file that a killed controller left behind; the lock says that it is dead.
+	if err := os.Remove(d.socket()); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("remove the old socket: %w", err)
+	}
+	socket, err := net.Listen("unix", d.socket())
+	if err != nil {
+		return fmt.Errorf("listen on %s (a socket's path may have 107 characters): %w", d.socket(), err)
+	}
+	if err := os.Chmod(d.socket(), 0o600); err != nil {
+		return errors.Join(err, socket.Close())
+	}
+	d.server = &http.Server{
+		Handler: d.controller, ReadHeaderTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 64 << 10,
+		TLSConfig: &tls.Config{
+			Certificates: []tls.Certificate{certificate}, ClientAuth: tls.VerifyClientCertIfGiven, ClientCAs: d.keys.Pool(), MinVersion: tls.VersionTLS13,
+		},
+		ErrorLog: slog.NewLogLogger(d.log.Handler(), slog.LevelDebug),
+	}
+	ended := make(chan error, 2)
+	for _, listener := range []net.Listener{d.tcp, socket} {
+		go func() { ended <- d.server.ServeTLS(listener, "", "") }()
+	}
+	go d.watchServer(ended)
+	return nil
+}
+
+// watchServer ends the daemon when a listener breaks.
+func (d *Daemon) watchServer(ended <-chan error) {
+	for range 2 {
+		if err := <-ended; !errors.Is(err, http.ErrServerClosed) && d.err == nil {
+			d.err = fmt.Errorf("the controller's listener broke: %w", err)
+			d.server.Close()
+		}
+	}
+	close(d.done)
+}
+
+func (d *Daemon) agentURL(cloud string) string {
+	for _, c := range d.config.Clouds {
+		if c.Name == cloud && c.Driver == driverLocal {
+			return "unix://" + d.socket()
+		}
+	}
+	return d.URL()
+}
+
+func (d *Daemon) addClouds(ctx context.Context, env Env) error {
+	id, err := secret(d.path("id"))
+	if err != nil {
+		return err
+	}
+	for _, config := range d.config.Clouds {
+		cloud := Cloud{Name: config.Name, DriverName: config.Driver}
+		if config.Driver == driverLocal {
+			cloud.Nodes = config.nodes()
+			cloud.Driver, err = local.New(local.Options{
+				Cloud: config.Name, Dir: d.path("nodes"), Group: "dormouse-" + strings.ToLower(id[:8]),
+				Bootstrap: d.controller.Bootstrap(config.Name), Command: env.AgentCommand, Logger: d.log,
+			})
+			if err != nil {
+				return fmt.Errorf("cloud %s: %w", config.Name, err)
+			}
+		}
+		d.clouds = append(d.clouds, cloud)
+		if err := d.controller.AddCloud(ctx, cloud); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// URL is where REST answers.
+func (d *Daemon) URL() string { return "https://" + d.tcp.Addr().String() }
+
+// Token is the admin token.
+func (d *Daemon) Token() string { return d.token }
+
+// TokenPath is the file that holds it.
+func (d *Daemon) TokenPath() string { return d.path("admin.token") }
+
+// JoinTokenPath is the file with the token for agents that join by themselves.
+func (d *Daemon) JoinTokenPath() string { return d.path("join.token") }
+
+// CAPath is the certificate that clients and agents check the controller by.
+func (d *Daemon) CAPath() string { return d.keys.CAPath() }
+
+// Done is closed when the listener has ended, by Close or by itself.
+func (d *Daemon) Done() <-chan struct{} { return d.done }
+
+// Err is why the daemon ended by itself; nil after Close. Valid after Done.
+func (d *Daemon) Err() error { return d.err }
+
+// WaitNodes returns when every node of the local clouds is ready.
+func (d *Daemon) WaitNodes(ctx context.Context) error {
+	var waiting string
+	_, err := d.controller.until(ctx, nil, func(tx store.Tx) (bool, error) {
+		for _, cloud := range d.clouds {
+			for _, spec := range cloud.Nodes {
+				n, err := store.Get[nodeRecord](tx, store.Nodes, spec.Name)
+				if err != nil {
+					return false, err
+				}
+				if n.State != api.NodeReady {
+					waiting = fmt.Sprintf("node %s is %s; its agent's log is %s", n.ID, n.State, filepath.Join(d.path("nodes"), n.ID, "agent.log"))
+					return false, nil
+				}
+			}
+		}
+		return true, nil
+	})
+	if err != nil && waiting != "" {
+		return fmt.Errorf("%s: %w", waiting, err)
+	}
+	return err
+}
+
+// Close ends everything. Virtual nodes are powered off, and the jobs on them
+// recorded as failed, with what restarts them. Jobs on real nodes run on. It
+// may be called again, and after a Start that failed.
+func (d *Daemon) Close(ctx context.Context) error {
+	var errs []error
+	if d.controller != nil {
+		d.controller.Stop()
+	}
+	if d.server != nil {
+		errs = append(errs, d.server.Close())
+		<-d.done
+		os.Remove(d.socket())
+	} else if d.tcp != nil {
+		errs = append(errs, d.tcp.Close())
+	}
+	for _, cloud := range d.clouds {
+		if cloud.Driver == nil {
+			continue
+		}
+		errs = append(errs, cloud.Driver.Close(ctx))
+		nodes, err := cloud.Driver.Nodes(ctx)
+		errs = append(errs, err, d.controller.powerWasCut(ctx, nodes))
+	}
+	if d.repository != nil {
+		errs = append(errs, d.repository.Close())
+	}
+	if d.store != nil {
+		errs = append(errs, d.store.Close())
+	}
+	if d.lock != nil {
+		errs = append(errs, d.lock.Close())
+	}
+	d.clouds, d.server, d.tcp, d.repository, d.store, d.lock = nil, nil, nil, nil, nil, nil
+	return errors.Join(errs...)
+}
+
+// powerWasCut records what the end of `up` means for its nodes and their jobs.
+func (c *Controller) powerWasCut(ctx context.Context, nodes []drivers.Node) error {
+	off := make(map[string]bool)
+	for _, n := range nodes {
+		off[n.Name] = n.Power == drivers.PowerOff
+	}
+	return c.store.Update(ctx, func(tx store.Tx) error {
+		for id, isOff := range off {
+			n, err := store.Get[nodeRecord](tx, store.Nodes, id)
+			if errors.Is(err, store.ErrNotFound) || !isOff {
+				continue
+			}
+			if err != nil {
+				return err
+			}
+			n.AgentPid = 0
+			if err := c.putNodeState(tx, n, api.NodeLost, "`dormouse up` ended"); err != nil {
+				return err
+			}
+		}
+		jobs, err := store.All[jobRecord](tx, store.Jobs)
+		if err != nil {
+			return err
+		}
+		for i := range jobs {
+			if err := c.endWithUp(tx, &jobs[i], off); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// endWithUp fails a job that had tasks on nodes that are off now, and the
+// operation it was in.
+func (c *Controller) endWithUp(tx store.Tx, job *jobRecord, off map[string]bool) error {
+	affected := false
+	for _, ref := range job.liveRefs() {
+		affected = affected || off[ref.Node]
+	}
+	if !affected || !job.Phase.Placed() {
+		return nil
+	}
+	const reason = "`dormouse up` was ended while the job ran"
+	if err := c.failOperation(tx, job, reason); err != nil {
+		return err
+	}
+	for i := range job.TaskStatus {
+		loseTasks(job, job.TaskStatus[i].Node, reason)
+	}
+	checkpoint, err := newestDurable(tx, job)
+	if err != nil {
+		return err
+	}
+	job.Operation = ""
+	if err := c.finish(tx, job, api.PhaseFailed, reason+"; "+adviceFor(checkpoint), nil); err != nil {
+		return err
+	}
+	return errors.Join(keepLogsOnly(tx, job), putJob(tx, job))
+}
+
+// failOperation ends the operation that a job is in, without its undo steps:
+// there is nothing left to undo.
+func (c *Controller) failOperation(tx store.Tx, job *jobRecord, reason string) error {
+	if job.Operation == "" {
+		return nil
+	}
+	op, err := getOperation(tx, job.Operation)
+	if err != nil {
+		return err
+	}
+	now := c.clock.Now().UTC()
+	op.Phase, op.Finished, op.Error = api.OpFailed, &now, reason
+	if op.Kind == api.OpCheckpoint || op.Kind == api.OpSuspend {
+		cp, err := store.Get[api.Checkpoint](tx, store.Checkpoints, op.Checkpoint)
+		if err != nil {
+			return err
+		}
+		if cp.State != api.CheckpointDurable {
+			cp.State, cp.Error = api.CheckpointFailed, reason
+			if err := store.Put(tx, store.Checkpoints, cp.ID, cp); err != nil {
+				return err
+			}
+		}
+	}
+	return putOperation(tx, op)
+}

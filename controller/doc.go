@@ -1,0 +1,33 @@
+// Package controller is the part of Dormouse that knows what should be.
+//
+// It keeps jobs, operations, checkpoints, nodes and events in a store, serves
+// them over REST, holds one stream to every node's agent, and makes the agents'
+// world follow the store. It has these layers, each in files named after it:
+//
+//	api*.go         REST: requests are checked, become one transaction each, and are answered
+//	operations.go   drives operations: take the step that is written, write the next, repeat
+//	flow.go         the pure part of it: which step follows which, what happens after a failure
+//	start, capture, restore, kill, verify: the steps themselves, applied to all tasks of a job
+//	settle.go       what becomes of a job when its tasks end or its nodes are lost
+//	cleanup.go      tasks that must not exist any more, remembered until their nodes confirm it
+//	fleet.go        streams to agents; a command is repeated over reconnects until it is answered
+//	agents.go       the gRPC service: join, connect, attach
+//	nodes.go        leases: ready, unreachable, lost
+//	daemon.go       all of it in one process, from one configuration
+//
+// Three rules hold it together.
+//
+// The next step of an operation is written before it is taken, together with
+// what the step before it changed. Every step may be taken again, so a
+// controller that was killed takes the written one again and goes on.
+//
+// A run number names one incarnation of a job. It is raised, in the store,
+// before a task is started or restored, and everything that carries an older one
+// is destroyed when it is met. A new run begins only after each task of the old
+// one was confirmed destroyed, or its node's lease has certainly run out: an
+// agent freezes its tasks when its lease ends, and asks before it thaws.
+//
+// The write of a checkpoint's signed manifest is what makes it durable. Before
+// it, any failure thaws the job and leaves older checkpoints alone; after it,
+// nothing is undone.
+package controller

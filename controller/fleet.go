@@ -1,0 +1,233 @@
+package controller
+
+import (
+	"context"
+	"errors"
+	"sync"
+	"time"
+
+	"dormouse/api/agentpb"
+)
+
+// fleet holds the streams to the agents, and the commands that wait for an
+// answer. A command outlives a stream: it is sent again on the next one, until
+// it is answered, its caller gives up, or the node is lost.
+type fleet struct {
+	mu    sync.Mutex
+	links map[string]*link
+}
+
+// link is what the controller knows of the way to one node.
+type link struct {
+	node     string
+	session  *session // nil while there is none
+	lost     bool
+	lastSeen time.Time
+	changed  chan struct{}        // closed when session or lost change
+	calls    map[string]*callSite // by the command's id
+}
+
+// callSite is a command that waits for its answer.
+type callSite struct {
+	reply    chan *agentpb.Reply // of size 1
+	progress func(float64, string)
+}
+
+// session is one Connect stream.
+type session struct {
+	node string
+	out  chan *agentpb.ToAgent
+	done chan struct{} // closed when the stream ends
+	end  context.CancelCauseFunc
+}
+
+func newFleet() *fleet { return &fleet{links: make(map[string]*link)} }
+
+// link returns the node's link; the caller holds the lock.
+func (f *fleet) link(node string) *link {
+	l, ok := f.links[node]
+	if !ok {
+		l = &link{node: node, changed: make(chan struct{}), calls: make(map[string]*callSite)}
+		f.links[node] = l
+	}
+	return l
+}
+
+func (l *link) change() {
+	close(l.changed)
+	l.changed = make(chan struct{})
+}
+
+var errNewerStream = errors.New("the node's agent opened a newer stream")
+
+// attach makes s the node's stream, and ends the one before it.
+func (f *fleet) attach(s *session, now time.Time) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	l := f.link(s.node)
+	if l.session != nil {
+		l.session.end(errNewerStream)
+	}
+	if l.lost {
+		s.end(&nodeLostError{s.node}) // between its welcome and now
+		return
+	}
+	l.session, l.lastSeen = s, now
+	l.change()
+}
+
+// detach forgets s unless a newer stream took its place.
+func (f *fleet) detach(s *session) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	l := f.link(s.node)
+	if l.session == s {
+		l.session = nil
+		l.change()
+	}
+}
+
+// revive ends the loss of a node, before it is decided what becomes of its
+// tasks: a loss that was under way meanwhile sees it and is called off.
+func (f *fleet) revive(node string, now time.Time) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	l := f.link(node)
+	l.lost, l.lastSeen = false, now
+	l.change()
+}
+
+// renew renews the lease of the node of s, and reports whether it may be
+// acknowledged: never once the node was taken for lost.
+func (f *fleet) renew(s *session, now time.Time) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	l := f.link(s.node)
+	if l.lost || l.session != s {
+		return false
+	}
+	l.lastSeen = now
+	return true
+}
+
+// expire takes a node for lost if it was silent for longer than limit. From
+// then on its lease is not renewed.
+func (f *fleet) expire(node string, now time.Time, limit time.Duration) bool {
+	f.mu.Lock()
+	expired := now.Sub(f.link(node).lastSeen) > limit
+	if expired {
+		f.link(node).lost = true
+	}
+	f.mu.Unlock()
+	if expired {
+		f.lose(node)
+	}
+	return expired
+}
+
+// lost reports whether the node is taken for lost.
+func (f *fleet) lost(node string) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.link(node).lost
+}
+
+// seen notes that the node was heard of.
+func (f *fleet) seen(node string, now time.Time) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.link(node).lastSeen = now
+}
+
+// lastSeen is when the node was heard of last, and whether it has a stream.
+func (f *fleet) lastSeen(node string) (time.Time, bool) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	l := f.link(node)
+	return l.lastSeen, l.session != nil
+}
+
+// lose fails all commands to the node until it comes back.
+func (f *fleet) lose(node string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	l := f.link(node)
+	if l.session != nil {
+		l.session.end(&nodeLostError{node})
+		l.session = nil
+	}
+	l.lost = true
+	l.change()
+}
+
+// connected reports whether the node has a stream.
+func (f *fleet) connected(node string) bool {
+	_, connected := f.lastSeen(node)
+	return connected
+}
+
+// answer gives a reply to the command that waits for it. Answers that nobody
+// waits for any more are dropped.
+func (f *fleet) answer(node string, reply *agentpb.Reply) {
+	if site := f.site(node, reply.GetId()); site != nil {
+		select {
+		case site.reply <- reply:
+		default: // a repeated answer
+		}
+	}
+}
+
+func (f *fleet) progress(node string, p *agentpb.Progress) {
+	if site := f.site(node, p.GetId()); site != nil && site.progress != nil {
+		site.progress(p.GetFraction(), p.GetMessage())
+	}
+}
+
+func (f *fleet) site(node, id string) *callSite {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.link(node).calls[id]
+}
+
+// call sends a command to a node and returns the agent's answer. It fails with
+// what the agent says, with a *nodeLostError, or with the context's error.
+func (f *fleet) call(ctx context.Context, node string, command *agentpb.Command, progress func(float64, string)) (*agentpb.Reply, error) {
+	site := &callSite{reply: make(chan *agentpb.Reply, 1), progress: progress}
+	f.mu.Lock()
+	f.link(node).calls[command.GetId()] = site
+	f.mu.Unlock()
+	defer func() {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		if l := f.link(node); l.calls[command.GetId()] == site {
+			delete(l.calls, command.GetId())
+		}
+	}()
+	message := &agentpb.ToAgent{Body: &agentpb.ToAgent_Command{Command: command}}
+	var sentOn *session
+	for {
+		f.mu.Lock()
+		l := f.link(node)
+		current, lost, changed := l.session, l.lost, l.changed
+		f.mu.Unlock()
+		if lost {
+			return nil, &nodeLostError{node}
+		}
+		if current != nil && current != sentOn {
+			select {
+			case current.out <- message:
+				sentOn = current
+			case <-current.done:
+			case <-ctx.Done():
+				return nil, ctx.Err()
+			}
+		}
+		select {
+		case reply := <-site.reply:
+			return reply, fromAgent(reply.GetFailure())
+		case <-changed:
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
+}

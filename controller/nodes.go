@@ -1,0 +1,337 @@
+package controller
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"dormouse/api"
+	"dormouse/api/agentpb"
+	"dormouse/controller/store"
+	"dormouse/drivers"
+)
+
+// The life of a node, as the controller sees it:
+//
+//	joining ──Hello──> ready ──silent for 3 heartbeats──> unreachable ──silent for lease + margin──> lost
+//	                     ^──────────Hello────────────────────┴───────────────Hello──────────────────────┘
+//
+// and from everywhere to lost when the driver says that the power is off.
+
+// silence is how many heartbeats a ready node may miss.
+const silence = 3
+
+// bootNodes begins every node's lease anew: it may have been renewed until the
+// moment the controller before this one ended.
+func (c *Controller) bootNodes(ctx context.Context) error {
+	return c.store.Update(ctx, func(tx store.Tx) error {
+		nodes, err := store.All[nodeRecord](tx, store.Nodes)
+		if err != nil {
+			return err
+		}
+		for _, n := range nodes {
+			if n.State == api.NodeLost {
+				c.fleet.lose(n.ID)
+				continue
+			}
+			c.fleet.seen(n.ID, c.clock.Now())
+			if n.State != api.NodeReady {
+				continue
+			}
+			n.State, n.Reason = api.NodeUnreachable, "the controller was started and has not heard of it yet"
+			if err := store.Put(tx, store.Nodes, n.ID, n); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// registerNodes makes the nodes that a cloud is to have known.
+func (c *Controller) registerNodes(ctx context.Context, cloud Cloud) error {
+	return c.store.Update(ctx, func(tx store.Tx) error {
+		for _, spec := range cloud.Nodes {
+			_, err := tx.Get(store.Nodes, spec.Name)
+			if err == nil {
+				continue
+			}
+			if !errors.Is(err, store.ErrNotFound) {
+				return err
+			}
+			record := nodeRecord{Driver: cloud.DriverName, Node: api.Node{
+				ID: spec.Name, Name: spec.Name, Cloud: cloud.Name, State: api.NodeJoining, CPUs: spec.CPUs, MemBytes: spec.MemBytes,
+			}}
+			if err := store.Put(tx, store.Nodes, spec.Name, record); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// watchNodes looks at every node's silence, once per heartbeat.
+func (c *Controller) watchNodes(ctx context.Context) {
+	for {
+		select {
+		case <-c.clock.After(c.parts.Heartbeat):
+		case <-ctx.Done():
+			return
+		}
+		if err := c.checkLeases(ctx); err != nil && ctx.Err() == nil {
+			c.log.Error("the nodes' leases cannot be checked", "error", err)
+		}
+	}
+}
+
+func (c *Controller) checkLeases(ctx context.Context) error {
+	var nodes []nodeRecord
+	err := c.store.View(ctx, func(tx store.Tx) (err error) {
+		nodes, err = store.All[nodeRecord](tx, store.Nodes)
+		return err
+	})
+	now := c.clock.Now()
+	for _, n := range nodes {
+		if n.State != api.NodeReady && n.State != api.NodeUnreachable && n.State != api.NodeCordoned {
+			continue
+		}
+		seen, _ := c.fleet.lastSeen(n.ID)
+		quiet := now.Sub(seen)
+		switch {
+		case c.fleet.expire(n.ID, now, c.parts.Lease+c.parts.Margin):
+			err = errors.Join(err, c.loseNode(ctx, n.ID, fmt.Sprintf("its agent was silent for %s, longer than its lease", quiet.Round(time.Millisecond))))
+		case n.State != api.NodeUnreachable && quiet > silence*c.parts.Heartbeat:
+			err = errors.Join(err, c.nodeUnreachable(ctx, n.ID, quiet))
+		}
+	}
+	return err
+}
+
+func (c *Controller) nodeUnreachable(ctx context.Context, id string, quiet time.Duration) error {
+	return c.changeNode(ctx, id, api.NodeUnreachable, fmt.Sprintf("its agent has been silent for %s; its tasks may still run", quiet.Round(time.Millisecond)))
+}
+
+// changeNode writes a node's new state.
+func (c *Controller) changeNode(ctx context.Context, id string, state api.NodeState, reason string) error {
+	return c.store.Update(ctx, func(tx store.Tx) error {
+		n, err := store.Get[nodeRecord](tx, store.Nodes, id)
+		if err != nil || n.State == state {
+			return err
+		}
+		return c.putNodeState(tx, n, state, reason)
+	})
+}
+
+func (c *Controller) putNodeState(tx store.Tx, n nodeRecord, state api.NodeState, reason string) error {
+	if n.State != state {
+		c.log.Info("node "+string(state), "node", n.ID, "reason", reason)
+		message := fmt.Sprintf("node %s is %s", n.ID, state)
+		if reason != "" {
+			message += ": " + reason
+		}
+		if err := c.emit(tx, api.Event{Type: "node", Node: n.ID, Message: message}); err != nil {
+			return err
+		}
+	}
+	n.State, n.Reason = state, reason
+	return store.Put(tx, store.Nodes, n.ID, n)
+}
+
+// loseNode declares that nothing runs on a node any more.
+func (c *Controller) loseNode(ctx context.Context, id, reason string) error {
+	c.fleet.lose(id)
+	return c.store.Update(ctx, func(tx store.Tx) error {
+		if !c.fleet.lost(id) {
+			return nil // it came back meanwhile, and welcome decides
+		}
+		n, err := store.Get[nodeRecord](tx, store.Nodes, id)
+		if errors.Is(err, store.ErrNotFound) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		n.AgentPid = 0
+		if err := c.putNodeState(tx, n, api.NodeLost, reason); err != nil {
+			return err
+		}
+		return c.loseTasksOf(tx, id, fmt.Sprintf("node %s was lost (%s)", id, reason), nil)
+	})
+}
+
+// loseTasksOf marks tasks on a node as gone with it, but those in held, and
+// settles their jobs.
+func (c *Controller) loseTasksOf(tx store.Tx, node, reason string, held map[taskRef]bool) error {
+	jobs, err := store.All[jobRecord](tx, store.Jobs)
+	if err != nil {
+		return err
+	}
+	for i := range jobs {
+		job := &jobs[i]
+		if !job.Phase.Placed() || !holdsUnheld(job, node, held) {
+			continue
+		}
+		if loseTasks(job, node, reason) {
+			if err := c.settle(tx, job); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// holdsUnheld reports whether the job has a task on node that is not in held.
+func holdsUnheld(job *jobRecord, node string, held map[taskRef]bool) bool {
+	for _, ref := range job.refs() {
+		if ref.Node == node && !held[ref] {
+			return true
+		}
+	}
+	return false
+}
+
+// followDriver acts on what a driver tells of its nodes.
+func (c *Controller) followDriver(cloud Cloud, events <-chan drivers.Event) {
+	for e := range events {
+		if c.run.Err() != nil {
+			continue // Stop: the daemon looks itself
+		}
+		if e.Power != drivers.PowerOff && e.Power != drivers.PowerGone {
+			continue
+		}
+		if err := c.loseNode(c.run, e.Node, e.Reason); err != nil && c.run.Err() == nil {
+			c.log.Error("the loss of a node cannot be written", "node", e.Node, "error", err)
+		}
+	}
+}
+
+// welcome decides the fate of everything that a node's agent holds, and makes
+// the node ready, in one transaction.
+func (c *Controller) welcome(ctx context.Context, id string, hello *agentpb.Hello) (*agentpb.Welcome, error) {
+	w := &agentpb.Welcome{
+		NodeId: id, HeartbeatMs: c.parts.Heartbeat.Milliseconds(), LeaseMs: c.parts.Lease.Milliseconds(),
+		Repository: c.parts.RepositoryConfig, ManifestKey: c.signer.Public(),
+	}
+	c.fleet.revive(id, c.clock.Now())
+	err := c.store.Update(ctx, func(tx store.Tx) error {
+		w.Keep, w.Destroy = nil, nil
+		n, err := store.Get[nodeRecord](tx, store.Nodes, id)
+		if err != nil {
+			return fmt.Errorf("node %s is not known: it must join first: %w", id, err)
+		}
+		noteHello(&n, hello)
+		state := api.NodeReady
+		if n.State == api.NodeCordoned {
+			state = api.NodeCordoned
+		}
+		if err := c.putNodeState(tx, n, state, ""); err != nil {
+			return err
+		}
+		held := make(map[taskRef]bool)
+		for _, t := range hello.GetTasks() {
+			ref := taskRef{Node: id, Job: t.GetTask().GetJob(), Index: int(t.GetTask().GetIndex()), Run: t.GetTask().GetRun()}
+			held[ref] = true
+			keep, err := c.judgeHeld(tx, ref, t)
+			if err != nil {
+				return err
+			}
+			if keep {
+				w.Keep = append(w.Keep, t.GetTask())
+			} else {
+				w.Destroy = append(w.Destroy, t.GetTask())
+			}
+		}
+		return c.loseVanished(tx, id, held)
+	})
+	return w, err
+}
+
+func noteHello(n *nodeRecord, h *agentpb.Hello) {
+	n.CPUs, n.MemBytes = h.GetCpus(), h.GetMemBytes()
+	n.CRIUVersion, n.Kernel = h.GetCriuVersion(), h.GetKernel()
+	n.CPUModel, n.CPUFeatures = h.GetCpuModel(), h.GetCpuFeatures()
+	n.AgentVersion, n.AgentPid = h.GetAgentVersion(), int(h.GetAgentPid())
+}
+
+// judgeHeld decides whether a node keeps a task that its agent reports, and
+// notes its state. What is not kept is also ordered destroyed, so that it is
+// confirmed.
+func (c *Controller) judgeHeld(tx store.Tx, ref taskRef, state *agentpb.TaskState) (keep bool, err error) {
+	_, err = tx.Get(store.Cleanups, cleanup{Task: ref}.key())
+	if !errors.Is(err, store.ErrNotFound) {
+		return false, err
+	}
+	job, err := getJob(tx, ref.Job)
+	if errors.Is(err, store.ErrNotFound) {
+		return false, putCleanup(tx, cleanup{Task: ref})
+	}
+	if err != nil {
+		return false, err
+	}
+	for _, kept := range job.Kept {
+		if kept == ref {
+			return true, nil // only its logs
+		}
+	}
+	if !job.owns(ref) {
+		return false, putCleanup(tx, cleanup{Task: ref})
+	}
+	if !job.Phase.Placed() || job.TaskStatus[ref.Index].Phase == api.PhaseFailed && job.TaskStatus[ref.Index].ExitCode == nil {
+		job.Kept = append(job.Kept, ref)
+		if err := putJob(tx, job); err != nil {
+			return false, err
+		}
+		return false, putCleanup(tx, cleanup{Task: ref, KeepLogs: true})
+	}
+	applyState(job, state)
+	return true, c.settle(tx, job)
+}
+
+// owns reports whether ref is a task of the job's present run, on its node.
+func (j *jobRecord) owns(ref taskRef) bool {
+	return ref.Run == j.Run && ref.Index >= 0 && ref.Index < len(j.TaskStatus) && j.TaskStatus[ref.Index].Node == ref.Node
+}
+
+// loseVanished marks tasks that should be on the node, and that its agent does
+// not hold. While a job is being started or restored its commands tell.
+func (c *Controller) loseVanished(tx store.Tx, node string, held map[taskRef]bool) error {
+	jobs, err := store.All[jobRecord](tx, store.Jobs)
+	if err != nil {
+		return err
+	}
+	for i := range jobs {
+		job := &jobs[i]
+		if job.Phase != api.PhaseRunning && job.Phase != api.PhaseSuspending || !holdsUnheld(job, node, held) {
+			continue
+		}
+		changed := false
+		for _, ref := range job.liveRefs() {
+			if t := &job.TaskStatus[ref.Index]; ref.Node == node && !held[ref] && t.ExitCode == nil && t.Phase != api.PhaseFailed {
+				t.Phase, t.Pid, t.Reason = api.PhaseFailed, 0, fmt.Sprintf("node %s was restarted and no longer has the task", node)
+				changed = true
+			}
+		}
+		if changed {
+			if err := c.settle(tx, job); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// taskEvent notes what an agent tells of a task.
+func (c *Controller) taskEvent(ctx context.Context, node string, state *agentpb.TaskState) error {
+	ref := taskRef{Node: node, Job: state.GetTask().GetJob(), Index: int(state.GetTask().GetIndex()), Run: state.GetTask().GetRun()}
+	return c.store.Update(ctx, func(tx store.Tx) error {
+		job, err := getJob(tx, ref.Job)
+		if errors.Is(err, store.ErrNotFound) {
+			return nil
+		}
+		if err != nil || !job.owns(ref) || job.Phase.Final() {
+			return err
+		}
+		applyState(job, state)
+		return c.settle(tx, job)
+	})
+}

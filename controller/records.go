@@ -1,0 +1,271 @@
+package controller
+
+import (
+	"crypto/rand"
+	"encoding/base32"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"dormouse/api"
+	"dormouse/api/agentpb"
+	"dormouse/controller/store"
+)
+
+// jobRecord is a job as it is stored.
+type jobRecord struct {
+	api.JobDetail
+	// Recoveries counts automatic restarts, for Spec.MaxRestarts.
+	Recoveries int `json:"recoveries,omitempty"`
+	// Starts counts failed tries to start the job that were worth another.
+	Starts int `json:"starts,omitempty"`
+	// Kept are ended tasks whose logs are still on their nodes.
+	Kept []taskRef `json:"kept,omitempty"`
+}
+
+// taskRef is one incarnation of a task and where it is or was.
+type taskRef struct {
+	Node  string `json:"node"`
+	Job   string `json:"job"`
+	Index int    `json:"index"`
+	Run   int64  `json:"run"`
+}
+
+func (r taskRef) proto() *agentpb.TaskRef {
+	return &agentpb.TaskRef{Job: r.Job, Index: int32(r.Index), Run: r.Run}
+}
+
+// refs are the tasks of the job's present run that have a node.
+func (j *jobRecord) refs() []taskRef {
+	var refs []taskRef
+	for _, t := range j.TaskStatus {
+		if t.Node != "" {
+			refs = append(refs, taskRef{Node: t.Node, Job: j.ID, Index: t.Index, Run: j.Run})
+		}
+	}
+	return refs
+}
+
+// request is what an operation was asked to do; Operation.Input.
+type request struct {
+	Label       string      `json:"label,omitempty"`
+	Trigger     api.Trigger `json:"trigger,omitempty"`
+	From        string      `json:"from,omitempty"` // checkpoint
+	Cloud       string      `json:"cloud,omitempty"`
+	Signal      int         `json:"signal,omitempty"`
+	Checkpoints []string    `json:"checkpoints,omitempty"` // to verify; empty: all
+}
+
+// opRecord is an operation as it is stored.
+type opRecord struct {
+	api.Operation
+	Position position `json:"position"`
+	// Anew is set when a restart has no checkpoint and starts from the beginning.
+	Anew bool `json:"anew,omitempty"`
+	// Stopped is set once the job's old tasks are being destroyed: from then
+	// on a failure leaves the job without tasks.
+	Stopped bool `json:"stopped,omitempty"`
+	// Run is the job's run that the operation has begun; 0 while there is none.
+	Run int64 `json:"run,omitempty"`
+	// Avoid are nodes on which an attempt failed.
+	Avoid []string `json:"avoid,omitempty"`
+	// Parts are the tasks' entries of the manifest, by index.
+	Parts map[int]json.RawMessage `json:"parts,omitempty"`
+	// Steps are the measured parts of the capture.
+	Steps map[int]api.CaptureSteps `json:"steps,omitempty"`
+	// Frozen is when the freeze was ordered.
+	Frozen time.Time `json:"frozen,omitzero"`
+}
+
+func (o *opRecord) request() (request, error) {
+	var r request
+	if len(o.Input) == 0 {
+		return r, nil
+	}
+	if err := json.Unmarshal(o.Input, &r); err != nil {
+		return r, fmt.Errorf("the input of operation %s cannot be read: %w", o.ID, err)
+	}
+	return r, nil
+}
+
+// nodeRecord is a node as it is stored.
+type nodeRecord struct {
+	api.Node
+	Driver string `json:"driver,omitempty"`
+}
+
+// cleanup is a task that its node must destroy.
+type cleanup struct {
+	Task     taskRef `json:"task"`
+	KeepLogs bool    `json:"keep_logs"`
+}
+
+func (c cleanup) key() string {
+	return fmt.Sprintf("%s/%s/%06d/%012d", c.Task.Node, c.Task.Job, c.Task.Index, c.Task.Run)
+}
+
+// tokenRecord is a join token, stored under its hash.
+type tokenRecord struct {
+	Cloud   string    `json:"cloud"`
+	Node    string    `json:"node"`
+	Expires time.Time `json:"expires"`
+}
+
+var idEncoding = base32.NewEncoding("abcdefghijklmnopqrstuvwxyz234567").WithPadding(base32.NoPadding)
+
+// newID returns prefix and 40 random bits.
+func newID(prefix string) string {
+	var raw [5]byte
+	rand.Read(raw[:]) // never fails: crypto/rand.Read
+	return prefix + "-" + idEncoding.EncodeToString(raw[:])
+}
+
+// emit adds an event to the history.
+func (c *Controller) emit(tx store.Tx, e api.Event) error {
+	n, err := tx.Sequence(store.Events)
+	if err != nil {
+		return err
+	}
+	e.ID, e.Time = n, c.clock.Now().UTC()
+	return store.Put(tx, store.Events, eventKey(n), e)
+}
+
+func eventKey(n uint64) string { return fmt.Sprintf("%016x", n) }
+
+func getJob(tx store.Tx, id string) (*jobRecord, error) {
+	job, err := store.Get[jobRecord](tx, store.Jobs, id)
+	if err != nil {
+		return nil, err
+	}
+	return &job, nil
+}
+
+func putJob(tx store.Tx, job *jobRecord) error { return store.Put(tx, store.Jobs, job.ID, job) }
+
+func getOperation(tx store.Tx, id string) (*opRecord, error) {
+	op, err := store.Get[opRecord](tx, store.Operations, id)
+	if err != nil {
+		return nil, err
+	}
+	return &op, nil
+}
+
+func putOperation(tx store.Tx, op *opRecord) error { return store.Put(tx, store.Operations, op.ID, op) }
+
+// findID resolves an id, or a prefix of one that fits nothing else, in table.
+func findID(tx store.Tx, table store.Table, what, ref string) (string, error) {
+	if ref == "" {
+		return "", invalid("the %s's id is empty", what)
+	}
+	if _, err := tx.Get(table, ref); err == nil {
+		return ref, nil
+	} else if !errors.Is(err, store.ErrNotFound) {
+		return "", err
+	}
+	var found []string
+	err := tx.Scan(table, ref, func(key string, _ []byte) error {
+		if !strings.HasPrefix(key, ref) || len(found) > 4 {
+			return store.ErrStop
+		}
+		found = append(found, key)
+		return nil
+	})
+	if err != nil {
+		return "", err
+	}
+	return onlyOne(found, what, ref)
+}
+
+func onlyOne(found []string, what, ref string) (string, error) {
+	switch len(found) {
+	case 0:
+		return "", notFound("there is no %s %q", what, ref)
+	case 1:
+		return found[0], nil
+	}
+	return "", invalid("%q may mean several %ss: %s", ref, what, strings.Join(found, ", "))
+}
+
+// findJob resolves a job's id, name or unambiguous prefix of the id. Of several
+// jobs of one name, the only one that is not over is meant.
+func findJob(tx store.Tx, ref string) (*jobRecord, error) {
+	if job, err := getJob(tx, ref); ref != "" && !errors.Is(err, store.ErrNotFound) {
+		return job, err
+	}
+	jobs, err := store.All[jobRecord](tx, store.Jobs)
+	if err != nil {
+		return nil, err
+	}
+	var named, live []string
+	for _, job := range jobs {
+		if ref == "" || job.Name != ref {
+			continue
+		}
+		named = append(named, job.ID)
+		if !job.Phase.Final() {
+			live = append(live, job.ID)
+		}
+	}
+	id := ""
+	switch {
+	case len(live) == 1:
+		id = live[0]
+	case len(named) > 0:
+		id, err = onlyOne(named, "job", ref)
+	default:
+		id, err = findID(tx, store.Jobs, "job", ref)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return getJob(tx, id)
+}
+
+func findCheckpoint(tx store.Tx, ref string) (api.Checkpoint, error) {
+	id, err := findID(tx, store.Checkpoints, "checkpoint", ref)
+	if err != nil {
+		return api.Checkpoint{}, err
+	}
+	return store.Get[api.Checkpoint](tx, store.Checkpoints, id)
+}
+
+// checkpointsOf lists a job's checkpoints, oldest first; of all jobs when job is empty.
+func checkpointsOf(tx store.Tx, job string) ([]api.Checkpoint, error) {
+	all, err := store.All[api.Checkpoint](tx, store.Checkpoints)
+	if err != nil {
+		return nil, err
+	}
+	list := make([]api.Checkpoint, 0, len(all))
+	for _, cp := range all {
+		if job == "" || cp.Job == job {
+			list = append(list, cp)
+		}
+	}
+	sortBy(list, func(cp api.Checkpoint) (time.Time, string) { return cp.Created, cp.ID })
+	return list, nil
+}
+
+// newestDurable is the checkpoint that a job is restored from unless another
+// is named: its own newest durable one, else the one it was cloned from. Empty
+// when there is none.
+func newestDurable(tx store.Tx, job *jobRecord) (string, error) {
+	list, err := checkpointsOf(tx, job.ID)
+	if err != nil {
+		return "", err
+	}
+	for i := len(list) - 1; i >= 0; i-- {
+		if list[i].State == api.CheckpointDurable {
+			return list[i].ID, nil
+		}
+	}
+	if job.From == "" {
+		return "", nil
+	}
+	from, err := store.Get[api.Checkpoint](tx, store.Checkpoints, job.From)
+	if errors.Is(err, store.ErrNotFound) || (err == nil && from.State != api.CheckpointDurable) {
+		return "", nil
+	}
+	return from.ID, err
+}

@@ -1,0 +1,212 @@
+package controller
+
+import (
+	"fmt"
+	"slices"
+
+	"dormouse/api"
+	"dormouse/api/agentpb"
+	"dormouse/controller/store"
+)
+
+// verdict is what a running job's tasks say about the job.
+type verdict int
+
+const (
+	goesOn verdict = iota
+	succeeded
+	broke // a task ended with a failure
+	lost  // a task vanished with its node
+)
+
+// judge looks at the tasks of a running job. It is a pure function. A failed
+// task counts before a lost one: it would have failed the job anyway.
+func judge(tasks []api.TaskStatus) (verdict, *api.TaskStatus) {
+	var first *api.TaskStatus
+	state, ended := goesOn, 0
+	for i := range tasks {
+		t := &tasks[i]
+		switch {
+		case t.ExitCode != nil && *t.ExitCode != 0:
+			if state != broke {
+				state, first = broke, t
+			}
+		case t.ExitCode != nil:
+			ended++
+		case t.Phase == api.PhaseFailed:
+			if state == goesOn {
+				state, first = lost, t
+			}
+		}
+	}
+	if len(tasks) > 0 && ended == len(tasks) {
+		return succeeded, &tasks[0]
+	}
+	return state, first
+}
+
+// settle gives a running job the phase that its tasks call for, and writes the
+// job. Jobs in other phases belong to an operation.
+func (c *Controller) settle(tx store.Tx, job *jobRecord) error {
+	if job.Phase == api.PhaseRunning {
+		ending, err := c.beingEnded(tx, job)
+		if err != nil {
+			return err
+		}
+		if !ending {
+			if err := c.settleRunning(tx, job); err != nil {
+				return err
+			}
+		}
+	}
+	if err := c.retire(tx, job); err != nil {
+		return err
+	}
+	return putJob(tx, job)
+}
+
+// beingEnded reports whether `dormouse kill` is ending the job.
+func (c *Controller) beingEnded(tx store.Tx, job *jobRecord) (bool, error) {
+	if job.Operation == "" {
+		return false, nil
+	}
+	op, err := getOperation(tx, job.Operation)
+	if err != nil {
+		return false, err
+	}
+	ask, err := op.request()
+	return op.Kind == api.OpKill && ask.Signal == 0, err
+}
+
+func (c *Controller) settleRunning(tx store.Tx, job *jobRecord) error {
+	state, task := judge(job.TaskStatus)
+	switch state {
+	case succeeded:
+		return c.finish(tx, job, api.PhaseCompleted, "", task.ExitCode)
+	case broke:
+		return c.finish(tx, job, api.PhaseFailed, describeExit(job, task), task.ExitCode)
+	case lost:
+		if job.Operation != "" {
+			return nil // decided when the operation has ended
+		}
+		return c.settleLost(tx, job, task)
+	}
+	return nil
+}
+
+func describeExit(job *jobRecord, task *api.TaskStatus) string {
+	who := "the program"
+	if job.Tasks > 1 {
+		who = fmt.Sprintf("task %d", task.Index)
+	}
+	switch {
+	case task.Reason != "":
+		return task.Reason
+	case task.Signal != "":
+		return fmt.Sprintf("%s was ended by %s", who, task.Signal)
+	}
+	return fmt.Sprintf("%s exited with status %d", who, *task.ExitCode)
+}
+
+// settleLost recovers a job that lost a task, or ends it.
+func (c *Controller) settleLost(tx store.Tx, job *jobRecord, task *api.TaskStatus) error {
+	checkpoint, err := newestDurable(tx, job)
+	if err != nil {
+		return err
+	}
+	if job.Spec.MaxRestarts > job.Recoveries {
+		job.Recoveries++
+		job.Phase, job.Reason = api.PhaseRecovering, task.Reason
+		if err := c.emit(tx, api.Event{Job: job.ID, Type: "recovering", Message: task.Reason, Node: task.Node}); err != nil {
+			return err
+		}
+		c.logJob(job)
+		_, err := c.beginOperation(tx, api.OpRecover, job, request{})
+		return err
+	}
+	return c.finish(tx, job, api.PhaseFailed, task.Reason+"; "+adviceFor(checkpoint), nil)
+}
+
+// adviceFor tells what restart would do.
+func adviceFor(checkpoint string) string {
+	if checkpoint == "" {
+		return "there is no durable checkpoint: `dormouse restart JOB` starts it anew"
+	}
+	return "`dormouse restart JOB` restores checkpoint " + checkpoint
+}
+
+// finish ends a job.
+func (c *Controller) finish(tx store.Tx, job *jobRecord, phase api.Phase, reason string, code *int) error {
+	now := c.clock.Now().UTC()
+	job.Phase, job.Reason, job.Finished, job.ExitCode = phase, reason, &now, code
+	message := reason
+	if message == "" {
+		message = "every task exited with status 0"
+	}
+	c.logJob(job)
+	return c.emit(tx, api.Event{Job: job.ID, Type: string(phase), Message: message})
+}
+
+// retire has the remaining tasks of a job that is over destroyed. While an
+// operation is under way it may still need them.
+func (c *Controller) retire(tx store.Tx, job *jobRecord) error {
+	if !job.Phase.Final() || job.Operation != "" {
+		return nil
+	}
+	return keepLogsOnly(tx, job)
+}
+
+// keepLogsOnly orders the tasks of the present run destroyed and remembers
+// where their logs are.
+func keepLogsOnly(tx store.Tx, job *jobRecord) error {
+	for _, ref := range job.liveRefs() {
+		if err := putCleanup(tx, cleanup{Task: ref, KeepLogs: true}); err != nil {
+			return err
+		}
+		job.Kept = append(job.Kept, ref)
+	}
+	return nil
+}
+
+// liveRefs are the tasks of the present run that were not ordered destroyed.
+func (j *jobRecord) liveRefs() []taskRef {
+	return slices.DeleteFunc(j.refs(), func(r taskRef) bool { return slices.Contains(j.Kept, r) })
+}
+
+// applyState notes what an agent says of a task of the present run. What has
+// ended stays ended.
+func applyState(job *jobRecord, state *agentpb.TaskState) {
+	index := int(state.GetTask().GetIndex())
+	if index < 0 || index >= len(job.TaskStatus) {
+		return
+	}
+	t := &job.TaskStatus[index]
+	if t.ExitCode != nil || t.Phase == api.PhaseFailed {
+		return
+	}
+	t.Phase, t.Pid, t.Reason, t.Signal = api.Phase(state.GetPhase()), int(state.GetPid()), state.GetReason(), state.GetSignal()
+	if ip := state.GetVirtualIp(); ip != "" {
+		t.VirtualIP = ip
+	}
+	if !state.GetExited() {
+		return
+	}
+	code := int(state.GetExitCode())
+	t.ExitCode, t.Pid, t.Phase = &code, 0, api.PhaseCompleted
+	if code != 0 {
+		t.Phase = api.PhaseFailed
+	}
+}
+
+// loseTasks marks the job's tasks on a node as gone with it.
+func loseTasks(job *jobRecord, node, reason string) (any bool) {
+	for i := range job.TaskStatus {
+		t := &job.TaskStatus[i]
+		if t.Node != node || t.ExitCode != nil || t.Phase == api.PhaseFailed {
+			continue
+		}
+		t.Phase, t.Pid, t.Reason = api.PhaseFailed, 0, reason
+		any = true
+	}
+	return any
+}
