@@ -59,6 +59,9 @@ type capturing struct {
 	// and aborting.
 	mu        sync.Mutex
 	part      *repository.PartWriter
+	pending   *criu.PendingDump // CRIU, started ahead of the freeze
+	files     time.Duration     // that the files took at the end of the dump
+	filesErr  error             // and why they could not be taken
 	upper     *capture.Upper
 	stored    atomic.Int64 // bytes given to the repository so far
 	sockets   bool         // the task has TCP connections
@@ -220,12 +223,15 @@ func (a *Agent) freeze(ctx context.Context, ref *agentpb.TaskRef, checkpoint str
 	}
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, a.goOn(t))
+			err = errors.Join(err, a.abort(t, c))
 		}
 	}()
 	err = t.update(func(r *record) { r.Checkpoint, r.Work = checkpoint, c.work })
 	if err != nil {
 		return err
+	}
+	if c.pending, err = a.prepareDump(box, c); err != nil {
+		return a.keepLog(err, c.key)
 	}
 	if err := box.Quiesce(ctx); err != nil {
 		return retry{fmt.Errorf("close the task's connections to the agent: %w", err)}
@@ -267,8 +273,7 @@ func (a *Agent) capture(ctx context.Context, ref *agentpb.TaskRef, checkpoint st
 	if err != nil {
 		return nil, err
 	}
-	box, err := t.live()
-	if err != nil {
+	if _, err := t.live(); err != nil {
 		return nil, err
 	}
 	c := a.findCapture(ref, checkpoint)
@@ -276,7 +281,7 @@ func (a *Agent) capture(ctx context.Context, ref *agentpb.TaskRef, checkpoint st
 		return nil, retry{fmt.Errorf("the task is not frozen for checkpoint %s: the agent was restarted since", checkpoint)}
 	}
 	if !c.complete {
-		if err := a.dump(ctx, t, box, c, checkpoint); err != nil {
+		if err := a.dump(ctx, t, c, checkpoint); err != nil {
 			return nil, errors.Join(err, a.abort(t, c))
 		}
 	}
@@ -284,12 +289,10 @@ func (a *Agent) capture(ctx context.Context, ref *agentpb.TaskRef, checkpoint st
 	return &agentpb.CaptureResult{Steps: steps}, err
 }
 
-func (a *Agent) dump(ctx context.Context, t *task, box *sandbox.Sandbox, c *capturing, checkpoint string) error {
-	failpoint.Hit("agent.capture.dumping")
-	begun := time.Now()
-	var files time.Duration
-	var filesErr error
-	result, err := a.criu.Dump(ctx, criu.DumpRequest{
+// prepareDump starts CRIU, which looks at the kernel for some 30 ms before it
+// turns to the task: they need not be part of the pause.
+func (a *Agent) prepareDump(box *sandbox.Sandbox, c *capturing) (*criu.PendingDump, error) {
+	return a.criu.PrepareDump(a.life, criu.DumpRequest{
 		Pid: box.Pid(), ImagesDir: c.images(), WorkDir: c.work, LeaveRunning: true,
 		FreezeCgroup: box.CgroupPath(), ExternalMounts: dumpMounts(box), ExternalNetNS: true,
 		Notify: func(ctx context.Context, event criu.Event, _ int) error {
@@ -300,20 +303,26 @@ func (a *Agent) dump(ctx context.Context, t *task, box *sandbox.Sandbox, c *capt
 			// removes them when it goes on: this is the one instant at which the
 			// files are as the images need them.
 			start := time.Now()
-			filesErr = captureFiles(ctx, box, c)
-			files = time.Since(start)
-			return filesErr
+			c.filesErr = captureFiles(ctx, box, c)
+			c.files = time.Since(start)
+			return c.filesErr
 		},
 	})
-	if filesErr != nil {
-		return spaceError(filesErr, c.spool)
+}
+
+func (a *Agent) dump(ctx context.Context, t *task, c *capturing, checkpoint string) error {
+	failpoint.Hit("agent.capture.dumping")
+	begun := time.Now()
+	result, err := c.pending.Dump(ctx)
+	if c.filesErr != nil {
+		return spaceError(c.filesErr, c.spool)
 	}
 	if err != nil {
 		return dumpError(a.keepLog(err, c.key), c.spool)
 	}
 	failpoint.Hit("agent.capture.files")
 	r, _ := t.snapshot()
-	if err := c.finish(&r, checkpoint, a.config.Node, result, time.Since(begun)-files, files); err != nil {
+	if err := c.finish(&r, checkpoint, a.config.Node, result, time.Since(begun)-c.files, c.files); err != nil {
 		return spaceError(err, c.spool)
 	}
 	failpoint.Hit("agent.capture.dumped")
@@ -428,6 +437,9 @@ func (a *Agent) dropCapture(c *capturing) error {
 // close gives up what the capture holds.
 func (c *capturing) close() error {
 	var errs []error
+	if c.pending != nil {
+		c.pending.Abort()
+	}
 	if c.part != nil {
 		errs = append(errs, c.part.Close())
 		c.part = nil
