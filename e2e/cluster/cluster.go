@@ -38,8 +38,8 @@ type Cluster struct {
 	env    []string
 	up     *exec.Cmd
 	exited chan struct{} // closed after up was waited for
-	before map[string]bool
 	state  string
+	id     string // of this cluster; names its cgroups
 }
 
 // ExitError is a command that ended with another status than 0.
@@ -55,11 +55,7 @@ func (e *ExitError) Error() string {
 
 // Start runs `dormouse up` and returns when jobs can be submitted.
 func Start(ctx context.Context, o Options) (*Cluster, error) {
-	before, err := traces()
-	if err != nil {
-		return nil, err
-	}
-	c := &Cluster{binary: o.Binary, state: o.State, before: before, exited: make(chan struct{})}
+	c := &Cluster{binary: o.Binary, state: o.State, exited: make(chan struct{})}
 	c.up = exec.Command(o.Binary, append([]string{"up", "--state", o.State}, o.Args...)...)
 	c.up.Env = append(os.Environ(), o.Env...)
 	c.up.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // Ctrl-C at the terminal is ours to pass on
@@ -90,6 +86,11 @@ func Start(ctx context.Context, o Options) (*Cluster, error) {
 		<-c.exited
 		return nil, fmt.Errorf("`dormouse up` was not ready in time: %s", log)
 	}
+	id, err := os.ReadFile(filepath.Join(o.State, "id"))
+	if err != nil {
+		return nil, fmt.Errorf("`dormouse up` is ready and has no id: %w", err)
+	}
+	c.id = "dormouse-" + strings.TrimSpace(string(id))
 	return c, c.readEnv(ctx)
 }
 
@@ -184,54 +185,44 @@ func (c *Cluster) Stop(ctx context.Context) error {
 	return nil
 }
 
-// Leftovers names every process, mount, cgroup and network namespace of
-// Dormouse that is on the machine now and was not before Start.
+// Leftovers names what this cluster still has on the machine: processes,
+// mounts and cgroups. Other clusters may run beside it, so what counts is what
+// bears the path of its state directory or its own id.
 func (c *Cluster) Leftovers() ([]string, error) {
-	now, err := traces()
-	if err != nil {
-		return nil, err
-	}
 	var left []string
-	for trace := range now {
-		if !c.before[trace] {
-			left = append(left, trace)
-		}
-	}
-	return left, nil
-}
-
-// traces lists what Dormouse can leave on a machine.
-func traces() (map[string]bool, error) {
-	found := map[string]bool{}
+	ours := func(text string) bool { return strings.Contains(text, c.state) || strings.Contains(text, c.id) }
 	mounts, err := os.ReadFile("/proc/self/mountinfo")
 	if err != nil {
 		return nil, err
 	}
 	for _, line := range strings.Split(string(mounts), "\n") {
-		if strings.Contains(line, "dormouse") {
-			found["mount: "+line] = true
+		if ours(line) {
+			left = append(left, "mount: "+line)
 		}
 	}
-	executables, _ := filepath.Glob("/proc/[0-9]*/exe")
-	for _, exe := range executables {
-		target, err := os.Readlink(exe)
-		if err != nil || !strings.Contains(filepath.Base(target), "dormouse") && !strings.Contains(target, "/.dormouse/") {
-			continue
-		}
-		if pid := filepath.Base(filepath.Dir(exe)); pid != fmt.Sprint(os.Getpid()) {
-			found["process "+pid+": "+target] = true
+	processes, err := filepath.Glob("/proc/[0-9]*")
+	if err != nil {
+		return nil, err
+	}
+	for _, process := range processes {
+		cgroups, _ := os.ReadFile(filepath.Join(process, "cgroup"))
+		command, _ := os.ReadFile(filepath.Join(process, "cmdline"))
+		if filepath.Base(process) != fmt.Sprint(os.Getpid()) && (ours(string(cgroups)) || ours(string(command))) {
+			left = append(left, fmt.Sprintf("process %s: %q", filepath.Base(process), command))
 		}
 	}
-	for _, pattern := range []string{"/sys/fs/cgroup/dormouse*", "/sys/fs/cgroup/*/dormouse*", "/run/netns/dormouse*"} {
+	for _, pattern := range []string{"/sys/fs/cgroup/dormouse*", "/sys/fs/cgroup/*/dormouse*"} {
 		paths, err := filepath.Glob(pattern)
 		if err != nil {
 			return nil, err
 		}
 		for _, path := range paths {
-			found[path] = true
+			if ours(path) {
+				left = append(left, path)
+			}
 		}
 	}
-	return found, nil
+	return left, nil
 }
 
 // tail keeps the last bytes written, for error messages, and passes all on.
