@@ -241,6 +241,16 @@ func TestPreflightNamesForeignMounts(t *testing.T) {
 	}
 }
 
+func TestPreflightNamesFilesOpenedOutside(t *testing.T) {
+	e := newEngine(t)
+	file := filepath.Join(t.TempDir(), "leaked")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s := startStage(t, e, unix.CLONE_NEWNET, stage{Program: job(t), Args: []string{"counter"}, Leak: file})
+	expectRefusal(t, preflight(t, s, nil), "that was opened outside of the task")
+}
+
 func FuzzParseWatch(f *testing.F) {
 	f.Add("inotify wd:1 ino:5a sdev:800010 mask:fff ignored_mask:0 fhandle-bytes:8 fhandle-type:1 f_handle:5a00000033b5a7d1\n")
 	f.Add("fanotify mnt_id:12 mflags:0 mask:1 ignored_mask:0\n")

@@ -45,6 +45,7 @@ type stage struct {
 	Program string   // copied to /tmp/job
 	Args    []string // of it
 	Volume  string   // a directory bound to /mnt, if any
+	Leak    string   // a file of the machine that the program finds open, if any
 	Overlay string   // options of an overlay as the root, instead of the bind, if any
 }
 
@@ -91,6 +92,11 @@ func sandboxStage(encoded string) error {
 	if err := os.Chmod(at("tmp/job"), 0o755); err != nil {
 		return err
 	}
+	if s.Leak != "" {
+		if _, err := unix.Open(s.Leak, unix.O_RDONLY, 0); err != nil {
+			return err
+		}
+	}
 	if err := os.Chdir(s.Root); err != nil {
 		return err
 	}
@@ -106,10 +112,10 @@ func sandboxStage(encoded string) error {
 	if err := loopbackUp(); err != nil {
 		return err
 	}
-	return execInside(s.Args)
+	return execInside(s.Args, s.Leak != "")
 }
 
-func execInside(args []string) error {
+func execInside(args []string, leak bool) error {
 	null, err := unix.Open("/dev/null", unix.O_RDONLY, 0)
 	if err != nil {
 		return err
@@ -126,8 +132,10 @@ func execInside(args []string) error {
 	if err := unix.Dup3(1, 2, 0); err != nil {
 		return err
 	}
-	if err := unix.CloseRange(3, ^uint(0), unix.CLOSE_RANGE_CLOEXEC); err != nil {
-		return err
+	if !leak {
+		if err := unix.CloseRange(3, ^uint(0), unix.CLOSE_RANGE_CLOEXEC); err != nil {
+			return err
+		}
 	}
 	return unix.Exec("/tmp/job", append([]string{"/tmp/job"}, args...), []string{"PATH=/usr/bin:/bin"})
 }
