@@ -1,0 +1,66 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"os"
+
+	"github.com/spf13/cobra"
+
+	"dormouse/controller"
+)
+
+func (c *cli) controllerCommand() *cobra.Command {
+	file := ""
+	command := &cobra.Command{
+		Use:   "controller",
+		Short: "Run a controller for agents on other machines",
+		Long: `Run the controller that agents join and the other commands talk to. It prints
+"ready URL" when it answers, and runs until it is interrupted; jobs go on without
+it for as long as their lease lasts, then they are frozen until it is back.
+
+The configuration is described in docs/install.md.`,
+		Example: `  dormouse controller --config /etc/dormouse/controller.yaml`,
+		Args:    exactly(),
+		RunE: func(command *cobra.Command, _ []string) error {
+			if file == "" {
+				return usagef("there is no configuration: name its file with --config")
+			}
+			config, err := controller.ReadConfig(file)
+			if err != nil {
+				return usagef("%v", err)
+			}
+			return c.runController(command.Context(), config)
+		},
+	}
+	command.Flags().StringVar(&file, "config", "", "YAML `file` with the configuration")
+	return command
+}
+
+func (c *cli) runController(ctx context.Context, config controller.Config) (err error) {
+	program, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	daemon, err := controller.Start(ctx, config, controller.Env{
+		Logger: c.daemonLogger(), Version: version,
+		AgentCommand: func(config string) []string { return []string{program, "agent", "--config", config} },
+	})
+	if err != nil {
+		return err
+	}
+	defer func() {
+		closing, cancel := context.WithTimeout(context.WithoutCancel(ctx), closeTimeout)
+		defer cancel()
+		err = errors.Join(err, daemon.Close(closing))
+	}()
+	if err := c.showReady(daemon.URL()); err != nil {
+		return err
+	}
+	select {
+	case <-ctx.Done():
+		return nil
+	case <-daemon.Done():
+		return daemon.Err()
+	}
+}
