@@ -197,7 +197,9 @@ func begins(id, path, summary string) huma.Operation {
 	return huma.Operation{OperationID: id, Method: http.MethodPost, Path: path, Summary: summary, DefaultStatus: http.StatusAccepted}
 }
 
-type byID struct {
+// ByID is the path parameter of everything that concerns one thing; exported,
+// because huma fills in only exported embedded structs.
+type ByID struct {
 	ID string `path:"id"`
 }
 
@@ -230,23 +232,23 @@ func (c *Controller) routeJobs(rest huma.API) {
 	}) ([]api.Job, error) {
 		return c.listJobs(ctx, in.All)
 	})
-	route(rest, get("job", "/v1/jobs/{id}", "Show a job"), func(ctx context.Context, in *byID) (api.JobDetail, error) {
+	route(rest, get("job", "/v1/jobs/{id}", "Show a job"), func(ctx context.Context, in *ByID) (api.JobDetail, error) {
 		return c.jobDetail(ctx, in.ID)
 	})
 	routeEmpty(rest, huma.Operation{OperationID: "remove-job", Method: http.MethodDelete, Path: "/v1/jobs/{id}", Summary: "Forget a job, its checkpoints and logs"},
-		func(ctx context.Context, in *byID) error { return c.remove(ctx, in.ID) })
+		func(ctx context.Context, in *ByID) error { return c.remove(ctx, in.ID) })
 	route(rest, get("wait-job", "/v1/jobs/{id}/wait", "Wait until a job is in a phase, or over"), func(ctx context.Context, in *struct {
-		byID
+		ByID
 		For     string `query:"for"`
 		Timeout string `query:"timeout"`
 	}) (api.JobDetail, error) {
 		return c.waitJob(ctx, in.ID, api.Phase(in.For), in.Timeout)
 	})
-	route(rest, begins("suspend", "/v1/jobs/{id}/suspend", "Put a running job to sleep"), func(ctx context.Context, in *byID) (api.Operation, error) {
+	route(rest, begins("suspend", "/v1/jobs/{id}/suspend", "Put a running job to sleep"), func(ctx context.Context, in *ByID) (api.Operation, error) {
 		return operation(c.suspend(ctx, in.ID))
 	})
 	type wake struct {
-		byID
+		ByID
 		Body *struct {
 			Cloud string `json:"cloud,omitempty"`
 			From  string `json:"from,omitempty" doc:"checkpoint; the newest durable one unless given"`
@@ -265,7 +267,7 @@ func (c *Controller) routeJobs(rest huma.API) {
 		return operation(c.restart(ctx, in.ID, in.Body.Cloud, in.Body.From))
 	})
 	route(rest, begins("kill", "/v1/jobs/{id}/kill", "End a job, or send it a signal"), func(ctx context.Context, in *struct {
-		byID
+		ByID
 		Body *struct {
 			Signal string `json:"signal,omitempty" doc:"TERM, SIGTERM or 15; the job goes on if it survives. Empty: end the job"`
 		}
@@ -343,7 +345,7 @@ func parseWait(text string) (time.Duration, error) {
 
 func (c *Controller) routeCheckpoints(rest huma.API) {
 	route(rest, begins("checkpoint", "/v1/jobs/{id}/checkpoints", "Checkpoint a running job"), func(ctx context.Context, in *struct {
-		byID
+		ByID
 		Body *struct {
 			Label string `json:"label,omitempty" maxLength:"200" doc:"kept by retention"`
 		}
@@ -353,13 +355,13 @@ func (c *Controller) routeCheckpoints(rest huma.API) {
 		}
 		return operation(c.checkpoint(ctx, in.ID, in.Body.Label))
 	})
-	route(rest, get("job-checkpoints", "/v1/jobs/{id}/checkpoints", "List a job's checkpoints"), func(ctx context.Context, in *byID) ([]api.Checkpoint, error) {
+	route(rest, get("job-checkpoints", "/v1/jobs/{id}/checkpoints", "List a job's checkpoints"), func(ctx context.Context, in *ByID) ([]api.Checkpoint, error) {
 		return c.listCheckpoints(ctx, in.ID)
 	})
 	route(rest, get("checkpoints", "/v1/checkpoints", "List all checkpoints"), func(ctx context.Context, _ *struct{}) ([]api.Checkpoint, error) {
 		return c.listCheckpoints(ctx, "")
 	})
-	route(rest, get("show-checkpoint", "/v1/checkpoints/{id}", "Show a checkpoint"), func(ctx context.Context, in *byID) (cp api.Checkpoint, err error) {
+	route(rest, get("show-checkpoint", "/v1/checkpoints/{id}", "Show a checkpoint"), func(ctx context.Context, in *ByID) (cp api.Checkpoint, err error) {
 		err = c.store.View(ctx, func(tx store.Tx) error {
 			cp, err = findCheckpoint(tx, in.ID)
 			return err
@@ -367,15 +369,15 @@ func (c *Controller) routeCheckpoints(rest huma.API) {
 		return cp, err
 	})
 	routeEmpty(rest, huma.Operation{OperationID: "remove-checkpoint", Method: http.MethodDelete, Path: "/v1/checkpoints/{id}", Summary: "Forget a checkpoint"},
-		func(ctx context.Context, in *byID) error { return c.removeCheckpoint(ctx, in.ID) })
-	route(rest, begins("verify-checkpoint", "/v1/checkpoints/{id}/verify", "Read and hash a checkpoint"), func(ctx context.Context, in *byID) (api.Operation, error) {
+		func(ctx context.Context, in *ByID) error { return c.removeCheckpoint(ctx, in.ID) })
+	route(rest, begins("verify-checkpoint", "/v1/checkpoints/{id}/verify", "Read and hash a checkpoint"), func(ctx context.Context, in *ByID) (api.Operation, error) {
 		return operation(c.verifyCheckpoints(ctx, in.ID))
 	})
 	route(rest, begins("verify", "/v1/verify", "Read and hash all checkpoints"), func(ctx context.Context, _ *struct{}) (api.Operation, error) {
 		return operation(c.verifyCheckpoints(ctx, ""))
 	})
 	route(rest, begins("clone", "/v1/checkpoints/{id}/clone", "Make a new job of a checkpoint"), func(ctx context.Context, in *struct {
-		byID
+		ByID
 		Body *struct {
 			Cloud string `json:"cloud,omitempty"`
 			Name  string `json:"name,omitempty"`
@@ -409,7 +411,7 @@ func (c *Controller) routePlatform(rest huma.API) {
 		return c.listOperations(ctx)
 	})
 	route(rest, get("operation", "/v1/operations/{id}", "Show an operation, or wait for its next change"), func(ctx context.Context, in *struct {
-		byID
+		ByID
 		Wait string `query:"wait"`
 	}) (api.Operation, error) {
 		return c.waitOperation(ctx, in.ID, in.Wait)
@@ -418,9 +420,9 @@ func (c *Controller) routePlatform(rest huma.API) {
 		return c.listNodes(ctx)
 	})
 	routeEmpty(rest, huma.Operation{OperationID: "kill-node", Method: http.MethodPost, Path: "/v1/nodes/{id}/kill", Summary: "Cut the power of a virtual node"},
-		func(ctx context.Context, in *byID) error { return c.cutPower(ctx, in.ID) })
+		func(ctx context.Context, in *ByID) error { return c.cutPower(ctx, in.ID) })
 	routeEmpty(rest, huma.Operation{OperationID: "start-node", Method: http.MethodPost, Path: "/v1/nodes/{id}/start", Summary: "Start a virtual node again"},
-		func(ctx context.Context, in *byID) error { return c.powerOn(ctx, in.ID) })
+		func(ctx context.Context, in *ByID) error { return c.powerOn(ctx, in.ID) })
 	route(rest, get("clouds", "/v1/clouds", "List the clouds"), func(ctx context.Context, _ *struct{}) ([]api.Cloud, error) {
 		return c.listClouds(ctx)
 	})
