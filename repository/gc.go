@@ -135,9 +135,8 @@ func (c *collector) begin(ctx context.Context) error {
 		return err
 	}
 	c.lock = l
-	info, err := r.be.Stat(ctx, l.handle(1))
+	c.now, err = l.backendTime(ctx)
 	if err == nil {
-		c.now = info.Modified
 		var others map[string]leaseRecord
 		if others, err = r.leases(ctx, collectorPrefix, c.now); err == nil && len(others) > 1 {
 			err = ErrBusy

@@ -30,12 +30,16 @@ type lease struct {
 	// avoid are the packs and parts that the known lists condemn.
 	avoid map[ID]bool
 
-	mu      sync.Mutex
-	n       int
-	renewed time.Time // before the last successful write began
+	stop context.CancelFunc
+	done chan struct{}
+	// writing holds a token while nobody writes a lease object.
+	writing chan struct{}
+
+	mu      sync.Mutex // of what follows and of record; never held while writing
+	n       int        // of the last object that was tried
+	written []int      // objects that exist, oldest first
+	renewed time.Time  // before the last successful write began
 	lost    bool
-	stop    context.CancelFunc
-	done    chan struct{}
 }
 
 // leaseRecord is the content of a lease object.
@@ -77,12 +81,14 @@ func (r *Repository) acquire(ctx context.Context, holder string) (*lease, error)
 // newLease writes a lease and keeps it until release.
 func (r *Repository) newLease(ctx context.Context, prefix, holder string) (*lease, error) {
 	l := &lease{
-		repo:   r,
-		prefix: prefix,
-		record: leaseRecord{Format: 1, ID: rand.Text(), Holder: holder, Created: time.Now().UTC(), TTL: r.ttl.Milliseconds()},
-		avoid:  make(map[ID]bool),
-		done:   make(chan struct{}),
+		repo:    r,
+		prefix:  prefix,
+		record:  leaseRecord{Format: 1, ID: rand.Text(), Holder: holder, Created: time.Now().UTC(), TTL: r.ttl.Milliseconds()},
+		avoid:   make(map[ID]bool),
+		done:    make(chan struct{}),
+		writing: make(chan struct{}, 1),
 	}
+	l.writing <- struct{}{}
 	if err := l.renew(ctx); err != nil {
 		return nil, fmt.Errorf("take a lease on the repository in %s: %w", r.be.Location(), err)
 	}
@@ -118,26 +124,50 @@ func (l *lease) readCondemned(ctx context.Context) (names []string, err error) {
 
 // renew writes the next lease object and removes the last but one.
 func (l *lease) renew(ctx context.Context) error {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.expired() {
-		return ErrLeaseLost
+	select {
+	case <-l.writing:
+	case <-ctx.Done():
+		return ctx.Err()
 	}
-	begin := time.Now()
-	p, err := json.Marshal(l.record)
+	defer func() { l.writing <- struct{}{} }()
+	n, p, err := l.next()
 	if err != nil {
 		return err
 	}
-	next := l.handle(l.n + 1)
-	if err := l.repo.be.Save(ctx, next, bytes.NewReader(p), int64(len(p))); err != nil {
+	begin := time.Now()
+	if err := l.repo.be.Save(ctx, l.handle(n), bytes.NewReader(p), int64(len(p))); err != nil {
 		return err
 	}
-	l.n++
-	l.renewed = begin
-	if l.n <= 2 {
-		return nil
+	for _, old := range l.wrote(n, begin) {
+		if err := l.repo.be.Remove(ctx, l.handle(old)); err != nil {
+			return err
+		}
 	}
-	return l.repo.be.Remove(ctx, l.handle(l.n-2))
+	return nil
+}
+
+// next is the number and the content of the next lease object. No number is
+// used twice: a Save that failed may have written it all the same.
+func (l *lease) next() (int, []byte, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.expired() {
+		return 0, nil, ErrLeaseLost
+	}
+	l.n++
+	p, err := json.Marshal(l.record)
+	return l.n, p, err
+}
+
+// wrote notes a new object and returns those to remove.
+func (l *lease) wrote(n int, begin time.Time) (old []int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.renewed = begin
+	l.written = append(l.written, n)
+	old = l.written[:max(0, len(l.written)-2)]
+	l.written = l.written[len(old):]
+	return old
 }
 
 func (l *lease) handle(n int) backend.Handle {
@@ -153,6 +183,18 @@ func (l *lease) expired() bool {
 		l.lost = true
 	}
 	return l.lost
+}
+
+// backendTime is the backend's time when the lease was last renewed.
+func (l *lease) backendTime(ctx context.Context) (time.Time, error) {
+	l.mu.Lock()
+	newest := l.handle(l.written[len(l.written)-1])
+	l.mu.Unlock()
+	info, err := l.repo.be.Stat(ctx, newest)
+	if errors.Is(err, backend.ErrNotExist) { // somebody found that it had run out
+		err = ErrLeaseLost
+	}
+	return info.Modified, err
 }
 
 // check returns ErrLeaseLost when the lease has run out.
@@ -194,9 +236,10 @@ func (l *lease) release() {
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	defer cancel()
 	l.mu.Lock()
-	defer l.mu.Unlock()
 	l.lost = true
-	for n := max(l.n-2, 1); n <= l.n+1; n++ { // a renewal may have been cut short
+	left := append(l.written, l.n) // the last try may have written something
+	l.mu.Unlock()
+	for _, n := range left {
 		l.repo.be.Remove(ctx, l.handle(n))
 	}
 }

@@ -206,11 +206,11 @@ func (r *Repository) checkParts(ctx context.Context, l *lease, tasks []TaskManif
 	if err := r.sync(ctx); err != nil {
 		return err
 	}
-	info, err := r.be.Stat(ctx, l.handle(1))
+	now, err := l.backendTime(ctx)
 	if err != nil {
 		return err
 	}
-	living, err := r.leases(ctx, leasePrefix, info.Modified)
+	living, err := r.leases(ctx, leasePrefix, now)
 	if err != nil {
 		return err
 	}
