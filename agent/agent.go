@@ -92,7 +92,7 @@ func New(config Config) (_ *Agent, err error) {
 	}
 	a.boxes, err = sandbox.New(sandbox.Options{
 		Init: config.Init, Cgroup: config.Cgroup, Images: filepath.Join(config.State, "images"),
-		Hide: []string{config.State}, Log: a.log,
+		Hide: append([]string{config.State, config.Spool}, config.Hide...), Log: a.log,
 	})
 	if err != nil {
 		return nil, err

@@ -162,6 +162,7 @@ func (a *Agent) prepare(ctx context.Context, t *task, box *sandbox.Sandbox, chec
 	if err := c.upper.PreCopy(ctx, view.Shared); err != nil {
 		return files, spaceError(err, c.spool)
 	}
+	c.spool.warm(ctx, report.ImageBytes)
 	a.capturesMu.Lock()
 	defer a.capturesMu.Unlock()
 	a.captures[c.key] = c
@@ -233,6 +234,7 @@ func (a *Agent) freeze(ctx context.Context, ref *agentpb.TaskRef, checkpoint str
 	if c.pending, err = a.prepareDump(box, c); err != nil {
 		return a.keepLog(err, c.key)
 	}
+	c.spool.cool()
 	if err := box.Quiesce(ctx); err != nil {
 		return retry{fmt.Errorf("close the task's connections to the agent: %w", err)}
 	}

@@ -34,6 +34,8 @@ type Config struct {
 
 	// State is the directory that holds all the agent must remember.
 	State string `yaml:"state" json:"state"`
+	// Hide are directories, besides State, that no task may see.
+	Hide []string `yaml:"hide" json:"hide,omitempty"`
 	// Cgroup is the path below the cgroup v2 mount under which the cgroups of
 	// tasks are made. Empty: dormouse/NODE/jobs.
 	Cgroup string `yaml:"cgroup" json:"cgroup,omitempty"`

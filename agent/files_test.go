@@ -26,15 +26,20 @@ func rootFor(t *testing.T, dir string, programs ...string) {
 		if !strings.Contains(name, "bin/") {
 			continue
 		}
-		libraries, err := exec.Command("ldd", "/"+name).Output()
-		must(t, err)
-		for _, library := range regexp.MustCompile(`/\S+`).FindAllString(string(libraries), -1) {
+		for _, library := range libraries(t, "/"+name) {
 			copyInto(t, dir, library)
 		}
 	}
 	for _, name := range []string{"root", "tmp", "proc", "dev", "sys"} {
 		must(t, os.MkdirAll(filepath.Join(dir, name), 0o755))
 	}
+}
+
+func libraries(t *testing.T, program string) []string {
+	t.Helper()
+	list, err := exec.Command("ldd", program).Output()
+	must(t, err)
+	return regexp.MustCompile(`/\S+`).FindAllString(strings.ReplaceAll(string(list), program, ""), -1)
 }
 
 func copyInto(t *testing.T, dir, name string) {
@@ -61,12 +66,12 @@ func TestRestoreWhereTheRootHasChanged(t *testing.T) {
 	c.mustDo("east-0", ref, &agentpb.DestroyTask{})
 
 	must(t, os.Remove(filepath.Join(root, "bin/sh")))
-	libraries, err := filepath.Glob(filepath.Join(root, "lib/*/libc.so.6"))
+	found, err := filepath.Glob(filepath.Join(root, "lib/*/libc.so.6"))
 	must(t, err)
-	if len(libraries) != 1 {
-		t.Fatalf("the C library of the root: %q", libraries)
+	if len(found) != 1 {
+		t.Fatalf("the C library of the root: %q", found)
 	}
-	f, err := os.OpenFile(libraries[0], os.O_APPEND|os.O_WRONLY, 0)
+	f, err := os.OpenFile(found[0], os.O_APPEND|os.O_WRONLY, 0)
 	must(t, err)
 	_, err = f.WriteString("another version")
 	must(t, err)
@@ -80,6 +85,44 @@ func TestRestoreWhereTheRootHasChanged(t *testing.T) {
 	c.checkpoint("east-0", again, "c-root-two")
 	c.mustDo("east-0", again, &agentpb.DestroyTask{})
 	again = c.restore("east-0", again, "c-root-two", spec)
+	c.awaitLog("east-0", again, "more lines", counted(last+20))
+}
+
+// A node may not have the root at all: what was captured goes on from the
+// closure alone.
+func TestRestoreWhereTheRootIsMissing(t *testing.T) {
+	c := newController(t)
+	c.addNode("east-0")
+	root := filepath.Join(c.dir, "root")
+	rootFor(t, root)
+	source := filepath.Join(c.dir, "count.c")
+	must(t, os.WriteFile(source, []byte(`
+#include <stdio.h>
+#include <unistd.h>
+int main(void) { for (int i = 1;; i++) { printf("%d\n", i); fflush(stdout); usleep(20000); } }
+`), 0o600))
+	out, err := exec.Command("gcc", "-o", filepath.Join(root, "count"), source).CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	for _, library := range libraries(t, filepath.Join(root, "count")) {
+		copyInto(t, root, library)
+	}
+	spec := api.JobSpec{Command: []string{"/count"}, Root: "dir:" + root, CPUs: 1, MemBytes: 64 << 20}
+	ref := c.start("east-0", "j-bare", spec)
+	c.awaitLog("east-0", ref, "10 lines", counted(10))
+	c.checkpoint("east-0", ref, "c-bare")
+	c.mustDo("east-0", ref, &agentpb.DestroyTask{})
+	must(t, os.Rename(root, root+".away"))
+
+	again := c.restore("east-0", ref, "c-bare", spec)
+	last, err := countsUp(c.logs("east-0", again, false))
+	must(t, err)
+	c.awaitLog("east-0", again, "more lines", counted(last+10))
+	c.checkpoint("east-0", again, "c-bare-two")
+	c.mustDo("east-0", again, &agentpb.DestroyTask{})
+	must(t, os.Rename(root+".away", root))
+	again = c.restore("east-0", again, "c-bare-two", spec)
 	c.awaitLog("east-0", again, "more lines", counted(last+20))
 }
 

@@ -14,6 +14,7 @@ import (
 	"dormouse/agent/capture"
 	"dormouse/agent/criu"
 	"dormouse/agent/sandbox"
+	"dormouse/api"
 	"dormouse/api/agentpb"
 	"dormouse/internal/failpoint"
 	"dormouse/repository"
@@ -135,7 +136,7 @@ func (a *Agent) fetch(ctx context.Context, t *task, r *record, part *repository.
 		return err
 	})
 	group.Go(func() error {
-		box, err := a.boxes.Create(ctx, boxConfig(t, r))
+		box, err := a.createBox(ctx, t, r)
 		if err != nil {
 			return err
 		}
@@ -157,6 +158,38 @@ func (a *Agent) rememberPages(part *repository.PartReader, spool *spoolDir, imag
 	if err := spool.close(); err != nil {
 		a.log.Warn("cannot remove the images of a restore", "job", r.Job, "task", r.Index, "error", err)
 	}
+}
+
+// createBox makes the sandbox. When this node does not have the task's root,
+// the closure alone takes its place: the processes that were captured go on, but
+// whatever else they need of the root later is missing, and the task's state
+// says so.
+func (a *Agent) createBox(ctx context.Context, t *task, r *record) (*sandbox.Sandbox, error) {
+	config := boxConfig(t, r)
+	box, err := a.boxes.Create(ctx, config)
+	if !errors.Is(err, sandbox.ErrBadImage) && !(err != nil && rootIsMissing(config.Root)) {
+		return box, err
+	}
+	empty := filepath.Join(t.dir, "root")
+	if err := os.Mkdir(empty, 0o755); err != nil {
+		return nil, err
+	}
+	config.Root = "dir:" + empty
+	reason := fmt.Sprintf("restored without its root: %v; only the files that it had open or mapped are there", err)
+	a.log.Warn("restoring a task without its root", "task", t.id(), "error", err)
+	if err := t.update(func(r *record) { r.Reason = reason }); err != nil {
+		return nil, err
+	}
+	return a.boxes.Create(ctx, config)
+}
+
+// rootIsMissing reports whether a root names a path that is not on this node.
+func rootIsMissing(text string) bool {
+	root, err := sandbox.ParseRoot(text)
+	if err != nil || root.Kind != api.RootDir {
+		return false
+	}
+	return !fileExists(root.Path)
 }
 
 // restoreFiles builds the upper layer: the task's own files, and those of its

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -115,6 +116,46 @@ func (s *spooler) memoryRoom() (int64, error) {
 		room = min(room, s.limit-s.used)
 	}
 	return room, nil
+}
+
+// ballast is the file that warm makes.
+const ballast = "ballast"
+
+// warm has the kernel find, and a hypervisor back, the pages for size bytes of
+// images ahead of their writing: measured, a dump into memory that a virtual
+// machine has never touched takes five times as long. cool gives them back, to
+// be taken again at once. A failure costs time only.
+func (d *spoolDir) warm(ctx context.Context, size int64) {
+	if !d.inMemory {
+		return
+	}
+	f, err := os.OpenFile(filepath.Join(d.path, ballast), os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return
+	}
+	defer f.Close()
+	if f.Truncate(size) != nil {
+		return
+	}
+	pages, err := unix.Mmap(int(f.Fd()), 0, int(size), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	if err != nil {
+		return
+	}
+	defer unix.Munmap(pages)
+	const step = 64 << 20
+	for left := pages; len(left) > 0 && ctx.Err() == nil; {
+		next := left[:min(len(left), step)]
+		if unix.Madvise(next, unix.MADV_POPULATE_WRITE) != nil { // madvise(2), since Linux 5.14
+			return
+		}
+		left = left[len(next):]
+	}
+}
+
+func (d *spoolDir) cool() {
+	if d.inMemory {
+		os.Remove(filepath.Join(d.path, ballast))
+	}
 }
 
 // close removes the directory and its contents. It may be called again.

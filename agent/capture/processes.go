@@ -31,8 +31,8 @@ func (n Inodes) Has(key repository.FileKey) bool {
 // View is what the processes of a task have to do with files.
 type View struct {
 	// Paths are the files and directories, inside the task's root mount, that a
-	// process has mapped or open, or as its program, working directory or root;
-	// sorted, without a leading slash.
+	// process has mapped or open, or as its program, working directory or root,
+	// or that something is mounted on; sorted, without a leading slash.
 	Paths []string
 	// Shared are the files that are mapped shared and writable.
 	Shared Inodes
@@ -48,6 +48,7 @@ func Look(init int, pids []int, upper string) (*View, error) {
 		return nil, err
 	}
 	l := &looking{upper: upper, mounts: mounts, paths: map[string]struct{}{}, shared: Inodes{}}
+	l.addMountPoints()
 	for _, pid := range pids {
 		if err := l.process(pid); err != nil && !gone(err) {
 			return nil, fmt.Errorf("look at the files of process %d: %w", pid, err)
@@ -105,15 +106,32 @@ func (l *looking) link(name string) error {
 	return nil
 }
 
+// addMountPoints notes where other file systems are mounted on the root itself.
+func (l *looking) addMountPoints() {
+	for _, point := range l.mounts {
+		if l.mountOver(path.Dir(point)) == "" {
+			l.paths[strings.TrimPrefix(point, "/")] = struct{}{}
+		}
+	}
+}
+
+// mountOver returns the mount below the root that path p lies in, or "".
+func (l *looking) mountOver(p string) string {
+	for _, mount := range l.mounts {
+		if p == mount || strings.HasPrefix(p, mount+"/") {
+			return mount
+		}
+	}
+	return ""
+}
+
 // add notes a path as the kernel prints it, if it lies in the root mount.
 func (l *looking) add(target string) {
 	if !strings.HasPrefix(target, "/") || strings.HasSuffix(target, " (deleted)") {
 		return // a pipe, a socket, ..., or a ghost
 	}
-	for _, mount := range l.mounts {
-		if target == mount || strings.HasPrefix(target, mount+"/") {
-			return
-		}
+	if l.mountOver(target) != "" {
+		return
 	}
 	if relative := strings.TrimPrefix(path.Clean(target), "/"); relative != "" {
 		l.paths[relative] = struct{}{}
