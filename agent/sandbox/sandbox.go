@@ -164,7 +164,7 @@ func (s *Sandbox) Enter(pid int) error { return s.state.Cgroup.Enter(pid) }
 
 // Freeze stops all processes and returns when they have stopped.
 func (s *Sandbox) Freeze(ctx context.Context) error {
-	if err := s.state.Cgroup.Freeze(ctx); err != nil {
+	if err := s.state.Cgroup.Freeze(ctx); err != nil && !s.gone() {
 		return fmt.Errorf("cannot freeze sandbox %s: %w", s.ID(), err)
 	}
 	return nil
@@ -172,10 +172,17 @@ func (s *Sandbox) Freeze(ctx context.Context) error {
 
 // Thaw lets them go on.
 func (s *Sandbox) Thaw(ctx context.Context) error {
-	if err := s.state.Cgroup.Thaw(ctx); err != nil {
+	if err := s.state.Cgroup.Thaw(ctx); err != nil && !s.gone() {
 		return fmt.Errorf("cannot thaw sandbox %s: %w", s.ID(), err)
 	}
 	return nil
+}
+
+// gone tells that there is no cgroup any more, and so no process of the
+// sandbox: its node lost its power.
+func (s *Sandbox) gone() bool {
+	_, err := os.Stat(s.state.Cgroup.Unified)
+	return errors.Is(err, os.ErrNotExist)
 }
 
 // Frozen reports whether Freeze was the last of the two.
