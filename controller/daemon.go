@@ -269,6 +269,8 @@ func (d *Daemon) addClouds(ctx context.Context, env Env) error {
 			cloud.Driver, err = local.New(local.Options{
 				Cloud: config.Name, Dir: d.path("nodes"), Group: "dormouse-" + strings.ToLower(id[:8]),
 				Bootstrap: d.controller.Bootstrap(config.Name), Command: env.AgentCommand, Logger: d.log,
+				// Tasks share this machine: they must not find our keys on it.
+				Agent: map[string]any{"hide": []string{d.config.State}},
 			})
 			if err != nil {
 				return fmt.Errorf("cloud %s: %w", config.Name, err)

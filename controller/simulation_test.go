@@ -375,6 +375,7 @@ type simAgent struct {
 	*world
 	node, cloud string
 	cut         bool // the network is cut: it cannot connect
+	off         bool // the power is cut: nothing happens any more
 
 	// guarded by world.mu
 	tasks   map[taskRef]*simTask
@@ -390,6 +391,9 @@ type simAgent struct {
 }
 
 func (a *simAgent) start() {
+	a.mu.Lock()
+	a.off = false
+	a.mu.Unlock()
 	ctx, cancel := context.WithCancel(context.Background())
 	a.cancel, a.done = cancel, make(chan struct{})
 	go func() {
@@ -625,6 +629,9 @@ func broken(c *agentpb.Command, format string, args ...any) *agentpb.Reply {
 func (a *simAgent) carryOut(ctx context.Context, client agentpb.AgentServiceClient, c *agentpb.Command) *agentpb.Reply {
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	if a.off {
+		return broken(c, "the power is off")
+	}
 	ref := a.refOf(c.GetTask())
 	t := a.tasks[ref]
 	reply := &agentpb.Reply{Id: c.GetId()}
@@ -759,6 +766,9 @@ func (s *simulation) end(job string, code int32) {
 
 // cutPower ends the agent and all tasks at once.
 func (a *simAgent) cutPower() {
+	a.mu.Lock()
+	a.off = true
+	a.mu.Unlock()
 	a.stop()
 	a.mu.Lock()
 	defer a.mu.Unlock()
