@@ -189,6 +189,20 @@ func TestCPULimitHolds(t *testing.T) {
 	}
 }
 
+func TestRealtimeSchedulingForThoseWhoMay(t *testing.T) {
+	b := newBench(t)
+	script := "chrt -f 5 sh -c 'chrt -p $$'"
+	if _, err := exec.LookPath("chrt"); err != nil {
+		missing(t, "this test needs chrt (util-linux)")
+	}
+	cfg := b.config(script)
+	cfg.CapAdd = []string{"SYS_NICE"}
+	contains(t, "with SYS_NICE", b.output(cfg), "SCHED_FIFO")
+	if b.wait(b.start(b.config(script))).Code == 0 {
+		t.Error("real time without SYS_NICE")
+	}
+}
+
 func TestMemoryLimitHoldsAndIsReported(t *testing.T) {
 	b := newBench(t)
 	cfg := b.config("x=$(head -c 200000000 /dev/zero | tr '\\0' a)")

@@ -8,11 +8,14 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"dormouse/agent/sandbox/cgroup"
 	"dormouse/agent/sandbox/oci"
 	"dormouse/api"
+
+	"golang.org/x/sys/unix"
 )
 
 // Options are what a Runtime needs.
@@ -79,7 +82,7 @@ func (r *Runtime) Create(ctx context.Context, cfg Config) (*Sandbox, error) {
 	return s, nil
 }
 
-// checkVolumes finds volumes that are not there, or that are Dormouse's own
+// checkVolumes finds volumes that are not there, or that lie in Dormouse's own
 // state: a task must not read keys or another task's files.
 func (r *Runtime) checkVolumes(volumes []api.Volume) error {
 	for _, v := range volumes {
@@ -88,7 +91,7 @@ func (r *Runtime) checkVolumes(volumes []api.Volume) error {
 			return refuse("the volume %s cannot be used on this node: %v", v.Source, err)
 		}
 		for _, dir := range r.options.Hide {
-			if hidden, err := filepath.EvalSymlinks(dir); err == nil && (within(source, hidden) || within(hidden, source)) {
+			if hidden, err := filepath.EvalSymlinks(dir); err == nil && within(source, hidden) {
 				return refuse("the volume %s cannot be used: Dormouse keeps its own state in %s", v.Source, dir)
 			}
 		}
@@ -153,13 +156,20 @@ func (s *Sandbox) removeDirs(context.Context) error {
 
 func (s *Sandbox) makeCgroup(context.Context) error {
 	group, err := s.runtime.hierarchies.Create(filepath.Join(s.runtime.parent, s.state.Config.ID), cgroup.Limits{
-		CPUs: s.state.Config.CPUs, MemBytes: s.state.Config.MemBytes,
+		CPUs: s.state.Config.CPUs, MemBytes: s.state.Config.MemBytes, Realtime: s.mayRunRealtime(),
 	})
 	if err != nil {
 		return err
 	}
 	s.state.Cgroup = *group
 	return nil
+}
+
+// mayRunRealtime reports whether the task was given the capability that
+// sched_setscheduler(2) asks for.
+func (s *Sandbox) mayRunRealtime() bool {
+	added, err := capabilityNumbers(s.state.Config.CapAdd)
+	return err == nil && slices.Contains(added, unix.CAP_SYS_NICE)
 }
 
 func (s *Sandbox) removeCgroup(ctx context.Context) error {

@@ -105,6 +105,9 @@ func (h *Hierarchies) Relative(path string) (string, error) {
 type Limits struct {
 	CPUs     float64 // processors' worth of time per second
 	MemBytes int64   // memory including page cache and tmpfs; swap is not given beyond it
+	// Realtime lets the group's processes use the real-time scheduling classes,
+	// as far as the machine has time for those left.
+	Realtime bool
 }
 
 // Create makes the group at path (relative to every hierarchy) with limits. It
@@ -131,7 +134,7 @@ func (g *Group) build(h *Hierarchies, path string, limits Limits) error {
 		return fmt.Errorf("cannot make the cgroup %s: %w", g.Unified, err)
 	}
 	if limits.CPUs > 0 {
-		if err := g.limitCPU(h, path, limits.CPUs, slices.Contains(enabled, "cpu")); err != nil {
+		if err := g.limitCPU(h, path, limits.CPUs, slices.Contains(enabled, "cpu"), limits.Realtime); err != nil {
 			return err
 		}
 	}
@@ -170,7 +173,7 @@ func (h *Hierarchies) enable(parent string) []string {
 // period is the scheduler's accounting interval for CPU limits, in microseconds.
 const period = 100_000
 
-func (g *Group) limitCPU(h *Hierarchies, path string, cpus float64, unified bool) error {
+func (g *Group) limitCPU(h *Hierarchies, path string, cpus float64, unified, realtime bool) error {
 	quota := max(int64(cpus*period), 1000) // the kernel refuses less than 1 ms
 	if unified {
 		return write(g.Unified, "cpu.max", fmt.Sprintf("%d %d", quota, period))
@@ -178,6 +181,9 @@ func (g *Group) limitCPU(h *Hierarchies, path string, cpus float64, unified bool
 	dir, err := g.addV1(h, "cpu", path)
 	if err != nil {
 		return err
+	}
+	if realtime {
+		g.Realtime = allowRealtime(h.V1["cpu"], dir)
 	}
 	if err := write(dir, "cpu.cfs_period_us", fmt.Sprint(period)); err != nil {
 		return err

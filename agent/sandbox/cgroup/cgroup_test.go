@@ -85,7 +85,7 @@ func TestUnifiedLimitsAreWrittenWhereThereAreControllers(t *testing.T) {
 	}
 	g := &Group{Unified: filepath.Join(root, path)}
 	h := &Hierarchies{Unified: root, V1: map[string]string{}}
-	if err := errors.Join(g.limitCPU(h, path, 1.5, true), g.limitMemory(h, path, 1<<20, true)); err != nil {
+	if err := errors.Join(g.limitCPU(h, path, 1.5, true, false), g.limitMemory(h, path, 1<<20, true)); err != nil {
 		t.Fatal(err)
 	}
 	for name, want := range map[string]string{"cpu.max": "150000 100000", "memory.max": "1048576", "memory.swap.max": "0"} {
@@ -187,6 +187,34 @@ func TestLifeOfAGroup(t *testing.T) {
 	}
 	if err := g.WaitEmpty(ctx); err != nil {
 		t.Error(err)
+	}
+}
+
+func TestRealtimeShareIsGivenAndReturned(t *testing.T) {
+	h, err := Detect()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(filepath.Join(h.V1["cpu"], realtimeFile)); err != nil || h.V1["cpu"] == "" {
+		t.Skip("this kernel does not ration real time among cgroups, so there is nothing to give")
+	}
+	share := func(path string) string {
+		content, err := os.ReadFile(filepath.Join(h.V1["cpu"], path, realtimeFile))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return strings.TrimSpace(string(content))
+	}
+	g := newGroup(t, Limits{CPUs: 1, Realtime: true})
+	parent := fmt.Sprintf("dormouse-cgroup-test-%d", os.Getpid())
+	if got, above := share(parent+"/t"), share(parent); got != "50000" || above != "50000" {
+		t.Errorf("the group has %s, its parent %s, want 50000 each", got, above)
+	}
+	if err := g.Remove(context.Background()); err != nil {
+		t.Fatal(err)
+	}
+	if above := share(parent); above != "0" {
+		t.Errorf("the parent keeps %s", above)
 	}
 }
 

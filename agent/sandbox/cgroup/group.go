@@ -25,6 +25,7 @@ type Group struct {
 	V1       []string `json:"v1,omitempty"`        // directories in v1 hierarchies
 	MemoryV2 bool     `json:"memory_v2,omitempty"` // memory is limited by v2
 	Devices  bool     `json:"devices,omitempty"`   // only harmless device nodes can be opened
+	Realtime bool     `json:"realtime,omitempty"`  // has a share of the real-time classes
 }
 
 // Enter moves the process pid into every cgroup of the group.
@@ -231,6 +232,9 @@ func (g *Group) Remove(ctx context.Context) error {
 func (g *Group) removeDirs() error {
 	var errs []error
 	for _, dir := range append([]string{g.Unified}, g.V1...) {
+		if g.Realtime {
+			returnRealtime(dir)
+		}
 		if err := syscall.Rmdir(dir); err != nil && err != syscall.ENOENT {
 			errs = append(errs, fmt.Errorf("cannot remove the cgroup %s: %w", dir, err))
 		}
