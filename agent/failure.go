@@ -39,7 +39,9 @@ func failure(err error) *agentpb.Failure {
 		errors.Is(err, criu.ErrMissing), errors.Is(err, criu.ErrTooOld),
 		errors.Is(err, sandbox.ErrCommandNotFound), errors.Is(err, sandbox.ErrBadRequest), errors.Is(err, sandbox.ErrBadImage):
 		f.Refused = true
-	case errors.As(err, &again), errors.Is(err, criu.ErrInFlight), errors.Is(err, criu.ErrBusy):
+	case errors.Is(err, criu.ErrInFlight):
+		f.Retryable, f.Refused = true, true // a connection that nobody ever accepts is the job's own
+	case errors.As(err, &again), errors.Is(err, criu.ErrBusy):
 		f.Retryable = true
 	}
 	return f

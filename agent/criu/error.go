@@ -16,9 +16,9 @@ import (
 // Reasons on which a caller may decide; an Error from Dump or Restore wraps at
 // most one of them.
 var (
-	// ErrInFlight: a TCP connection was being established. Thaw the job for
+	// ErrInFlight: a TCP connection was being established or not accepted yet. Thaw the job for
 	// some 100 ms and dump again.
-	ErrInFlight = errors.New("a TCP connection is just being established")
+	ErrInFlight = errors.New("a TCP connection is being established or waits to be accepted")
 	// ErrBusy: a process could not be stopped in time, mostly because it was
 	// inside vfork. Thaw the job for some 100 ms and dump again.
 	ErrBusy = errors.New("a process could not be stopped in time")

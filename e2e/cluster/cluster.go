@@ -53,6 +53,9 @@ func (e *ExitError) Error() string {
 	return fmt.Sprintf("dormouse %s: exit status %d: %s", strings.Join(e.Args, " "), e.Status, strings.TrimSpace(e.Stderr))
 }
 
+// idLength is how much of a cluster's id its cgroups bear.
+const idLength = 8
+
 // Start runs `dormouse up` and returns when jobs can be submitted.
 func Start(ctx context.Context, o Options) (*Cluster, error) {
 	c := &Cluster{binary: o.Binary, state: o.State, exited: make(chan struct{})}
@@ -90,7 +93,10 @@ func Start(ctx context.Context, o Options) (*Cluster, error) {
 	if err != nil {
 		return nil, fmt.Errorf("`dormouse up` is ready and has no id: %w", err)
 	}
-	c.id = "dormouse-" + strings.TrimSpace(string(id))
+	if len(id) < idLength {
+		return nil, fmt.Errorf("the cluster's id %q is too short", id)
+	}
+	c.id = "dormouse-" + strings.ToLower(string(id[:idLength]))
 	return c, c.readEnv(ctx)
 }
 
@@ -207,7 +213,10 @@ func (c *Cluster) Leftovers() ([]string, error) {
 	for _, process := range processes {
 		cgroups, _ := os.ReadFile(filepath.Join(process, "cgroup"))
 		command, _ := os.ReadFile(filepath.Join(process, "cmdline"))
-		if filepath.Base(process) != fmt.Sprint(os.Getpid()) && (ours(string(cgroups)) || ours(string(command))) {
+		if filepath.Base(process) == fmt.Sprint(os.Getpid()) || len(command) == 0 {
+			continue // ended: its status waits for the machine's init
+		}
+		if ours(string(cgroups)) || ours(string(command)) {
 			left = append(left, fmt.Sprintf("process %s: %q", filepath.Base(process), command))
 		}
 	}

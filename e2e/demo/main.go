@@ -147,13 +147,13 @@ func (s *story) play() error {
 }
 
 func (s *story) submit(name string, command ...string) (string, error) {
-	args := append([]string{"submit", "--name", name, "--mem", "512M", "--cloud", "east", "--"}, command...)
+	args := append([]string{"submit", "--name", name, "--mem", "512M", "--"}, command...)
 	out, err := s.c.Run(s.ctx, args...)
 	if err != nil {
 		return "", err
 	}
 	id := strings.TrimSpace(out)
-	say("$ dormouse submit --name %s --cloud east -- %s ...\n%s", name, command[0], id)
+	say("$ dormouse submit --name %s -- %s ...\n%s", name, command[0], id)
 	_, err = s.c.Run(s.ctx, "wait", id, "--for", "running", "--timeout", "60s")
 	return id, err
 }
@@ -167,14 +167,14 @@ func (s *story) load(job string) error {
 	if err := cluster.WaitFor(s.ctx, "redis", ping); err != nil {
 		return err
 	}
-	out, err := s.c.RunInput(s.ctx, strings.NewReader(dataSet(keyCount)), "exec", job, "--", "redis-cli", "--pipe")
+	out, err := s.c.RunInput(s.ctx, strings.NewReader(dataSet(keyCount)), "exec", "-i", job, "--", "redis-cli", "--pipe")
 	if err != nil {
 		return err
 	}
 	if want := fmt.Sprintf("errors: 0, replies: %d", keyCount); !strings.Contains(out, want) {
 		return fmt.Errorf("redis-cli --pipe answered %q, expected %q", out, want)
 	}
-	say("$ dormouse exec %s -- redis-cli --pipe < %d-keys\n%s", job, keyCount, lastLine(out))
+	say("$ dormouse exec -i %s -- redis-cli --pipe < %d-keys\n%s", job, keyCount, lastLine(out))
 	return s.checkKeys(job)
 }
 
@@ -238,9 +238,7 @@ func (s *story) loseNode(job string) error {
 		return err
 	}
 	say("%s is %s: %s", detail.Name, detail.Phase, detail.Reason)
-	// The other job must find room in the same cloud.
-	_, err = s.c.Run(s.ctx, "node", "start", node)
-	return err
+	return nil
 }
 
 func (s *story) restart(job string) error {
@@ -263,21 +261,33 @@ func (s *story) restart(job string) error {
 
 // sleepElsewhere suspends the job in one cloud and wakes it in the other.
 func (s *story) sleepElsewhere(job string) error {
-	if _, err := s.c.Run(s.ctx, "suspend", job); err != nil {
-		return err
-	}
-	begin := time.Now()
-	if _, err := s.c.Run(s.ctx, "resume", job, "--cloud", "west"); err != nil {
-		return err
-	}
-	node, err := s.node(job)
+	before, err := s.node(job)
 	if err != nil {
 		return err
 	}
-	if !strings.HasPrefix(node, "west") {
-		return fmt.Errorf("job %s woke on %s, expected a node of west", job, node)
+	cloud := "west"
+	if strings.HasPrefix(before, cloud) {
+		cloud = "east"
 	}
-	say("\n$ dormouse suspend %[1]s; dormouse resume %[1]s --cloud west\nslept in east, woke on %[2]s after %.2[3]f s", job, node, time.Since(begin).Seconds())
+	if _, err := s.c.Run(s.ctx, "suspend", job); err != nil {
+		return err
+	}
+	if _, err := s.c.Run(s.ctx, "node", "start", cloud+"-0"); err != nil {
+		return err
+	}
+	begin := time.Now()
+	if _, err := s.c.Run(s.ctx, "resume", job, "--cloud", cloud); err != nil {
+		return err
+	}
+	took := time.Since(begin)
+	after, err := s.node(job)
+	if err != nil {
+		return err
+	}
+	if !strings.HasPrefix(after, cloud) {
+		return fmt.Errorf("job %s woke on %s, expected a node of %s", job, after, cloud)
+	}
+	say("\n$ dormouse suspend %[1]s; dormouse resume %[1]s --cloud %[2]s\nslept on %[3]s, woke on %[4]s after %.2[5]f s", job, cloud, before, after, took.Seconds())
 	return nil
 }
 
