@@ -5,13 +5,12 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
-	"runtime"
 	"testing"
 )
 
 // benchMemory writes images of n MiB to a memory file system: incompressible,
 // or half of it zero.
-func benchMemory(b *testing.B, mib int, halfZero bool) string {
+func benchMemory(b testing.TB, mib int, halfZero bool) string {
 	b.Helper()
 	dir, err := os.MkdirTemp("/dev/shm", "dormouse-bench-")
 	must(b, err)
@@ -116,25 +115,5 @@ func BenchmarkRestore(b *testing.B) {
 				}
 			})
 		}
-	}
-}
-
-// What an upload holds in memory does not grow with the job.
-func BenchmarkPeakMemory(b *testing.B) {
-	for _, mib := range benchSizes {
-		b.Run(fmt.Sprintf("%dMiB", mib), func(b *testing.B) {
-			dir := benchMemory(b, mib, false)
-			r := newTestRepo(b)
-			var peak uint64
-			for i := 0; b.Loop(); i++ {
-				sample := func(int64) {
-					var m runtime.MemStats
-					runtime.ReadMemStats(&m)
-					peak = max(peak, m.HeapInuse)
-				}
-				r.checkpoint(b, fmt.Sprint("c-", i), dir, PartOptions{Progress: sample})
-			}
-			b.ReportMetric(float64(peak)/(1<<20), "peak-MiB")
-		})
 	}
 }

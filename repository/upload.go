@@ -176,7 +176,9 @@ func (u *upload) finish() error {
 		u.send()
 	}
 	u.filling.Unlock()
-	if err := u.savers.Wait(); err != nil {
+	err := u.savers.Wait()
+	u.forget()
+	if err != nil {
 		return err
 	}
 	packs := u.unindexed
@@ -191,4 +193,13 @@ func (u *upload) finish() error {
 func (u *upload) abandon() {
 	u.cancel(context.Canceled)
 	u.savers.Wait()
+	u.forget()
+}
+
+// forget frees the buffers, for an upload lives on until its manifest is written.
+func (u *upload) forget() {
+	u.current = nil
+	for range len(u.free) {
+		<-u.free
+	}
 }

@@ -77,7 +77,7 @@ func (l *Local) Location() string { return l.dir }
 
 // Save implements backend.Backend.
 func (l *Local) Save(ctx context.Context, h backend.Handle, rd io.Reader, size int64) error {
-	if err := h.Valid(); err != nil {
+	if err := errors.Join(h.Valid(), ctx.Err()); err != nil {
 		return err
 	}
 	if _, err := os.Lstat(l.path(h)); err == nil {
@@ -100,13 +100,12 @@ func (l *Local) write(ctx context.Context, name string, rd io.Reader, size int64
 		return err
 	}
 	defer func() { err = errors.Join(err, f.Close()) }()
-	// One byte more than promised tells a reader that goes on from one that ends.
-	n, err := io.Copy(f, io.LimitReader(ctxReader{ctx, rd}, size+1))
-	if err != nil {
+	w := &exactWriter{ctx: ctx, f: f, left: size}
+	if _, err := io.Copy(w, rd); err != nil {
 		return err
 	}
-	if n != size {
-		return fmt.Errorf("the data has not the announced %d bytes", size)
+	if w.left > 0 {
+		return errSize
 	}
 	return f.Sync()
 }
@@ -292,15 +291,32 @@ func syncDir(dir string) error {
 	return d.Sync()
 }
 
-// ctxReader ends a copy when ctx ends.
-type ctxReader struct {
-	ctx context.Context
-	rd  io.Reader
+var errSize = errors.New("the data has not the announced size")
+
+// exactWriter writes to a file, no more than was announced and no longer than
+// ctx lasts. A reader in memory writes itself into it without a copy.
+type exactWriter struct {
+	ctx  context.Context
+	f    *os.File
+	left int64
 }
 
-func (r ctxReader) Read(p []byte) (int, error) {
-	if err := r.ctx.Err(); err != nil {
-		return 0, err
+const writeStep = 1 << 20
+
+func (w *exactWriter) Write(p []byte) (n int, err error) {
+	if int64(len(p)) > w.left {
+		return 0, errSize
 	}
-	return r.rd.Read(p)
+	for n < len(p) {
+		if err := w.ctx.Err(); err != nil {
+			return n, err
+		}
+		m, err := w.f.Write(p[n:min(n+writeStep, len(p))])
+		n += m
+		w.left -= int64(m)
+		if err != nil {
+			return n, err
+		}
+	}
+	return n, w.ctx.Err()
 }
