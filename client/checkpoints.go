@@ -45,11 +45,13 @@ func (c *Client) Verify(ctx context.Context, id string) (*api.Operation, error) 
 	return c.operate(ctx, checkpointPath(id)+"/verify", struct{}{})
 }
 
-// Clone makes a new job from a checkpoint; the operation names it.
-func (c *Client) Clone(ctx context.Context, id, cloud string) (*api.Operation, error) {
+// Clone makes a new job, which may have a name, from a checkpoint; the operation
+// says which.
+func (c *Client) Clone(ctx context.Context, id, cloud, name string) (*api.Operation, error) {
 	body := struct {
 		Cloud string `json:"cloud,omitempty"`
-	}{cloud}
+		Name  string `json:"name,omitempty"`
+	}{cloud, name}
 	return c.operate(ctx, checkpointPath(id)+"/clone", body)
 }
 

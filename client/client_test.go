@@ -69,7 +69,7 @@ func TestCallsCarryMethodPathTokenAndBody(t *testing.T) {
 		{"remove checkpoint", func(c *Client) error { return c.RemoveCheckpoint(ctx, "c-1") }, `DELETE /v1/checkpoints/c-1`},
 		{"verify one", func(c *Client) error { _, err := c.Verify(ctx, "c-1"); return err }, `POST /v1/checkpoints/c-1/verify {}`},
 		{"verify all", func(c *Client) error { _, err := c.Verify(ctx, ""); return err }, `POST /v1/verify {}`},
-		{"clone", func(c *Client) error { _, err := c.Clone(ctx, "c-1", "west"); return err }, `POST /v1/checkpoints/c-1/clone {"cloud":"west"}`},
+		{"clone", func(c *Client) error { _, err := c.Clone(ctx, "c-1", "west", "x"); return err }, `POST /v1/checkpoints/c-1/clone {"cloud":"west","name":"x"}`},
 		{"operations", func(c *Client) error { _, err := c.Operations(ctx); return err }, `GET /v1/operations`},
 		{"operation", func(c *Client) error { _, err := c.Operation(ctx, "o-1", 2*time.Second); return err }, `GET /v1/operations/o-1?wait=2s`},
 		{"nodes", func(c *Client) error { _, err := c.Nodes(ctx); return err }, `GET /v1/nodes`},

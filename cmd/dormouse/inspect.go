@@ -37,6 +37,18 @@ func (c *cli) inspectCommand() *cobra.Command {
 	}
 }
 
+// commandLine words a command so that a shell would run the same.
+func commandLine(words []string) string {
+	quoted := []string{}
+	for _, word := range words {
+		if word == "" || strings.ContainsAny(word, " \t\n'\"\\$`*?[](){}<>|&;#~!") {
+			word = shellQuote(word)
+		}
+		quoted = append(quoted, word)
+	}
+	return oneLine(strings.Join(quoted, " "))
+}
+
 func (c *cli) printJob(job *api.JobDetail) error {
 	table := tabwriter.NewWriter(c.out, 0, 8, 2, ' ', 0)
 	line := func(name, value string) {
@@ -55,7 +67,7 @@ func (c *cli) printJob(job *api.JobDetail) error {
 	line("restarts", strconv.Itoa(job.Restarts))
 	line("restored from", job.From)
 	line("operation", job.Operation)
-	line("command", strings.Join(job.Spec.Command, " "))
+	line("command", commandLine(job.Spec.Command))
 	line("user", job.Spec.User)
 	line("root", firstOf(job.Spec.Root, string(api.RootHost)))
 	line("directory", job.Spec.Dir)

@@ -179,7 +179,7 @@ func checkSpec(spec api.JobSpec) error {
 	case len(spec.Command) == 0 || spec.Command[0] == "":
 		return usagef("there is no command: give it after --, as in `dormouse submit -- sleep 60`")
 	case spec.Name != "" && !jobName.MatchString(spec.Name):
-		return usagef("the name %q is not made of at most 63 letters, digits, dots, dashes and underscores, beginning with a letter or digit", spec.Name)
+		return badName(spec.Name)
 	case spec.Tasks < 1 || spec.Tasks > maxTasks:
 		return usagef("a job has at least 1 task and at most %d, not %d", maxTasks, spec.Tasks)
 	case !(spec.CPUs >= minCPUs && spec.CPUs <= maxCPUs):
@@ -200,6 +200,10 @@ func checkSpec(spec api.JobSpec) error {
 		return usagef("the working directory %q is not absolute: it is one inside the sandbox, such as /data", spec.Dir)
 	}
 	return checkVolumes(spec.Volumes)
+}
+
+func badName(name string) error {
+	return usagef("the name %q is not made of at most 63 letters, digits, dots, dashes and underscores, beginning with a letter or digit", name)
 }
 
 func checkVolumes(volumes []api.Volume) error {

@@ -134,6 +134,7 @@ func TestBadUsageIsRefusedBeforeTheControllerIsAsked(t *testing.T) {
 		{"exec j --task -1 -- ls", "there is no task -1"},
 		{"exec j -o json -- ls", "-o json cannot hold"},
 		{"exec j -i -t -- ls", "standard input is not a terminal"},
+		{"clone c --name a/b", `the name "a/b" is not made of`},
 		{"kill j --signal NOPE", "is not a signal"},
 		{"operations --wait", "OPERATION is missing"},
 		{"completion tcsh", "is not one of the shells"},
@@ -410,9 +411,9 @@ func TestRemovals(t *testing.T) {
 func TestNodePower(t *testing.T) {
 	lost := readyNode
 	lost.State = api.NodeLost
-	f := newFake(t, map[string]any{"POST /v1/nodes/east-1/kill": nil, "POST /v1/nodes/east-1/start": nil, "GET /v1/nodes": []api.Node{lost}})
+	f := newFake(t, map[string]any{"POST /v1/nodes/east-1/kill": nil, "POST /v1/nodes/east-1/start": nil, "GET /v1/nodes": inTurn([]api.Node{readyNode}, []api.Node{lost}, []api.Node{readyNode})})
 	dormouse(t, f.url, "node", "kill", "east-1").check(t, exitDone, "east-1 lost\n", "")
-	dormouse(t, f.url, "node", "start", "east-1", "-o", "json").check(t, exitDone, `"state": "lost"`, "")
+	dormouse(t, f.url, "node", "start", "east-1", "-o", "json").check(t, exitDone, `"state": "ready"`, "")
 	dormouse(t, f.url, "node", "kill", "nowhere").check(t, exitNotFound, "", "there is no")
 }
 
