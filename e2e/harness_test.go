@@ -157,8 +157,14 @@ func (p *platform) submit(args ...string) string {
 	return job
 }
 
-// forget ends and removes a job; one that has been forgotten already is fine.
+// forget ends and removes a job; one that has been forgotten already is fine,
+// and so is one whose `up` has ended.
 func (p *platform) forget(job string) {
+	select {
+	case <-p.c.Exited():
+		return
+	default:
+	}
 	if p.t.Failed() {
 		p.report(job)
 	}
