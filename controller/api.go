@@ -44,13 +44,13 @@ func (c *Controller) newHandler() http.Handler {
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
 		writeProblem(w, newProblem(http.StatusNotFound, "there is no %s %s", r.Method, r.URL.Path))
 	})
-	authorized := c.authorize(c.counted(mux))
+	// One byte more than huma allows, so that huma's refusal is the answer.
+	authorized := http.MaxBytesHandler(c.authorize(c.counted(mux)), maxBody+1)
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.ProtoMajor == 2 && strings.HasPrefix(r.Header.Get("Content-Type"), "application/grpc") {
 			c.grpc.ServeHTTP(w, r)
 			return
 		}
-		r.Body = http.MaxBytesReader(w, r.Body, maxBody)
 		authorized.ServeHTTP(w, r)
 	})
 }
@@ -131,7 +131,10 @@ func plainProblem(_ huma.Context, _ string, v any) (any, error) {
 		}
 	}
 	detail := model.Detail
-	if len(found) > 0 {
+	switch {
+	case model.Status == http.StatusRequestEntityTooLarge:
+		detail = fmt.Sprintf("the request is larger than %d bytes", maxBody)
+	case len(found) > 0:
 		detail = sentences(found)
 	}
 	return newProblem(model.Status, "%s", detail), nil

@@ -1,0 +1,147 @@
+package controller
+
+import (
+	"slices"
+	"testing"
+
+	"pgregory.net/rapid"
+
+	"dormouse/api"
+)
+
+var kinds = []api.OperationKind{api.OpStart, api.OpCheckpoint, api.OpSuspend, api.OpResume, api.OpRestart, api.OpClone, api.OpKill, api.OpRecover, api.OpVerify}
+
+// Whatever fails, in whatever order, an operation moves through its flow as the
+// flow says, and comes to an end once failures do.
+func TestFlowsAlwaysEnd(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		kind := rapid.SampledFrom(kinds).Draw(t, "kind")
+		f := flowOf(kind, request{})
+		at := f.begin()
+		failures := rapid.IntRange(0, 30).Draw(t, "failures")
+		committed := false
+		for range 500 {
+			var failed *failure
+			if failures > 0 && rapid.Bool().Draw(t, "fails") {
+				failures--
+				failed = &failure{Message: "broke", Retryable: rapid.Bool().Draw(t, "retryable")}
+			}
+			m := f.next(at, failed)
+			if failed == nil && at.Cause == nil && at.Step == f.commit {
+				committed = true
+			}
+			if committed && m.To.Cause != nil {
+				t.Fatalf("%s is undone at %s although %s had succeeded", kind, m.To.Step, f.commit)
+			}
+			if m.To.Attempt > maxAttempts || (f.once && m.To.Attempt > 1) {
+				t.Fatalf("%s is at attempt %d", kind, m.To.Attempt)
+			}
+			if m.Phase == api.OpDone && (failed != nil || at.Step != f.steps[len(f.steps)-1]) {
+				t.Fatalf("%s is done at %s, failed: %v", kind, at.Step, failed)
+			}
+			if m.Phase == api.OpFailed && len(f.undo) > 0 && at.Step != f.undo[len(f.undo)-1] {
+				t.Fatalf("%s failed at %s without being undone", kind, at.Step)
+			}
+			if m.Phase != api.OpRunning {
+				return
+			}
+			if known := slices.Contains(f.steps, m.To.Step) || slices.Contains(f.undo, m.To.Step); !known {
+				t.Fatalf("%s went to the unknown step %q", kind, m.To.Step)
+			}
+			at = m.To
+		}
+		t.Fatalf("%s has not ended", kind)
+	})
+}
+
+func TestUndisturbedFlowTakesEachStepOnce(t *testing.T) {
+	for _, kind := range kinds {
+		f := flowOf(kind, request{})
+		at, taken, last := f.begin(), []string{}, -1.0
+		for {
+			taken = append(taken, at.Step)
+			if p := f.progress(at, 0); p <= last || p > 1 {
+				t.Errorf("%s: progress goes from %v to %v at %s", kind, last, p, at.Step)
+			} else {
+				last = p
+			}
+			m := f.next(at, nil)
+			if m.Phase == api.OpDone {
+				break
+			}
+			at = m.To
+		}
+		if !slices.Equal(taken, f.steps) {
+			t.Errorf("%s: want %v, got %v", kind, f.steps, taken)
+		}
+	}
+}
+
+func TestJudge(t *testing.T) {
+	zero, one, two := 0, 1, 2
+	running := api.TaskStatus{Phase: api.PhaseRunning}
+	ok := api.TaskStatus{Phase: api.PhaseCompleted, ExitCode: &zero}
+	bad := api.TaskStatus{Index: 1, Phase: api.PhaseFailed, ExitCode: &one}
+	worse := api.TaskStatus{Index: 2, Phase: api.PhaseFailed, ExitCode: &two}
+	gone := api.TaskStatus{Phase: api.PhaseFailed, Reason: "node lost"}
+	for _, c := range []struct {
+		name  string
+		tasks []api.TaskStatus
+		want  verdict
+		index int
+	}{
+		{"all run", []api.TaskStatus{running, running}, goesOn, -1},
+		{"one is done", []api.TaskStatus{ok, running}, goesOn, -1},
+		{"all are done", []api.TaskStatus{ok, ok}, succeeded, 0},
+		{"the first failure counts", []api.TaskStatus{running, bad, worse}, broke, 1},
+		{"a lost task", []api.TaskStatus{running, gone}, lost, 0},
+		{"a failure counts before a loss", []api.TaskStatus{gone, bad}, broke, 1},
+	} {
+		got, task := judge(c.tasks)
+		if got != c.want || (task == nil) != (c.index < 0) || (task != nil && task.Index != c.index) {
+			t.Errorf("%s: want %v of task %d, got %v of %+v", c.name, c.want, c.index, got, task)
+		}
+	}
+}
+
+func TestOlderVersion(t *testing.T) {
+	for _, c := range []struct {
+		a, b string
+		want bool
+	}{
+		{"4.2.1", "4.2.1", false}, {"4.2", "4.2.1", true}, {"4.10", "4.9", false}, {"3.17", "4.2", true}, {"", "4.2", false}, {"4.2.1", "4.2", false},
+	} {
+		if olderVersion(c.a, c.b) != c.want {
+			t.Errorf("%q older than %q: want %v", c.a, c.b, c.want)
+		}
+	}
+}
+
+func TestSurplus(t *testing.T) {
+	cp := func(id, label string, state api.CheckpointState) api.Checkpoint {
+		return api.Checkpoint{ID: id, Label: label, State: state}
+	}
+	list := []api.Checkpoint{
+		cp("1", "", api.CheckpointDurable), cp("2", "kept", api.CheckpointDurable), cp("3", "", api.CheckpointFailed),
+		cp("4", "", api.CheckpointDurable), cp("5", "", api.CheckpointDurable),
+	}
+	if drop := surplus(list, 1); !slices.Equal(drop, []string{"4", "1"}) {
+		t.Errorf("want 4 and 1, got %v", drop)
+	}
+}
+
+func TestVirtualAddressesDoNotCollide(t *testing.T) {
+	seen := map[string]bool{}
+	for job := range uint64(64) {
+		for _, task := range []int{0, 1, 255, mostTasks - 2} {
+			ip := virtualIP(job, task)
+			if seen[ip] {
+				t.Fatalf("%s is given twice", ip)
+			}
+			seen[ip] = true
+		}
+	}
+	if ip := virtualIP(1, 0); ip != "10.64.16.1" {
+		t.Errorf("want 10.64.16.1, got %s", ip)
+	}
+}
