@@ -170,11 +170,11 @@ func (c *cli) up(ctx context.Context, options upOptions, clouds []controller.Clo
 		return err
 	}
 	defer remove()
-	return c.serve(ctx, daemon, clouds, state)
+	return c.serve(ctx, daemon, clouds)
 }
 
 // serve waits for the nodes, says that all is ready, and waits for the end.
-func (c *cli) serve(ctx context.Context, daemon *controller.Daemon, clouds []controller.CloudConfig, state string) error {
+func (c *cli) serve(ctx context.Context, daemon *controller.Daemon, clouds []controller.CloudConfig) error {
 	for _, cloud := range clouds {
 		c.note("cloud %s: starting %d virtual nodes, each with %v cpus and %s", cloud.Name, cloud.Local.Nodes, cloud.Local.CPUs, humanSize(cloud.Local.MemBytes))
 	}
@@ -182,7 +182,7 @@ func (c *cli) serve(ctx context.Context, daemon *controller.Daemon, clouds []con
 	defer cancel()
 	if err := daemon.WaitNodes(joining); err != nil {
 		if ctx.Err() == nil && joining.Err() != nil {
-			return fmt.Errorf("not every agent joined within %s: %s/nodes/*/agent.log say why", joinTimeout, state)
+			return fmt.Errorf("not every agent joined within %s: %s", joinTimeout, strings.TrimSuffix(err.Error(), ": "+joining.Err().Error()))
 		}
 		return err
 	}
