@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -97,6 +98,9 @@ func (o *upOptions) parse(cpusGiven, memGiven bool) ([]controller.CloudConfig, e
 		seen[name] = true
 		total += nodes
 		clouds = append(clouds, controller.CloudConfig{Name: name, Driver: "local", Local: &controller.LocalCloud{Nodes: nodes}})
+	}
+	if _, _, err := net.SplitHostPort(o.listen); err != nil {
+		return nil, usagef("the address %q is not HOST:PORT, as in %s", o.listen, defaultListen)
 	}
 	if err := o.capacity(cpusGiven, memGiven, total); err != nil {
 		return nil, err
