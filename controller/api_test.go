@@ -36,7 +36,7 @@ func TestBadRequestsAreRefusedByOneSentence(t *testing.T) {
 		{"POST", "/v1/jobs", `{"command":["x"],"mem_bytes":5}`, 422, "mem_bytes must be at least 4194304 (4 MiB), got 5"},
 		{"POST", "/v1/jobs", `{"command":["x"],"cpus":900,"cloud":"west"}`, 422, "no node of cloud west has 900 cpus: the largest has 4"},
 		{"POST", "/v1/jobs", `{"command":["x"],"mem_bytes":1099511627776}`, 422, "no node has 1 TiB of memory: the largest has 8 GiB"},
-		{"POST", "/v1/jobs", `{"command":["x"],"cloud":"north"}`, 422, `there is no cloud "north": known are east, west, metal`},
+		{"POST", "/v1/jobs", `{"command":["x"],"cloud":"north"}`, 404, `there is no cloud "north": known are east, west, metal`},
 		{"POST", "/v1/jobs", `{"command":[]}`, 422, "the command is empty: name the program to run and its arguments"},
 		{"POST", "/v1/jobs", `{"command":[""]}`, 422, "the command is empty: name the program to run and its arguments"},
 		{"POST", "/v1/jobs", `{}`, 422, "command is missing"},

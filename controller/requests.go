@@ -67,9 +67,9 @@ func (c *Controller) checkCloud(name string) error {
 	}
 	known := c.cloudNames()
 	if len(known) == 0 {
-		return invalid("there is no cloud %q, and none at all yet", name)
+		return notFound("there is no cloud %q, and none at all yet", name)
 	}
-	return invalid("there is no cloud %q: known are %s", name, commas(known))
+	return notFound("there is no cloud %q: known are %s", name, commas(known))
 }
 
 // idle refuses a job that has an operation under way.
