@@ -10,7 +10,8 @@
 //	v2 mount/PARENT/ID          freeze, kill, events [, cpu.max, memory.max]
 //	v1 cpu mount/PARENT/ID      cpu.cfs_quota_us      (when v2 lacks cpu)
 //	v1 memory mount/PARENT/ID   memory.limit_in_bytes (when v2 lacks memory)
-//	v1 devices mount/PARENT/ID  devices.allow         (when there is one)
+//	v1 devices mount/PARENT/ID  devices.allow         (when there is one; else a
+//	                            BPF program on the v2 directory)
 //
 // Waiting is for events of the kernel (poll(2) on cgroup.events), not for time.
 package cgroup
@@ -239,36 +240,6 @@ func (g *Group) addV1(h *Hierarchies, controller, path string) (string, error) {
 	}
 	g.V1 = append(g.V1, dir)
 	return dir, nil
-}
-
-// devices are what every sandbox may open, as in devices.allow of v1: any node
-// may be made, but only these can be opened.
-var devices = []string{
-	"c *:* m", "b *:* m",
-	"c 1:3 rwm", "c 1:5 rwm", "c 1:7 rwm", "c 1:8 rwm", "c 1:9 rwm", // null zero full random urandom
-	"c 5:0 rwm", "c 5:2 rwm", "c 136:* rwm", // tty ptmx pts
-	"c 10:200 rwm", // net/tun
-}
-
-// limitDevices keeps CAP_MKNOD from being a way to the node's disks.
-func (g *Group) limitDevices(h *Hierarchies, path string) error {
-	if _, ok := h.V1["devices"]; !ok {
-		return nil
-	}
-	dir, err := g.addV1(h, "devices", path)
-	if err != nil {
-		return err
-	}
-	if err := write(dir, "devices.deny", "a"); err != nil {
-		return err
-	}
-	for _, rule := range devices {
-		if err := write(dir, "devices.allow", rule); err != nil {
-			return err
-		}
-	}
-	g.Devices = true
-	return nil
 }
 
 func write(dir, name, value string) error {

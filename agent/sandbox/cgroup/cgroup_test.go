@@ -218,6 +218,73 @@ func TestRealtimeShareIsGivenAndReturned(t *testing.T) {
 	}
 }
 
+// On a machine without v1 a program filters devices; both ways let the same
+// through.
+func TestDevicesAreFilteredEitherWay(t *testing.T) {
+	for name, v1 := range map[string]bool{"v1": true, "v2": false} {
+		t.Run(name, func(t *testing.T) {
+			g := newGroup(t, Limits{})
+			h, err := Detect()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, ok := h.V1["devices"]; v1 && !ok {
+				t.Skip("this machine has no v1 devices hierarchy")
+			}
+			if !v1 {
+				for _, dir := range g.V1 {
+					if err := syscall.Rmdir(dir); err != nil {
+						t.Fatal(err)
+					}
+				}
+				g.V1 = nil
+				if err := g.attachDeviceFilter(); err != nil {
+					t.Fatal(err)
+				}
+			}
+			dir, err := os.MkdirTemp("/var/lib", "dormouse-test-*")
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { _ = os.RemoveAll(dir) })
+			out := filepath.Join(dir, "out")
+			cmd := exec.Command("sh", "-c", `read go; cd $0
+				for d in null zero full random urandom ptmx; do head -c0 /dev/$d && echo opened $d; done
+				mknod disk b 254 0 && echo made disk; head -c1 disk || echo closed disk
+				mknod kmem c 1 2 && echo made kmem; head -c1 kmem || echo closed kmem
+				mknod loop c 10 237 && echo made loop; head -c1 loop || echo closed loop`, dir)
+			file, err := os.Create(out)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer file.Close()
+			cmd.Stdout = file
+			input, err := cmd.StdinPipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := cmd.Start(); err != nil {
+				t.Fatal(err)
+			}
+			if err := g.Enter(cmd.Process.Pid); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := input.Write([]byte("go\n")); err != nil {
+				t.Fatal(err)
+			}
+			_ = cmd.Wait() // the script says itself how it went
+			content, err := os.ReadFile(out)
+			if err != nil {
+				t.Fatal(err)
+			}
+			want := "opened null\nopened zero\nopened full\nopened random\nopened urandom\nopened ptmx\nmade disk\nclosed disk\nmade kmem\nclosed kmem\nmade loop\nclosed loop\n"
+			if string(content) != want {
+				t.Errorf("got:\n%swant:\n%s", content, want)
+			}
+		})
+	}
+}
+
 // A shell that does nothing but start programs is inside vfork much of the
 // time; a tracer must still be able to take hold of what is frozen.
 func TestFreezeAvoidsVfork(t *testing.T) {
