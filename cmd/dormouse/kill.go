@@ -34,7 +34,14 @@ With --signal, only send that signal; the job goes on if its processes do.`,
 			if err != nil {
 				return err
 			}
-			return c.finish(command.Context(), controller, operation, detach)
+			if signal == "" || detach || c.json() {
+				return c.finish(command.Context(), controller, operation, detach)
+			}
+			operation, err = c.follow(command.Context(), controller, operation)
+			if err != nil {
+				return err
+			}
+			return c.show(nil, "%s got %s", operation.Job, signal)
 		},
 	}
 	command.Flags().StringVarP(&name, "signal", "s", "", "send only this `signal`, such as USR1 or SIGHUP")

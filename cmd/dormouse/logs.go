@@ -2,6 +2,8 @@ package main
 
 import (
 	"bytes"
+	"context"
+	"errors"
 	"fmt"
 	"io"
 
@@ -38,10 +40,11 @@ With -o json, one document per line: task, stream and data (base64).`,
 				return err
 			}
 			printer := &logPrinter{cli: c, prefixed: job.Tasks > 1 && options.Task == client.AllTasks}
-			if err := controller.Logs(command.Context(), job.ID, options, printer.print); err != nil {
-				return err
+			err = controller.Logs(command.Context(), job.ID, options, printer.print)
+			if options.Follow && errors.Is(err, context.Canceled) {
+				err = nil // Ctrl-C is how one stops following
 			}
-			return printer.flush()
+			return errors.Join(err, printer.flush())
 		},
 	}
 	command.Flags().BoolVarP(&options.Follow, "follow", "f", false, "go on until the job is over")

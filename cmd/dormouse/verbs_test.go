@@ -194,7 +194,7 @@ func TestCommandsWaitForTheirOperation(t *testing.T) {
 		{[]string{"suspend", "counter"}, `POST /v1/jobs/counter/suspend`, api.OpSuspend, suspended, operation(api.OpSuspend, api.OpDone), "j-aaaaaaaa suspended as c-bbbbbbbb\n", "j-aaaaaaaa"},
 		{[]string{"resume", "counter", "--cloud", "west", "--from", "c-1"}, `POST /v1/jobs/counter/resume`, api.OpResume, runningJob, operation(api.OpResume, api.OpDone), "j-aaaaaaaa running on east-1 from c-bbbbbbbb\n", "j-aaaaaaaa"},
 		{[]string{"restart", "counter"}, `POST /v1/jobs/counter/restart`, api.OpRestart, runningJob, operation(api.OpRestart, api.OpDone), "j-aaaaaaaa running on east-1 from c-bbbbbbbb\n", "j-aaaaaaaa"},
-		{[]string{"kill", "counter", "--signal", "term"}, `POST /v1/jobs/counter/kill`, api.OpKill, cancelled, operation(api.OpKill, api.OpDone), "j-aaaaaaaa cancelled\n", "j-aaaaaaaa"},
+		{[]string{"kill", "counter"}, `POST /v1/jobs/counter/kill`, api.OpKill, cancelled, operation(api.OpKill, api.OpDone), "j-aaaaaaaa cancelled\n", "j-aaaaaaaa"},
 		{[]string{"clone", "c-bbbbbbbb", "--cloud", "west"}, `POST /v1/checkpoints/c-bbbbbbbb/clone`, api.OpClone, clone, cloned, "j-dddddddd\n", "j-dddddddd"},
 	}
 	for _, test := range tests {
@@ -228,6 +228,28 @@ func TestCommandsWaitForTheirOperation(t *testing.T) {
 				t.Errorf("--detach printed %s (%v), want the running operation", got.out, err)
 			}
 		})
+	}
+}
+
+func TestKillWithASignalSaysWhatWasSent(t *testing.T) {
+	f := newFake(t, map[string]any{"POST /v1/jobs/counter/kill": operation(api.OpKill, api.OpDone)})
+	dormouse(t, f.url, "kill", "counter", "--signal", "usr1").check(t, exitDone, "j-aaaaaaaa got SIGUSR1\n", "")
+	if !f.called(`POST /v1/jobs/counter/kill {"signal":"SIGUSR1"}`) {
+		t.Errorf("called %v", f.calls)
+	}
+}
+
+func TestInterruptEndsFollowingWell(t *testing.T) {
+	for _, verb := range []string{"logs", "events"} {
+		ctx, cancel := context.WithCancel(context.Background())
+		endless := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			w.WriteHeader(http.StatusOK)
+			http.NewResponseController(w).Flush()
+			cancel()
+			<-r.Context().Done()
+		})
+		f := newFake(t, map[string]any{"GET /v1/jobs/j": runningJob, "GET /v1/jobs/j-aaaaaaaa/logs": endless, "GET /v1/events": endless})
+		dormouseIn(t, ctx, f.url, "", verb, "-f", "j").check(t, exitDone, "", "")
 	}
 }
 
