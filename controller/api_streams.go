@@ -13,6 +13,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/danielgtaylor/huma/v2"
 	"github.com/danielgtaylor/huma/v2/adapters/humago"
@@ -260,11 +261,13 @@ func (j *jobRecord) logSource(task int) (taskRef, bool) {
 	return best, found
 }
 
-// taskLogs streams one task's log. A followed log goes on over suspends and
-// restores: as the log is part of what is restored, what was sent is skipped.
+// taskLogs streams one task's log. A followed log goes on over suspends,
+// restores and broken streams: as the log is part of what is restored, what was
+// sent is skipped.
 func (c *Controller) taskLogs(ctx context.Context, id string, task int, follow bool, out *logWriter) error {
 	sent := map[string]int{}
-	for run := int64(-1); ; {
+	complete := int64(-1) // the run whose log was read to its end
+	for broken := 0; ; {
 		revision := c.store.Revision()
 		job, err := c.job(ctx, id)
 		if errors.Is(err, store.ErrNotFound) {
@@ -274,12 +277,19 @@ func (c *Controller) taskLogs(ctx context.Context, id string, task int, follow b
 			return err
 		}
 		ref, found := job.logSource(task)
-		if found && ref.Run != run && c.fleet.connected(ref.Node) {
-			run = ref.Run
-			if err := c.oneLog(ctx, ref, follow, sent, out); err != nil {
+		if found && ref.Run != complete && c.fleet.connected(ref.Node) {
+			err := c.oneLog(ctx, ref, follow, sent, out)
+			if err == nil {
+				broken, complete = 0, ref.Run
+				continue // the job may be over by now
+			}
+			if broken++; !follow || broken > maxAttempts || ctx.Err() != nil {
 				return err
 			}
-			continue // the job may be over by now
+			if err := c.pause(ctx, backoff(broken)); err != nil {
+				return err
+			}
+			continue // the node may be lost by now, and the job elsewhere
 		}
 		if !follow || job.Phase.Final() {
 			return nil
@@ -287,6 +297,16 @@ func (c *Controller) taskLogs(ctx context.Context, id string, task int, follow b
 		if _, err := c.store.Wait(ctx, revision); err != nil {
 			return err
 		}
+	}
+}
+
+// pause waits for d.
+func (c *Controller) pause(ctx context.Context, d time.Duration) error {
+	select {
+	case <-c.clock.After(d):
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
 	}
 }
 

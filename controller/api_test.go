@@ -410,3 +410,18 @@ func TestStreamsNeedTheNodesOwnCertificate(t *testing.T) {
 		t.Errorf("with another node's certificate: %v", err)
 	}
 }
+
+func TestLongPollsEndWithTheController(t *testing.T) {
+	s := newSimulation(t, "east-0")
+	id := s.running(api.JobSpec{})
+	answered := make(chan int, 1)
+	go func() {
+		status, _ := s.call("GET", "/v1/jobs/"+id+"/wait?timeout=5m", nil, nil)
+		answered <- status
+	}()
+	s.c.Stop()
+	if status := <-answered; status != http.StatusServiceUnavailable {
+		t.Errorf("want 503, got %d", status)
+	}
+	s.restart()
+}

@@ -185,8 +185,11 @@ func (d *doing) publish(ctx context.Context) (effect, error) {
 		if err := store.Put(tx, store.Checkpoints, cp.ID, cp); err != nil {
 			return err
 		}
-		return d.emit(tx, api.Event{Job: job.ID, Type: "checkpoint", Message: fmt.Sprintf(
-			"checkpoint %s is durable: the job stood still for %.0f ms, %d bytes, %d of them new", cp.ID, cp.PauseMS, cp.SizeBytes, cp.NewBytes)})
+		message := fmt.Sprintf("checkpoint %s is durable: %d bytes, %d new ones stored", cp.ID, cp.SizeBytes, cp.NewBytes)
+		if cp.PauseMS > 0 {
+			message += fmt.Sprintf(", the job stood still for %.0f ms", cp.PauseMS)
+		}
+		return d.emit(tx, api.Event{Job: job.ID, Type: "checkpoint", Message: message})
 	}, nil
 }
 

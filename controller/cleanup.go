@@ -83,9 +83,7 @@ func (c *Controller) cleanUp(ctx context.Context, order cleanup) {
 			return
 		}
 		c.log.Warn("a task was not destroyed: trying again", "node", order.Task.Node, "job", order.Task.Job, "task", order.Task.Index, "error", err)
-		select {
-		case <-c.clock.After(backoff(try)):
-		case <-ctx.Done():
+		if c.pause(ctx, backoff(try)) != nil {
 			return
 		}
 	}

@@ -136,6 +136,9 @@ func (c *Controller) Start(ctx context.Context) error {
 	}
 	c.started, c.booted = true, c.clock.Now()
 	c.mu.Unlock()
+	if err := c.prune(ctx); err != nil {
+		return fmt.Errorf("forget old operations: %w", err)
+	}
 	if err := c.bootNodes(ctx); err != nil {
 		return fmt.Errorf("take up the nodes: %w", err)
 	}
@@ -194,20 +197,19 @@ func (c *Controller) cloudNames() []string {
 }
 
 // until waits for cond to hold in the store, and reports whether it did before
-// patience, when given, was over.
+// patience, when given, was over. It ends with the controller, too.
 func (c *Controller) until(ctx context.Context, patience <-chan time.Time, cond func(store.Tx) (bool, error)) (bool, error) {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	over := make(chan struct{})
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	defer context.AfterFunc(c.run, func() { cancel(errStopping) })()
 	if patience != nil {
-		c.work.Go(func() {
+		go func() { // ends with this function
 			select {
 			case <-patience:
-				close(over)
-				cancel()
+				cancel(errTimeIsOver)
 			case <-ctx.Done():
 			}
-		})
+		}()
 	}
 	for {
 		revision := c.store.Revision()
@@ -219,18 +221,25 @@ func (c *Controller) until(ctx context.Context, patience <-chan time.Time, cond 
 		if err != nil || holds {
 			return holds, err
 		}
-		if _, err := c.store.Wait(ctx, revision); err != nil {
-			select {
-			case <-over:
-				return false, nil
-			default:
-				return false, err
-			}
+		_, err = c.store.Wait(ctx, revision)
+		switch {
+		case err == nil:
+		case errors.Is(context.Cause(ctx), errTimeIsOver):
+			return false, nil
+		case errors.Is(context.Cause(ctx), errStopping):
+			return false, errStopping
+		default:
+			return false, err
 		}
 	}
 }
 
-// Job returns a job as it is stored, for tests and for the daemon.
+var (
+	errTimeIsOver = errors.New("the time is over")
+	errStopping   = errors.New("the controller is stopping: try again")
+)
+
+// job returns a job as it is stored.
 func (c *Controller) job(ctx context.Context, id string) (*jobRecord, error) {
 	var job *jobRecord
 	err := c.store.View(ctx, func(tx store.Tx) (err error) {

@@ -50,8 +50,8 @@ func asProblem(err error) *problem {
 	switch {
 	case errors.As(err, &p):
 		return p
-	case errors.Is(err, store.ErrClosed):
-		return newProblem(http.StatusServiceUnavailable, "the controller is stopping: try again")
+	case errors.Is(err, store.ErrClosed), errors.Is(err, errStopping):
+		return newProblem(http.StatusServiceUnavailable, "%v", errStopping)
 	}
 	return newProblem(http.StatusInternalServerError, "%v", err)
 }

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -75,23 +76,40 @@ func (c *Controller) drive(ctx context.Context, id string) {
 			return // taken again at the next start
 		}
 		next, err := c.advance(ctx, id, asFailure(err), change)
-		if err != nil {
-			if ctx.Err() == nil {
-				log.Error("the next step of an operation cannot be written", "error", err)
-			}
-			return
+		if err != nil && ctx.Err() == nil {
+			log.Error("the next step of an operation cannot be written: taking this one again", "error", err)
+			next = move{Again: true}
 		}
 		if !next.Again && !next.Anew {
 			repeats = 0
 			continue
 		}
 		repeats++
-		select {
-		case <-c.clock.After(backoff(repeats)):
-		case <-ctx.Done():
+		if c.pause(ctx, backoff(repeats)) != nil {
 			return
 		}
 	}
+}
+
+// keptOperations is how many ended operations are remembered.
+const keptOperations = 2000
+
+// prune forgets the oldest ended operations.
+func (c *Controller) prune(ctx context.Context) error {
+	return c.store.Update(ctx, func(tx store.Tx) error {
+		ops, err := store.All[opRecord](tx, store.Operations)
+		if err != nil {
+			return err
+		}
+		ended := slices.DeleteFunc(ops, func(op opRecord) bool { return op.Phase == api.OpRunning })
+		sortBy(ended, func(op opRecord) (time.Time, string) { return op.Started, op.ID })
+		for i := range len(ended) - keptOperations {
+			if err := tx.Delete(store.Operations, ended[i].ID); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
 }
 
 // load reads an operation and its job.

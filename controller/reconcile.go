@@ -52,20 +52,20 @@ func (c *Controller) driveOperations(ctx context.Context) error {
 
 // startPending places pending jobs, the most important and oldest first.
 func (c *Controller) startPending(ctx context.Context) error {
+	var some bool
+	err := c.store.View(ctx, func(tx store.Tx) error { // spares the writers' lock
+		pending, _, err := pendingJobs(tx)
+		some = len(pending) > 0
+		return err
+	})
+	if err != nil || !some {
+		return err
+	}
 	return c.store.Update(ctx, func(tx store.Tx) error {
-		jobs, err := store.All[jobRecord](tx, store.Jobs)
+		pending, jobs, err := pendingJobs(tx)
 		if err != nil {
 			return err
 		}
-		pending := slices.DeleteFunc(slices.Clone(jobs), func(j jobRecord) bool {
-			return j.Phase != api.PhasePending || j.Operation != ""
-		})
-		if len(pending) == 0 {
-			return nil
-		}
-		slices.SortFunc(pending, func(a, b jobRecord) int {
-			return cmp.Or(b.Priority-a.Priority, a.Created.Compare(b.Created), cmp.Compare(a.ID, b.ID))
-		})
 		nodes, err := snapshot(tx, jobs, "")
 		if err != nil {
 			return err
@@ -77,6 +77,20 @@ func (c *Controller) startPending(ctx context.Context) error {
 		}
 		return nil
 	})
+}
+
+// pendingJobs are the jobs to place, in order, and all jobs.
+func pendingJobs(tx store.Tx) (pending, all []jobRecord, err error) {
+	all, err = store.All[jobRecord](tx, store.Jobs)
+	for _, j := range all {
+		if j.Phase == api.PhasePending && j.Operation == "" {
+			pending = append(pending, j)
+		}
+	}
+	slices.SortFunc(pending, func(a, b jobRecord) int {
+		return cmp.Or(b.Priority-a.Priority, a.Created.Compare(b.Created), cmp.Compare(a.ID, b.ID))
+	})
+	return pending, all, err
 }
 
 // startOne begins to start a pending job if nodes have room, and takes that from nodes.
