@@ -77,7 +77,10 @@ func (c *Cache) Get(ctx context.Context, ref string) (*Image, error) {
 	if c.dir == "" {
 		return nil, errors.New("this node has no directory for images")
 	}
-	source, err := open(ctx, ref)
+	if err := os.MkdirAll(c.dir, 0o700); err != nil {
+		return nil, fmt.Errorf("cannot make the directory of images: %w", err)
+	}
+	source, err := c.open(ctx, ref)
 	if err != nil {
 		return nil, err
 	}
@@ -93,9 +96,6 @@ func (c *Cache) get(ctx context.Context, image v1.Image, ref string) (*Image, er
 	file, err := image.ConfigFile()
 	if err != nil {
 		return nil, badImage("the image %s has no readable configuration: %w", ref, err)
-	}
-	if err := os.MkdirAll(c.dir, 0o700); err != nil {
-		return nil, fmt.Errorf("cannot make the directory of images: %w", err)
 	}
 	dir := filepath.Join(c.dir, strings.ReplaceAll(digest.String(), ":", "-"))
 	unlock, err := lock(ctx, dir+".lock")

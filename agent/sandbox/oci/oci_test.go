@@ -7,6 +7,8 @@ import (
 	"context"
 	"errors"
 	"io"
+	"log"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strings"
@@ -14,10 +16,12 @@ import (
 	"testing"
 
 	"github.com/google/go-containerregistry/pkg/name"
+	"github.com/google/go-containerregistry/pkg/registry"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/empty"
 	"github.com/google/go-containerregistry/pkg/v1/layout"
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
+	"github.com/google/go-containerregistry/pkg/v1/remote"
 	"github.com/google/go-containerregistry/pkg/v1/tarball"
 	"golang.org/x/sys/unix"
 )
@@ -205,6 +209,33 @@ func TestEveryFormOfAnImageIsTheSame(t *testing.T) {
 	}
 }
 
+func TestImageIsPulledByReference(t *testing.T) {
+	server := httptest.NewServer(registry.New(registry.Logger(log.New(io.Discard, "", 0))))
+	defer server.Close()
+	ref := strings.TrimPrefix(server.URL, "http://") + "/test/image:1"
+	tag, err := name.NewTag(ref)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := remote.Write(tag, build(t, archive(t, file("hello", "pulled")))); err != nil {
+		t.Fatal(err)
+	}
+	got, err := get(t, ref)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if text := read(t, got, "hello"); text != "pulled" {
+		t.Errorf("read %q", text)
+	}
+	if _, err := get(t, strings.TrimPrefix(server.URL, "http://")+"/no/such:1"); err == nil || !strings.Contains(err.Error(), "cannot be pulled") {
+		t.Errorf("a missing image: %v", err)
+	}
+	server.Close()
+	if _, err := get(t, ref); err == nil || !strings.Contains(err.Error(), "cannot be pulled") {
+		t.Errorf("a registry that is gone: %v", err)
+	}
+}
+
 func TestAttributesAreKept(t *testing.T) {
 	got, err := get(t, save(t, build(t, archive(t,
 		dir("bin"),
@@ -300,6 +331,7 @@ func TestMaliciousLayersAreHarmless(t *testing.T) {
 func TestBombsAreStopped(t *testing.T) {
 	needRoot(t)
 	big := save(t, build(t, archive(t, file("zeros", strings.Repeat("\x00", 1<<20)))))
+	blobs := pack(t, writeLayout(t, build(t, archive(t, file("f", "x")))))
 	many := save(t, build(t, archive(t, file("1", ""), file("2", ""), file("3", ""), file("4", ""))))
 	for _, c := range []struct {
 		ref    string
@@ -307,6 +339,7 @@ func TestBombsAreStopped(t *testing.T) {
 		want   string
 	}{
 		{big, limits{entries: 10, bytes: 1 << 19}, "unfolds to more than the 524288 bytes allowed"},
+		{blobs, limits{entries: 10, bytes: 100, spare: 0}, "unfolds to more than the 100 bytes allowed"},
 		{many, limits{entries: 3, bytes: 1 << 30}, "holds more than the 3 files allowed"},
 		{big, limits{entries: 10, bytes: 1 << 30, spare: 1 << 60}, "no space is left"},
 	} {
@@ -315,7 +348,7 @@ func TestBombsAreStopped(t *testing.T) {
 		if err == nil || !strings.Contains(err.Error(), c.want) {
 			t.Errorf("got error %v, want one with %q", err, c.want)
 		}
-		left, _ := filepath.Glob(filepath.Join(cache.dir, "sha256-*[0-9a-f]"))
+		left, _ := filepath.Glob(filepath.Join(cache.dir, "*[0-9a-f]"))
 		if len(left) != 0 {
 			t.Errorf("left behind: %v", left)
 		}

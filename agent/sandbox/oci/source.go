@@ -44,14 +44,14 @@ func IsImage(path string) bool {
 }
 
 // open finds the image of a path or reference.
-func open(ctx context.Context, ref string) (*source, error) {
+func (c *Cache) open(ctx context.Context, ref string) (*source, error) {
 	info, err := os.Stat(ref)
 	switch {
 	case err == nil && info.IsDir():
 		image, err := fromLayout(ref, ref)
 		return &source{image, func() error { return nil }}, err
 	case err == nil && info.Mode().IsRegular():
-		return fromArchive(ctx, ref)
+		return c.fromArchive(ctx, ref)
 	case err == nil:
 		return nil, badImage("the image %s is neither a file nor a directory", ref)
 	case strings.HasPrefix(ref, "/") || strings.HasPrefix(ref, "."):
@@ -74,7 +74,7 @@ func pull(ctx context.Context, ref string) (*source, error) {
 }
 
 // fromArchive tells the two kinds of archive apart by what they contain.
-func fromArchive(ctx context.Context, file string) (*source, error) {
+func (c *Cache) fromArchive(ctx context.Context, file string) (*source, error) {
 	opener := func() (io.ReadCloser, error) { return openMaybeGzip(file) }
 	kind, err := archiveKind(ctx, opener)
 	if err != nil {
@@ -88,7 +88,7 @@ func fromArchive(ctx context.Context, file string) (*source, error) {
 		}
 		return &source{image, func() error { return nil }}, nil
 	case "oci-layout":
-		return fromLayoutArchive(ctx, file, opener)
+		return c.fromLayoutArchive(ctx, file, opener)
 	}
 	return nil, badImage("%s is not an image archive: it holds neither manifest.json (docker save) nor oci-layout", file)
 }
@@ -149,9 +149,9 @@ func (r readCloser) Close() error { return r.close() }
 // needs; nothing else is unpacked from its archive.
 var blobName = regexp.MustCompile(`^blobs/sha(256|512)/[0-9a-f]{64,128}$`)
 
-// fromLayoutArchive spreads a layout into a temporary directory.
-func fromLayoutArchive(ctx context.Context, file string, opener func() (io.ReadCloser, error)) (_ *source, err error) {
-	dir, err := os.MkdirTemp("", "dormouse-image-*")
+// fromLayoutArchive spreads a layout into a temporary directory of the cache.
+func (c *Cache) fromLayoutArchive(ctx context.Context, file string, opener func() (io.ReadCloser, error)) (_ *source, err error) {
+	dir, err := os.MkdirTemp(c.dir, "layout-*")
 	if err != nil {
 		return nil, fmt.Errorf("cannot read the image archive %s: %w", file, err)
 	}
@@ -166,6 +166,7 @@ func fromLayoutArchive(ctx context.Context, file string, opener func() (io.ReadC
 	}
 	defer reader.Close()
 	entries := tar.NewReader(reader)
+	left := c.limits.bytes
 	for {
 		if ctx.Err() != nil {
 			return nil, context.Cause(ctx)
@@ -181,7 +182,10 @@ func fromLayoutArchive(ctx context.Context, file string, opener func() (io.ReadC
 		if header.Typeflag != tar.TypeReg || name != "index.json" && name != "oci-layout" && !blobName.MatchString(name) {
 			continue
 		}
-		if err := writeBlob(filepath.Join(dir, name), entries); err != nil {
+		if left -= header.Size; left < 0 {
+			return nil, badImage("the image archive %s unfolds to more than the %d bytes allowed", file, c.limits.bytes)
+		}
+		if err := writeBlob(filepath.Join(dir, name), &contextReader{ctx, entries}); err != nil {
 			return nil, fmt.Errorf("cannot unpack the image archive %s: %w", file, err)
 		}
 	}
