@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -16,9 +17,10 @@ import (
 // GCOptions of GC. The zero value of each but Verifier is the default.
 type GCOptions struct {
 	Verifier *Verifier
-	// Grace is how long parts that no manifest refers to, and packs that no
-	// part refers to, are kept after they were written; default one hour,
-	// negative for none.
+	// Grace is how long parts that no manifest refers to, and all they need, are
+	// kept after they were written; default one hour, negative for none.
+	// That is for a part whose agent has died while other tasks of the checkpoint
+	// are still being stored. Parts of removed checkpoints have none.
 	Grace time.Duration
 }
 
@@ -43,6 +45,57 @@ type condemned struct {
 	Created time.Time `json:"created"`
 	Packs   []ID      `json:"packs"`
 	Parts   []ID      `json:"parts"`
+}
+
+// released is the lock object "released-<random>": the parts of a checkpoint
+// that was removed, which therefore do not wait for a manifest.
+type released struct {
+	name   string
+	Format int  `json:"dormouse_released"`
+	Parts  []ID `json:"parts"`
+}
+
+// release writes down the parts of a manifest that is about to be removed. The
+// manifest's signature does not matter: whatever is named here only loses its
+// grace.
+func (r *Repository) release(ctx context.Context, manifest []byte) error {
+	_, payload, _ := bytes.Cut(manifest, []byte("\n"))
+	var m Manifest
+	if json.Unmarshal(payload, &m) != nil {
+		return nil // its parts are freed when their grace is over
+	}
+	list := released{Format: formatVersion}
+	for _, t := range m.Tasks {
+		if id, err := ParseID(t.Part); err == nil {
+			list.Parts = append(list.Parts, id)
+		}
+	}
+	p, err := json.Marshal(list)
+	if err != nil || len(list.Parts) == 0 {
+		return err
+	}
+	return r.be.Save(ctx, backend.Handle{Kind: backend.Lock, Name: releasedPrefix + rand.Text()}, bytes.NewReader(p), int64(len(p)))
+}
+
+// readReleased reads all lists of released parts. One that cannot be read does
+// not matter: its parts are freed later.
+func (r *Repository) readReleased(ctx context.Context) (lists []released, err error) {
+	err = r.be.List(ctx, backend.Lock, func(info backend.Info) error {
+		if !strings.HasPrefix(info.Name, releasedPrefix) {
+			return nil
+		}
+		p, err := backend.ReadAll(ctx, r.be, backend.Handle{Kind: backend.Lock, Name: info.Name}, lockLimit)
+		if errors.Is(err, backend.ErrNotExist) {
+			return nil
+		}
+		l := released{name: info.Name}
+		if err == nil && json.Unmarshal(p, &l) != nil {
+			l.Parts = nil
+		}
+		lists = append(lists, l)
+		return err
+	})
+	return lists, err
 }
 
 const (
@@ -83,6 +136,7 @@ type collector struct {
 	stats GCStats
 
 	lists  []condemned
+	freed  []released
 	living map[string]leaseRecord
 	packs  map[ID]*usage // needed
 	parts  map[ID]bool   // needed
@@ -166,11 +220,15 @@ func (c *collector) run(ctx context.Context) error {
 				return err
 			}
 		}
-		if found, err := c.condemn(ctx); err != nil || !found {
+		found, err := c.condemn(ctx)
+		if err != nil {
 			return err
 		}
+		if !found {
+			break
+		}
 	}
-	return nil
+	return c.forgetReleased(ctx)
 }
 
 // mark finds what is needed. The order counts: the lists before the leases,
@@ -183,6 +241,9 @@ func (c *collector) mark(ctx context.Context) (err error) {
 		return err
 	}
 	if c.living, err = r.leases(ctx, leasePrefix, c.now); err != nil {
+		return err
+	}
+	if c.freed, err = r.readReleased(ctx); err != nil {
 		return err
 	}
 	if err := c.markManifests(ctx); err != nil {
@@ -231,7 +292,7 @@ func (c *collector) markParts(ctx context.Context) error {
 		if err != nil || c.parts[name] {
 			return nil
 		}
-		if c.old(info) {
+		if c.old(name, info) {
 			p, err := c.repo.loadPart(ctx, name)
 			if _, alive := c.living[p.Lease]; err != nil || !alive {
 				return ctx.Err()
@@ -245,8 +306,35 @@ func (c *collector) markParts(ctx context.Context) error {
 	})
 }
 
-func (c *collector) old(info backend.Info) bool {
+// old reports whether a part does not wait for its manifest any more.
+func (c *collector) old(part ID, info backend.Info) bool {
+	for _, l := range c.freed {
+		if slices.Contains(l.Parts, part) {
+			return true
+		}
+	}
 	return c.now.Sub(info.Modified) >= c.opts.Grace
+}
+
+// forgetReleased removes the lists whose parts are gone or in use.
+func (c *collector) forgetReleased(ctx context.Context) error {
+	for _, l := range c.freed {
+		waiting := false
+		for _, part := range l.Parts {
+			_, err := c.repo.be.Stat(ctx, backend.Handle{Kind: backend.Part, Name: part.String()})
+			if err != nil && !errors.Is(err, backend.ErrNotExist) {
+				return err
+			}
+			waiting = waiting || err == nil && !c.parts[part]
+		}
+		if waiting {
+			continue
+		}
+		if err := c.repo.be.Remove(ctx, backend.Handle{Kind: backend.Lock, Name: l.name}); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // avoid are all condemned packs: of a chunk that lies in two packs, the one
@@ -356,18 +444,18 @@ func (c *collector) condemn(ctx context.Context) (found bool, err error) {
 		}
 	}
 	list := condemned{Format: formatVersion, Created: time.Now().UTC()}
-	collect := func(kind backend.Kind, needed func(ID) bool, into *[]ID) error {
+	collect := func(kind backend.Kind, keep func(ID, backend.Info) bool, into *[]ID) error {
 		return c.repo.be.List(ctx, kind, func(info backend.Info) error {
 			id, err := ParseID(info.Name)
-			if err == nil && !needed(id) && !already[id] && c.old(info) && len(*into) < condemnedAtMost {
+			if err == nil && !keep(id, info) && !already[id] && len(*into) < condemnedAtMost {
 				*into = append(*into, id)
 			}
 			return nil
 		})
 	}
 	err = errors.Join(
-		collect(backend.Pack, func(id ID) bool { return c.packs[id] != nil && !c.moved[id] }, &list.Packs),
-		collect(backend.Part, func(id ID) bool { return c.parts[id] }, &list.Parts))
+		collect(backend.Pack, func(id ID, _ backend.Info) bool { return c.packs[id] != nil && !c.moved[id] }, &list.Packs),
+		collect(backend.Part, func(id ID, info backend.Info) bool { return c.parts[id] || !c.old(id, info) }, &list.Parts))
 	if err != nil {
 		return false, err
 	}

@@ -471,3 +471,17 @@ func TestGCJoinsManySmallPacks(t *testing.T) {
 		r.wantRestorable(t, id, dir)
 	}
 }
+
+func TestGCFreesARemovedCheckpointAtOnce(t *testing.T) {
+	r := newTestRepo(t)
+	r.checkpoint(t, "c-1", images(t, 500, 1), PartOptions{})
+	must(t, r.RemoveManifest(t.Context(), "c-1"))
+	stats, err := r.GC(t.Context(), GCOptions{Verifier: r.keys})
+	must(t, err)
+	if stats.RemovedPacks == 0 {
+		t.Errorf("GC = %+v, want its part and packs removed though they are young", stats)
+	}
+	if left := r.objects(t, "locks"); len(left) > 0 {
+		t.Errorf("lock objects %q are left", left)
+	}
+}

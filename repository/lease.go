@@ -57,6 +57,7 @@ const (
 	leasePrefix     = "lease-"
 	condemnedPrefix = "condemned-"
 	collectorPrefix = "gc-"
+	releasedPrefix  = "released-"
 	lockLimit       = 256 << 20
 )
 

@@ -279,11 +279,23 @@ func (r *Repository) ListManifests(ctx context.Context) ([]string, error) {
 }
 
 // RemoveManifest forgets a checkpoint; GC frees what only it needed. It does
-// not look at the manifest, so that a damaged one can be removed too.
+// not insist on a manifest that is whole, so that a damaged one can be removed.
 func (r *Repository) RemoveManifest(ctx context.Context, checkpoint string) error {
-	h := backend.Handle{Kind: backend.Manifest, Name: checkpoint}
-	if _, err := r.be.Stat(ctx, h); err != nil {
+	if err := r.removeManifest(ctx, backend.Handle{Kind: backend.Manifest, Name: checkpoint}); err != nil {
 		return fmt.Errorf("remove checkpoint %s: %w", checkpoint, err)
+	}
+	return nil
+}
+
+func (r *Repository) removeManifest(ctx context.Context, h backend.Handle) error {
+	p, err := backend.ReadAll(ctx, r.be, h, manifestLimit)
+	if errors.Is(err, backend.ErrNotExist) {
+		return err
+	}
+	if err == nil {
+		if err := r.release(ctx, p); err != nil {
+			return err
+		}
 	}
 	return r.be.Remove(ctx, h)
 }

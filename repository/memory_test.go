@@ -4,6 +4,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"runtime/debug"
+	"sync"
 	"testing"
 )
 
@@ -15,7 +16,10 @@ func TestMemoryDoesNotGrowWithTheJob(t *testing.T) {
 		r := newTestRepo(t)
 		dir := benchMemory(t, mib, false)
 		var peak uint64
+		var mu sync.Mutex
 		sample := func(int64) {
+			mu.Lock()
+			defer mu.Unlock()
 			var m runtime.MemStats
 			runtime.ReadMemStats(&m)
 			peak = max(peak, m.HeapAlloc)

@@ -67,6 +67,15 @@ func (c *collector) repack(ctx context.Context) error {
 	if err := errors.Join(u.finish(), l.check()); err != nil {
 		return err
 	}
+	for _, chunk := range live { // the new packs are needed
+		loc, ok, err := c.repo.db.lookup(chunk, l.avoid)
+		if err != nil {
+			return err
+		}
+		if ok {
+			c.use(loc)
+		}
+	}
 	c.stats.RepackedBytes = u.newBytes.Load()
 	c.moved = packs
 	return nil
@@ -84,7 +93,7 @@ func (c *collector) wasteful(ctx context.Context) (map[ID]bool, error) {
 	small, condemned := 0, c.avoid()
 	err := c.repo.be.List(ctx, backend.Pack, func(info backend.Info) error {
 		id, err := ParseID(info.Name)
-		if err != nil || c.packs[id] == nil || condemned[id] || !c.old(info) {
+		if err != nil || c.packs[id] == nil || condemned[id] {
 			return nil
 		}
 		k := candidate{id, c.packs[id].bytes(), info.Size < smallPack}
