@@ -133,16 +133,19 @@ func (d *Driver) ensure(spec drivers.NodeSpec) (*node, error) {
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if n, ok := d.nodes[spec.Name]; ok {
-		return n, nil
-	}
 	if spec.CPUs == 0 {
 		spec.CPUs = d.options.CPUs
 	}
 	if spec.MemBytes == 0 {
 		spec.MemBytes = d.options.MemBytes
 	}
-	n := d.newNode(spec)
+	n, ok := d.nodes[spec.Name]
+	if ok && !n.resize(spec) {
+		return n, nil
+	}
+	if !ok {
+		n = d.newNode(spec)
+	}
 	if err := os.MkdirAll(n.dir, 0o700); err != nil {
 		return nil, err
 	}

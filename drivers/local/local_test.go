@@ -230,3 +230,18 @@ func TestDamagedNodeFileIsNamed(t *testing.T) {
 		t.Errorf("New over a damaged %s: %v, expected an error naming it", file, err)
 	}
 }
+
+func TestNodeThatIsOffTakesItsNewSize(t *testing.T) {
+	ctx, s, d := openWithNode(t)
+	if err := d.PowerOff(ctx, "a"); err != nil {
+		t.Fatal(err)
+	}
+	made, err := d.Provision(ctx, []drivers.NodeSpec{{Name: "a", CPUs: 3}})
+	if err != nil || len(made) != 1 || made[0].CPUs != 3 {
+		t.Fatalf("want 3 cpus, got %+v, %v", made, err)
+	}
+	raw, err := os.ReadFile(filepath.Join(s.dir, "a", "agent.json"))
+	if err != nil || !strings.Contains(string(raw), `"cpus": 3`) {
+		t.Errorf("the agent's configuration: %s, %v", raw, err)
+	}
+}

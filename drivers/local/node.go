@@ -95,6 +95,20 @@ func (n *node) powerOn(ctx context.Context) error {
 	return nil
 }
 
+// resize gives a node that is off another size, and reports whether it did. One
+// that is on keeps its own.
+func (n *node) resize(spec drivers.NodeSpec) bool {
+	n.power.Lock()
+	defer n.power.Unlock()
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.stop != nil || n.spec == spec {
+		return false
+	}
+	n.spec = spec
+	return true
+}
+
 func (n *node) supervised() bool {
 	n.mu.Lock()
 	defer n.mu.Unlock()
