@@ -156,6 +156,9 @@ func (c *cli) up(ctx context.Context, options upOptions, clouds []controller.Clo
 	defer logFile.Close()
 	c.note("dormouse %s: state in %s, log in %s", version, state, logFile.Name())
 
+	if before, ok := addressBefore(state); ok && anyPort {
+		options.listen = before
+	}
 	daemon, err := controller.Start(ctx, controller.Config{Listen: options.listen, AnyPort: anyPort, State: state, Clouds: clouds}, controller.Env{
 		Logger: upLogger(c.err, logFile), Version: version,
 		AgentCommand: func(config string) []string { return []string{program, "agent", "--config", config} },
@@ -175,6 +178,16 @@ func (c *cli) up(ctx context.Context, options upOptions, clouds []controller.Clo
 	}
 	defer remove()
 	return c.serve(ctx, daemon, clouds)
+}
+
+// addressBefore is where an `up` on this state listened that was killed: who
+// waited for it then finds it again.
+func addressBefore(state string) (address string, found bool) {
+	killed, err := readPointer(filepath.Join(state, pointerFile))
+	if err != nil {
+		return "", false
+	}
+	return strings.CutPrefix(killed.URL, "https://")
 }
 
 // serve waits for the nodes, says that all is ready, and waits for the end.

@@ -112,6 +112,25 @@ func TestFirstUpStaysTheMachinesOwn(t *testing.T) {
 	}
 }
 
+func TestUpListensWhereTheKilledOneDid(t *testing.T) {
+	state := t.TempDir()
+	if address, found := addressBefore(state); found {
+		t.Errorf("a fresh state directory names the address %s", address)
+	}
+	c := &cli{err: &strings.Builder{}, runDir: t.TempDir()}
+	remove, err := c.publish(pointer{URL: "https://127.0.0.1:4711", State: state})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if address, found := addressBefore(state); !found || address != "127.0.0.1:4711" {
+		t.Errorf("found %q, %t; want the address of the one that did not end by itself", address, found)
+	}
+	remove()
+	if _, found := addressBefore(state); found {
+		t.Error("an `up` that ended by itself still holds its address")
+	}
+}
+
 func TestPointerOfADeadUpIsReplaced(t *testing.T) {
 	c := &cli{err: &strings.Builder{}, runDir: t.TempDir()}
 	dead, live := t.TempDir(), t.TempDir()
