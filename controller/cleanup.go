@@ -56,13 +56,14 @@ func (c *Controller) startCleanups(ctx context.Context) error {
 	return nil
 }
 
-// nodeGone reports whether a node is lost or unknown: nothing of it runs.
+// nodeGone reports whether a node is lost, unknown, or has not said Hello since
+// it was: nothing of before runs on it.
 func nodeGone(tx store.Tx, id string) (bool, error) {
 	node, err := store.Get[nodeRecord](tx, store.Nodes, id)
 	if errors.Is(err, store.ErrNotFound) {
 		return true, nil
 	}
-	return node.State == api.NodeLost, err
+	return node.State == api.NodeLost || node.State == api.NodeJoining, err
 }
 
 // cleanUp destroys one task, however often it takes, and then forgets the

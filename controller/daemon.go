@@ -420,7 +420,7 @@ func (c *Controller) endWithUp(tx store.Tx, job *jobRecord, off map[string]bool)
 		return err
 	}
 	job.Operation = ""
-	if err := c.finish(tx, job, api.PhaseFailed, reason+"; "+adviceFor(checkpoint), nil); err != nil {
+	if err := c.finish(tx, job, api.PhaseFailed, reason+"; "+adviceFor(job.ID, checkpoint), nil); err != nil {
 		return err
 	}
 	return errors.Join(keepLogsOnly(tx, job), putJob(tx, job))

@@ -17,7 +17,8 @@ import (
 //	joining ──Hello──> ready ──silent for 3 heartbeats──> unreachable ──silent for lease + margin──> lost
 //	                     ^──────────Hello────────────────────┴───────────────Hello──────────────────────┘
 //
-// and from everywhere to lost when the driver says that the power is off.
+// from everywhere to lost when the driver says that the power is off, and from
+// lost to joining when it is switched on again.
 
 // silence is how many heartbeats a ready node may miss.
 const silence = 3
@@ -31,8 +32,8 @@ func (c *Controller) bootNodes(ctx context.Context) error {
 			return err
 		}
 		for _, n := range nodes {
-			if n.State == api.NodeLost {
-				c.fleet.lose(n.ID)
+			if n.State == api.NodeLost || n.State == api.NodeJoining {
+				c.fleet.lose(n.ID) // until it says Hello
 				continue
 			}
 			c.fleet.seen(n.ID, c.clock.Now())
@@ -52,8 +53,11 @@ func (c *Controller) bootNodes(ctx context.Context) error {
 func (c *Controller) registerNodes(ctx context.Context, cloud Cloud) error {
 	return c.store.Update(ctx, func(tx store.Tx) error {
 		for _, spec := range cloud.Nodes {
-			_, err := tx.Get(store.Nodes, spec.Name)
+			n, err := store.Get[nodeRecord](tx, store.Nodes, spec.Name)
 			if err == nil {
+				if err := c.joinsAgain(tx, n); err != nil {
+					return err
+				}
 				continue
 			}
 			if !errors.Is(err, store.ErrNotFound) {
@@ -67,6 +71,25 @@ func (c *Controller) registerNodes(ctx context.Context, cloud Cloud) error {
 			}
 		}
 		return nil
+	})
+}
+
+// joinsAgain notes that a lost node is being started. Nothing of before runs on
+// it, as when it was lost, until its agent says otherwise.
+func (c *Controller) joinsAgain(tx store.Tx, n nodeRecord) error {
+	if n.State != api.NodeLost {
+		return nil
+	}
+	return c.putNodeState(tx, n, api.NodeJoining, "its agent is being started")
+}
+
+func (c *Controller) nodeStarts(ctx context.Context, id string) error {
+	return c.store.Update(ctx, func(tx store.Tx) error {
+		n, err := store.Get[nodeRecord](tx, store.Nodes, id)
+		if err != nil {
+			return err
+		}
+		return c.joinsAgain(tx, n)
 	})
 }
 

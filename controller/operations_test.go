@@ -507,7 +507,7 @@ func TestLostNodeFailsAJobAndNamesTheWayBack(t *testing.T) {
 	node := s.jobNow(id).TaskStatus[0].Node
 	s.want(http.StatusNoContent, "POST", "/v1/nodes/"+node+"/kill", nil, nil)
 	job := s.awaitPhase(id, api.PhaseFailed)
-	if want := "`dormouse restart JOB` restores checkpoint " + cp; !strings.Contains(job.Reason, want) || !strings.Contains(job.Reason, node) {
+	if want := "`dormouse restart " + id + "` restores checkpoint " + cp; !strings.Contains(job.Reason, want) || !strings.Contains(job.Reason, node) {
 		t.Errorf("the reason %q does not name the node and %q", job.Reason, want)
 	}
 	s.do("/v1/jobs/"+id+"/restart", nil)

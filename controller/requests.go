@@ -255,10 +255,7 @@ func (c *Controller) jobFromCheckpoint(ctx context.Context, id, name string) (*j
 	if err := json.Unmarshal(manifest.Network, &net); err != nil || len(net.Addresses) != len(manifest.Tasks) {
 		return nil, refused("the network in checkpoint %s cannot be read", id)
 	}
-	if name == "" {
-		name = spec.Name
-	}
-	spec.Name = name
+	spec.Name = name // the original's would mean two jobs from now on
 	job := &jobRecord{JobDetail: api.JobDetail{
 		Spec: spec, From: id,
 		Job: api.Job{
@@ -471,7 +468,7 @@ func (c *Controller) powerOn(ctx context.Context, ref string) error {
 	if err := cloud.Driver.PowerOn(ctx, node.ID); err != nil {
 		return fmt.Errorf("start node %s: %w", node.ID, err)
 	}
-	return nil
+	return c.nodeStarts(ctx, node.ID)
 }
 
 func (c *Controller) virtualNode(ctx context.Context, ref string) (nodeRecord, Cloud, error) {

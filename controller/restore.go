@@ -276,7 +276,7 @@ func (c *Controller) concludeRestore(tx store.Tx, op *opRecord, job *jobRecord, 
 	if err != nil {
 		return err
 	}
-	return c.finish(tx, job, api.PhaseFailed, fmt.Sprintf("%s failed: %s; %s", op.Kind, op.Error, adviceFor(checkpoint)), nil)
+	return c.finish(tx, job, api.PhaseFailed, fmt.Sprintf("%s failed: %s; %s", op.Kind, op.Error, adviceFor(job.ID, checkpoint)), nil)
 }
 
 func (c *Controller) nowRestored(tx store.Tx, op *opRecord, job *jobRecord) error {

@@ -124,15 +124,15 @@ func (c *Controller) settleLost(tx store.Tx, job *jobRecord, task *api.TaskStatu
 		_, err := c.beginOperation(tx, api.OpRecover, job, request{})
 		return err
 	}
-	return c.finish(tx, job, api.PhaseFailed, task.Reason+"; "+adviceFor(checkpoint), nil)
+	return c.finish(tx, job, api.PhaseFailed, task.Reason+"; "+adviceFor(job.ID, checkpoint), nil)
 }
 
 // adviceFor tells what restart would do.
-func adviceFor(checkpoint string) string {
+func adviceFor(job, checkpoint string) string {
 	if checkpoint == "" {
-		return "there is no durable checkpoint: `dormouse restart JOB` starts it anew"
+		return "there is no durable checkpoint: `dormouse restart " + job + "` starts it anew"
 	}
-	return "`dormouse restart JOB` restores checkpoint " + checkpoint
+	return "`dormouse restart " + job + "` restores checkpoint " + checkpoint
 }
 
 // finish ends a job.
