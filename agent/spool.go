@@ -137,19 +137,23 @@ func (d *spoolDir) warm(ctx context.Context, size int64) {
 	if f.Truncate(size) != nil {
 		return
 	}
-	pages, err := unix.Mmap(int(f.Fd()), 0, int(size), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
-	if err != nil {
-		return
-	}
-	defer unix.Munmap(pages)
-	const step = 64 << 20
-	for left := pages; len(left) > 0 && ctx.Err() == nil; {
-		next := left[:min(len(left), step)]
-		if unix.Madvise(next, unix.MADV_POPULATE_WRITE) != nil { // madvise(2), since Linux 5.14
+	// A window at a time: what is mapped counts as the agent's memory.
+	const window = 64 << 20
+	for at := int64(0); at < size && ctx.Err() == nil; at += window {
+		if populate(f, at, int(min(size-at, window))) != nil {
 			return
 		}
-		left = left[len(next):]
 	}
+}
+
+// populate has the kernel allocate a part of a file on a tmpfs.
+func populate(f *os.File, at int64, size int) error {
+	pages, err := unix.Mmap(int(f.Fd()), at, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	if err != nil {
+		return err
+	}
+	defer unix.Munmap(pages)
+	return unix.Madvise(pages, unix.MADV_POPULATE_WRITE) // madvise(2), since Linux 5.14
 }
 
 func (d *spoolDir) cool() {
