@@ -626,3 +626,8 @@ func FuzzParseSizeNeverPanics(f *testing.F) {
 		}
 	})
 }
+
+func FuzzJobFilesNeverPanic(f *testing.F) {
+	f.Add([]byte("command: [a]\nvolumes: [/a:/b, {source: x}]\nmem_bytes: 1G"))
+	f.Fuzz(func(t *testing.T, text []byte) { parseJobFile(text) })
+}
