@@ -121,8 +121,9 @@ func (r *Repository) NewPart(ctx context.Context, opts PartOptions) (*PartWriter
 func (w *PartWriter) SetCaptured(t time.Time) { w.opts.Captured = t }
 
 // Unchanged reports whether the content of a file is in the repository
-// already. If so it stays so until Close, and AddTree will not open the file
-// (unless its entry says Reread).
+// already. If so it stays there until Close, and AddTree will not open the file,
+// unless its entry says Reread or another upload has met a newer version of the
+// same file meanwhile.
 func (w *PartWriter) Unchanged(key FileKey) bool {
 	_, ok := w.cached(key)
 	return ok
