@@ -376,9 +376,8 @@ func (c *Controller) serveExec(w http.ResponseWriter, r *http.Request) {
 	}
 	var input sync.WaitGroup
 	input.Go(func() {
-		if err := toAgent(stream, buffered.Reader); err != nil {
-			detach() // the client has gone: the command loses its terminal
-		}
+		toAgent(stream, buffered.Reader)
+		detach() // the client has gone: the command loses its terminal
 	})
 	toClient(conn, stream) // ends with the command, or with the stream
 	conn.Close()
@@ -436,12 +435,12 @@ func size16(text string) (uint32, error) {
 	return uint32(n), nil
 }
 
-// toAgent relays the client's frames until it has gone.
-func toAgent(stream agentStream, from *bufio.Reader) error {
+// toAgent relays the client's frames until it has gone, or makes no sense.
+func toAgent(stream agentStream, from *bufio.Reader) {
 	for {
 		kind, data, err := readFrame(from)
 		if err != nil {
-			return err
+			return
 		}
 		frame := &agentpb.Frame{}
 		switch {
@@ -456,10 +455,10 @@ func toAgent(stream agentStream, from *bufio.Reader) error {
 				Rows: uint32(binary.BigEndian.Uint16(data)), Cols: uint32(binary.BigEndian.Uint16(data[2:])),
 			}}
 		default:
-			return fmt.Errorf("a frame of kind %d with %d bytes makes no sense", kind, len(data))
+			return
 		}
 		if err := stream.Send(frame); err != nil {
-			return err
+			return
 		}
 	}
 }

@@ -416,7 +416,10 @@ func TestLongPollsEndWithTheController(t *testing.T) {
 	id := s.running(api.JobSpec{})
 	answered := make(chan int, 1)
 	go func() {
-		status, _ := s.call("GET", "/v1/jobs/"+id+"/wait?timeout=5m", nil, nil)
+		status, _, err := s.send("GET", "/v1/jobs/"+id+"/wait?timeout=5m", nil)
+		if err != nil {
+			t.Error(err)
+		}
 		answered <- status
 	}()
 	s.c.Stop()

@@ -112,12 +112,12 @@ func TestSuspendedJobWakesInTheOtherCloud(t *testing.T) {
 	from := s.jobNow(id).Cloud
 	to := map[string]string{"east": "west", "west": "east"}[from]
 	s.do("/v1/jobs/"+id+"/suspend", nil)
-	job := s.awaitPhase(id, api.PhaseSuspended)
+	s.awaitPhase(id, api.PhaseSuspended)
 	if len(s.aliveTasks(id)) != 0 {
 		t.Fatalf("a suspended job has tasks: %v", s.aliveTasks(id))
 	}
 	s.do("/v1/jobs/"+id+"/resume", map[string]string{"cloud": to})
-	job = s.awaitPhase(id, api.PhaseRunning)
+	job := s.awaitPhase(id, api.PhaseRunning)
 	if job.Cloud != to || job.Restarts != 1 || job.Run != 2 || job.From == "" {
 		t.Errorf("the woken job: %+v, run %d, from %q", job.Job, job.Run, job.From)
 	}
@@ -481,7 +481,7 @@ func TestLostNodeAtAnyStep(t *testing.T) {
 				s.faultOnce(step, func(a *simAgent) fault {
 					go func() {
 						defer close(lost)
-						s.call("POST", "/v1/nodes/"+a.node+"/kill", nil, nil)
+						s.killNode(a.node)
 					}()
 					<-a.done // until its power is cut
 					return fault{disconnect: true}
@@ -627,7 +627,7 @@ func TestFailedStartTellsWhy(t *testing.T) {
 func TestNodeLostAtTheStartPlacesTheJobElsewhere(t *testing.T) {
 	s := newSimulation(t, "east-0", "west-0")
 	s.faultOnce(stepStart, func(a *simAgent) fault {
-		go s.call("POST", "/v1/nodes/"+a.node+"/kill", nil, nil)
+		go s.killNode(a.node)
 		<-a.done
 		return fault{disconnect: true}
 	})

@@ -220,53 +220,66 @@ func (s *simulation) awaitEnd(id string) *opRecord {
 	return op
 }
 
-// call makes a request and decodes the answer into out; it returns the status
-// and the detail of a problem.
-func (s *simulation) call(method, path string, body any, out any) (int, string) {
-	s.t.Helper()
+// send makes a request and returns the status and body of the answer.
+func (s *simulation) send(method, path string, body any) (status int, raw []byte, err error) {
 	var reader io.Reader
 	switch b := body.(type) {
 	case nil:
 	case string:
 		reader = strings.NewReader(b)
 	default:
-		raw, err := json.Marshal(b)
+		encoded, err := json.Marshal(b)
 		if err != nil {
-			s.t.Fatal(err)
+			return 0, nil, err
 		}
-		reader = bytes.NewReader(raw)
+		reader = bytes.NewReader(encoded)
 	}
 	request, err := http.NewRequestWithContext(s.t.Context(), method, s.url+path, reader)
 	if err != nil {
-		s.t.Fatal(err)
+		return 0, nil, err
 	}
 	request.Header.Set("Authorization", "Bearer "+adminToken)
 	request.Header.Set("Content-Type", "application/json")
 	response, err := s.client.Do(request)
 	if err != nil {
-		s.t.Fatalf("%s %s: %v", method, path, err)
+		return 0, nil, err
 	}
 	defer response.Body.Close()
-	raw, err := io.ReadAll(response.Body)
+	raw, err = io.ReadAll(response.Body)
+	if kind := response.Header.Get("Content-Type"); response.StatusCode >= 400 && kind != "application/problem+json" {
+		err = fmt.Errorf("%s %s: status %d with content type %q: %s", method, path, response.StatusCode, kind, raw)
+	}
+	return response.StatusCode, raw, err
+}
+
+// killNode cuts a node's power, from a goroutine of a test.
+func (s *simulation) killNode(node string) {
+	if status, raw, err := s.send("POST", "/v1/nodes/"+node+"/kill", nil); err != nil || status != http.StatusNoContent {
+		s.t.Errorf("kill node %s: status %d, %s, %v", node, status, raw, err)
+	}
+}
+
+// call makes a request and decodes the answer into out; it returns the status
+// and the detail of a problem.
+func (s *simulation) call(method, path string, body any, out any) (int, string) {
+	s.t.Helper()
+	status, raw, err := s.send(method, path, body)
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	if response.StatusCode >= 400 {
-		if got := response.Header.Get("Content-Type"); got != "application/problem+json" {
-			s.t.Fatalf("%s %s: status %d with content type %q: %s", method, path, response.StatusCode, got, raw)
-		}
+	if status >= 400 {
 		var p api.Problem
-		if err := json.Unmarshal(raw, &p); err != nil || p.Status != response.StatusCode || p.Detail == "" {
+		if err := json.Unmarshal(raw, &p); err != nil || p.Status != status || p.Detail == "" {
 			s.t.Fatalf("%s %s: not a problem document: %s", method, path, raw)
 		}
-		return response.StatusCode, p.Detail
+		return status, p.Detail
 	}
 	if out != nil {
 		if err := json.Unmarshal(raw, out); err != nil {
 			s.t.Fatalf("%s %s: %v in %s", method, path, err, raw)
 		}
 	}
-	return response.StatusCode, ""
+	return status, ""
 }
 
 // want calls and fails the test unless the status is right.
