@@ -99,7 +99,9 @@ echo ready; while :; do sleep 0.02; done`))
 
 func TestStopAndContinue(t *testing.T) {
 	b := newBench(t)
-	s := b.start(b.config("exec sleep 1000"))
+	cfg := b.config("")
+	cfg.Command = []string{"sleep", "1000"}
+	s := b.start(cfg)
 	stopped := func() bool {
 		_, out, _ := b.exec(s, "grep -h '(sleep)' /proc/[0-9]*/stat")
 		return strings.Contains(out, ") T ")
@@ -350,15 +352,15 @@ func (w *watcher) await(t *testing.T, text string) {
 func TestExecEndsWithTheSandbox(t *testing.T) {
 	b := newBench(t)
 	s := b.start(b.config("exec sleep 1000"))
-	code := make(chan int, 1)
+	code, out := make(chan int, 1), newWatcher()
 	go func() {
-		c, err := s.Exec(b.context(), sandbox.ExecRequest{Command: []string{"sleep", "1000"}})
+		c, err := s.Exec(b.context(), sandbox.ExecRequest{Command: []string{"sh", "-c", "echo up; exec sleep 1000"}, Stdout: out})
 		if err != nil {
 			t.Error(err)
 		}
 		code <- c
 	}()
-	b.eventually("the sleep runs", func() bool { pids, _ := s.Pids(); return len(pids) == 3 })
+	out.await(t, "up")
 	if err := s.Signal(b.context(), syscall.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
