@@ -45,7 +45,7 @@ func (a *Agent) upload(ctx context.Context, ref *agentpb.TaskRef, checkpoint str
 	}
 	steps := c.result.Steps
 	steps.UploadMS = milliseconds(time.Since(begun))
-	steps.SizeBytes, steps.StoredBytes, steps.NewBytes = part.SizeBytes, part.StoredBytes, part.NewBytes
+	steps.StoredBytes, steps.NewBytes = part.StoredBytes, part.NewBytes
 	entry, err := c.manifestEntry(part)
 	if err != nil {
 		return nil, err
@@ -77,6 +77,11 @@ func (a *Agent) store(ctx context.Context, c *capturing, progress func(float64, 
 	c.part.SetCaptured(c.result.Frozen)
 	stop := c.reportProgress(progress)
 	defer stop()
+	if c.spool.inMemory { // one on disk must be good for the next agent at any instant
+		if _, err := capture.DropZeroPages(c.images()); err != nil {
+			return nil, err
+		}
+	}
 	if err := c.part.AddImages(ctx, c.images()); err != nil {
 		return nil, err
 	}
