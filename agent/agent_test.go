@@ -86,7 +86,9 @@ func TestSuspendedTaskGoesOnWhereItStoodStill(t *testing.T) {
 	c.awaitLog("east-0", ref, "10 lines", counted(10))
 	c.captureTask("east-0", ref, "c-sleep")
 	frozen := c.logs("east-0", ref, false)
-	c.store("east-0", ref, "c-sleep")
+	if steps := c.store("east-0", ref, "c-sleep"); steps.PauseMS <= 0 {
+		t.Errorf("the time from the freeze to the capture was not measured: %+v", steps)
+	}
 	if now := c.logs("east-0", ref, false); now != frozen {
 		t.Errorf("a task that is held wrote %q", strings.TrimPrefix(now, frozen))
 	}

@@ -68,6 +68,7 @@ type capturing struct {
 	begun     time.Time
 	frozen    bool
 	complete  bool
+	thawed    bool
 	result    captured
 	discarded bool
 }
@@ -361,6 +362,7 @@ func (c *capturing) finish(r *record, checkpoint, node string, dump *criu.DumpRe
 	k.Steps.FrozenMS, k.Steps.MemDumpMS = milliseconds(dump.Stats.Frozen), milliseconds(dump.Stats.MemDump)
 	k.Steps.PagesWritten = int64(dump.Stats.PagesWritten + dump.Stats.SharedPagesWritten)
 	k.Steps.SizeBytes += dump.Bytes
+	k.Steps.PauseMS = milliseconds(time.Since(c.begun)) // so far; all of it when the task is suspended
 	if err := c.save(); err != nil {
 		return err
 	}
@@ -393,13 +395,14 @@ func (a *Agent) thaw(_ context.Context, ref *agentpb.TaskRef, checkpoint string,
 	if c == nil || !c.complete {
 		return nil
 	}
-	if c.result.Steps.PauseMS == 0 && !c.begun.IsZero() {
-		c.mu.Lock()
-		defer c.mu.Unlock()
-		c.result.Steps.PauseMS = milliseconds(time.Since(c.begun))
-		return c.save()
+	if c.thawed || c.begun.IsZero() {
+		return nil
 	}
-	return nil
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.thawed = true
+	c.result.Steps.PauseMS = milliseconds(time.Since(c.begun))
+	return c.save()
 }
 
 // abort undoes a capture that failed: the task goes on.
