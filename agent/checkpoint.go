@@ -228,7 +228,7 @@ func (a *Agent) freeze(ctx context.Context, ref *agentpb.TaskRef, checkpoint str
 			err = errors.Join(err, a.abort(t, c))
 		}
 	}()
-	err = t.update(func(r *record) { r.Checkpoint, r.Work = checkpoint, c.work })
+	err = t.note(func(r *record) { r.Checkpoint, r.Work = checkpoint, c.work })
 	if err != nil {
 		return err
 	}
@@ -267,7 +267,7 @@ func (a *Agent) goOn(t *task) error {
 	if r, _ := t.snapshot(); r.Checkpoint == "" {
 		return nil
 	}
-	return t.update(func(r *record) { r.Checkpoint, r.Work = "", "" })
+	return t.note(func(r *record) { r.Checkpoint, r.Work = "", "" })
 }
 
 // capture dumps the frozen task. The task stays frozen, unless that fails.

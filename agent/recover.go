@@ -101,7 +101,9 @@ func (a *Agent) readTasks(ctx context.Context) ([]*task, error) {
 	for _, entry := range dirs {
 		dir := filepath.Join(a.tasksDir(), entry.Name())
 		t, err := readTask(dir)
-		if notExist(err) { // it was being made, or being forgotten
+		if notExist(err) || emptyFile(filepath.Join(dir, stateFile)) {
+			// It was being made, or being forgotten; or the machine crashed before
+			// the file was on the disk, and the task's processes with it.
 			if err := os.RemoveAll(dir); err != nil {
 				return nil, err
 			}
@@ -120,6 +122,11 @@ func (a *Agent) readTasks(ctx context.Context) ([]*task, error) {
 		a.addTask(t)
 	}
 	return a.allTasks(), nil
+}
+
+func emptyFile(path string) bool {
+	info, err := os.Stat(path)
+	return err == nil && info.Size() == 0
 }
 
 // recoverTask takes a task over, or undoes it.

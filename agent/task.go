@@ -98,7 +98,13 @@ func (t *task) id() string { return filepath.Base(t.dir) }
 
 // update changes the record and writes it durably; when that fails the record
 // stays as it was.
-func (t *task) update(change func(*record)) error {
+func (t *task) update(change func(*record)) error { return t.write(change, writeJSONDurably) }
+
+// note is update for what matters only while the task's processes live, and so
+// only until the machine ends: it waits for no disk, and may be part of a pause.
+func (t *task) note(change func(*record)) error { return t.write(change, writeJSONQuickly) }
+
+func (t *task) write(change func(*record), write func(string, any) error) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	next := t.record
@@ -107,7 +113,7 @@ func (t *task) update(change func(*record)) error {
 	if err := os.MkdirAll(t.dir, 0o700); err != nil {
 		return err
 	}
-	if err := writeJSONDurably(filepath.Join(t.dir, stateFile), &next); err != nil {
+	if err := write(filepath.Join(t.dir, stateFile), &next); err != nil {
 		return fmt.Errorf("remember the state of task %s: %w", t.id(), err)
 	}
 	t.record = next
@@ -140,7 +146,7 @@ func (t *task) hold(ctx context.Context, reason string) error {
 	t.holding.Lock()
 	defer t.holding.Unlock()
 	before, _ := t.snapshot()
-	err := t.update(func(r *record) {
+	err := t.note(func(r *record) {
 		if !slices.Contains(r.Holds, reason) {
 			r.Holds = append(r.Holds, reason)
 		}
@@ -165,7 +171,7 @@ func (t *task) hold(ctx context.Context, reason string) error {
 func (t *task) release(ctx context.Context, reason string) error {
 	t.holding.Lock()
 	defer t.holding.Unlock()
-	err := t.update(func(r *record) {
+	err := t.note(func(r *record) {
 		r.Holds = slices.DeleteFunc(r.Holds, func(h string) bool { return h == reason })
 	})
 	if err != nil {
