@@ -33,6 +33,8 @@ const patience = 90 * time.Second
 type platform struct {
 	t *testing.T
 	c *cluster.Cluster
+	// revive starts `up` again after it was killed; nil where that is not foreseen.
+	revive func()
 }
 
 // onShared returns the `up` that most tests share.
@@ -45,7 +47,7 @@ func onShared(t *testing.T) *platform {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return &platform{t, c}
+	return &platform{t: t, c: c}
 }
 
 // onOwn returns an `up` of its own, which the test may break: with the given
@@ -113,17 +115,41 @@ func (p *platform) tryInput(stdin io.Reader, args ...string) outcome {
 	p.t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), 3*patience)
 	defer cancel()
-	return runCommand(p.t, p.c.Command(ctx, args...), stdin)
+	ended, asked := make(chan outcome, 1), p.c
+	go func() { ended <- runCommand(p.t, asked.Command(ctx, args...), stdin) }()
+	for {
+		select {
+		case got := <-ended:
+			if p.revive == nil || !strings.Contains(got.stderr, "cannot reach the controller") {
+				return got
+			}
+			<-asked.Exited() // what could not be asked for has not been begun
+			if p.c == asked {
+				p.revive()
+			}
+			return p.tryInput(stdin, args...)
+		case <-p.death():
+			p.revive()
+		}
+	}
+}
+
+// death is closed when an `up` that can be revived has ended.
+func (p *platform) death() <-chan struct{} {
+	if p.revive == nil {
+		return nil
+	}
+	return p.c.Exited()
 }
 
 func runCommand(t *testing.T, cmd *exec.Cmd, stdin io.Reader) outcome {
-	t.Helper()
 	var stdout, stderr bytes.Buffer
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = stdin, &stdout, &stderr
 	err := cmd.Run()
 	var exit *exec.ExitError
 	if err != nil && !errors.As(err, &exit) {
-		t.Fatalf("%v: %v", cmd.Args, err)
+		t.Errorf("%v: %v", cmd.Args, err)
+		return outcome{stderr: err.Error(), status: -1}
 	}
 	return outcome{stdout.String(), stderr.String(), cmd.ProcessState.ExitCode()}
 }

@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"fmt"
+	"net"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -15,13 +16,13 @@ import (
 	"dormouse/api"
 )
 
-// failpoints reads the names of all instants at which the daemons can be killed from
-// the code itself, so that none is forgotten.
-func failpoints(t *testing.T, dir string) []string {
+// failpoints reads the names of all instants at which an agent can be killed
+// from the code itself, so that none is forgotten.
+func failpoints(t *testing.T) []string {
 	t.Helper()
 	var names []string
 	call := regexp.MustCompile(`failpoint\.Hit\("([^"]+)"\)`)
-	sources, err := filepath.Glob(filepath.Join("..", dir, "*.go"))
+	sources, err := filepath.Glob("../agent/*.go")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -37,13 +38,13 @@ func failpoints(t *testing.T, dir string) []string {
 		}
 	}
 	if len(names) == 0 {
-		t.Fatalf("%s has no failpoint: the test looks in the wrong place", dir)
+		t.Fatal("the agent has no failpoint: the test looks in the wrong place")
 	}
 	return names
 }
 
 func TestAgentKilledAtEveryStep(t *testing.T) {
-	for _, name := range failpoints(t, "agent") {
+	for _, name := range failpoints(t) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			killedAt(t, name)
@@ -51,12 +52,27 @@ func TestAgentKilledAtEveryStep(t *testing.T) {
 	}
 }
 
+// controllerSteps are the steps of the operations in the life that killedAt
+// leads. The controller has a failpoint at each, after the step was written to
+// the store and before it is taken.
+var controllerSteps = map[api.OperationKind]string{
+	api.OpStart:      "start",
+	api.OpCheckpoint: "preflight freeze capture thaw upload publish published discard retention",
+	api.OpSuspend:    "preflight freeze capture upload publish published destroy retention",
+	api.OpResume:     "look place restore",
+	api.OpRestart:    "look stop place restore",
+	api.OpKill:       "signal grace destroy",
+	api.OpVerify:     "verify",
+}
+
 func TestControllerKilledAtEveryStep(t *testing.T) {
-	for _, name := range failpoints(t, "controller") {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			killedAt(t, name)
-		})
+	for kind, steps := range controllerSteps {
+		for _, step := range strings.Fields(steps) {
+			t.Run(string(kind)+" "+step, func(t *testing.T) {
+				t.Parallel()
+				killedAt(t, "controller."+string(kind)+"."+step)
+			})
+		}
 	}
 }
 
@@ -69,115 +85,98 @@ func killedAt(t *testing.T, name string) {
 	}
 	const length = "500"
 	want := undisturbed(t, "python3", program("tree.py"), length, "0")
-	life := &disturbed{platform: &platform{t: t}, dir: directory(t)}
-	once := filepath.Join(life.dir, "once")
-	life.env = []string{"DORMOUSE_FAILPOINT=" + name + "=kill", "DORMOUSE_FAILPOINT_ONCE=" + once}
-	life.start(built.killable, life.dir, life.env, life.clouds()...)
+	p, dir := &platform{t: t}, directory(t)
+	once := filepath.Join(dir, "once")
+	env := []string{"DORMOUSE_FAILPOINT=" + name + "=kill", "DORMOUSE_FAILPOINT_ONCE=" + once}
+	args := []string{"--cloud", "east=1", "--cloud", "west=1", "--cpus", "8", "--mem", "4G", "--listen", freeAddress(t)}
+	p.start(built.killable, dir, env, args...)
+	p.revive = func() { p.start(built.killable, dir, env, args...) }
 	t.Cleanup(func() {
 		if _, err := os.Stat(once); err != nil {
 			t.Errorf("the step %s was never reached", name)
 		}
 	})
 
-	job := life.submitDespite("--mem", "64M", "--env", "MARK="+life.dir, "--", "python3", program("tree.py"), length, "20")
-	life.waitLines(job, 5)
-	life.despite(job, api.PhaseRunning, "checkpoint", job)
-	prefixOutput(t, life.output(job), want)
-	life.despite(job, api.PhaseRunning, "restart", job, "--cloud", life.otherCloud(job))
-	prefixOutput(t, life.output(job), want)
-	life.alone(job)
-	life.moves(job)
-	life.despite(job, api.PhaseSuspended, "suspend", job)
-	life.despite(job, api.PhaseRunning, "resume", job)
-	life.alone(job)
-	sameOutput(t, life.completes(job), want)
-	life.run("verify")
-	life.forgetDespite(job)
+	job := p.submitDespite("--mem", "64M", "--env", "MARK="+dir, "--", "python3", program("tree.py"), length, "20")
+	p.waitLines(job, 5)
+	p.despite(job, api.PhaseRunning, "checkpoint", job)
+	prefixOutput(t, p.output(job), want)
+	p.despite(job, api.PhaseRunning, "restart", job, "--cloud", p.otherCloud(job))
+	prefixOutput(t, p.output(job), want)
+	p.alone(job, dir)
+	p.moves(job)
+	p.despite(job, api.PhaseSuspended, "suspend", job)
+	p.despite(job, api.PhaseRunning, "resume", job)
+	p.alone(job, dir)
+	sameOutput(t, p.completes(job), want)
+	p.run("verify")
+	p.run("restart", job) // so that there is something to kill
+	p.try("kill", job)
+	p.settled(job)
+	p.run("rm", job)
 }
 
-// disturbed is a platform some process of which dies.
-type disturbed struct {
-	*platform
-	dir string
-	env []string
-}
-
-func (d *disturbed) clouds() []string {
-	return []string{"--cloud", "east=1", "--cloud", "west=1", "--cpus", "8", "--mem", "4G"}
-}
-
-// revive starts `up` again when it was the one that died.
-func (d *disturbed) revive() {
-	d.t.Helper()
-	select {
-	case <-d.c.Exited():
-		d.start(built.killable, d.dir, d.env, d.clouds()...)
-	default:
+// freeAddress returns an address that stays the same when `up` is started again.
+func freeAddress(t *testing.T) string {
+	t.Helper()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
 	}
+	defer listener.Close()
+	return listener.Addr().String()
 }
 
-// submitDespite submits until there is a job that runs.
-func (d *disturbed) submitDespite(args ...string) string {
-	d.t.Helper()
-	got := d.try(append([]string{"submit"}, args...)...)
-	d.awaitDeath(got)
-	jobs := decode[[]api.Job](d.platform, "ps", "--all")
+// submitDespite submits one job, once, though the controller may die of it.
+func (p *platform) submitDespite(args ...string) string {
+	p.t.Helper()
+	got := p.try(append([]string{"submit"}, args...)...)
+	jobs := decode[[]api.Job](p, "ps", "--all")
 	if len(jobs) > 1 {
-		d.t.Fatalf("there are %d jobs, one was submitted", len(jobs))
+		p.t.Fatalf("there are %d jobs, one was submitted", len(jobs))
 	}
 	if len(jobs) == 0 { // the controller died before it had promised anything
-		return d.run(append([]string{"submit"}, args...)...)
+		p.t.Logf("submit: %s", strings.TrimSpace(got.stderr))
+		return p.submit(args...)
 	}
 	job := jobs[0].ID
-	d.t.Cleanup(func() {
-		if d.t.Failed() {
-			d.report(job)
+	p.t.Cleanup(func() {
+		if p.t.Failed() {
+			p.report(job)
 		}
 	})
-	d.settled(job)
+	p.settled(job)
 	return job
-}
-
-// awaitDeath gives a controller that is just dying the time to be dead.
-func (d *disturbed) awaitDeath(got outcome) {
-	if got.status == failed {
-		select {
-		case <-d.c.Exited():
-		case <-time.After(2 * time.Second):
-		}
-	}
-	d.revive()
 }
 
 // despite runs an operation that may be hit; it must succeed at the first try
 // or leave everything such that the second one does.
-func (d *disturbed) despite(job string, phase api.Phase, args ...string) {
-	d.t.Helper()
-	got := d.try(args...)
-	d.awaitDeath(got)
-	d.settled(job)
-	if got.status != 0 && (d.inspect(job).Phase != phase || args[0] == "checkpoint") {
-		d.t.Logf("%s: %s", strings.Join(args, " "), strings.TrimSpace(got.stderr))
-		if detail := d.inspect(job); detail.Phase.Final() && args[0] != "restart" && args[0] != "resume" {
-			d.t.Fatalf("a %s that was hit has ended the job: %s", args[0], d.phase(job))
+func (p *platform) despite(job string, phase api.Phase, args ...string) {
+	p.t.Helper()
+	got := p.try(args...)
+	p.settled(job)
+	if got.status != 0 {
+		p.t.Logf("%s: %s", strings.Join(args, " "), strings.TrimSpace(got.stderr))
+		now := p.inspect(job).Phase
+		if now.Final() && args[0] != "restart" && args[0] != "resume" {
+			p.t.Fatalf("a %s that was hit has ended the job: %s", args[0], p.phase(job))
 		}
-		d.run(args...)
+		if now != phase || args[0] == "checkpoint" {
+			p.run(args...)
+		}
 	}
-	d.waitFor(job, phase)
+	p.waitFor(job, phase)
 }
 
 // settled waits until no operation is under way.
-func (d *disturbed) settled(job string) {
-	d.t.Helper()
+func (p *platform) settled(job string) {
+	p.t.Helper()
 	for end := time.Now().Add(patience); ; time.Sleep(50 * time.Millisecond) {
-		got := d.try("-o", "json", "inspect", job)
-		if got.status != 0 {
-			d.awaitDeath(got)
-		} else if detail := d.inspect(job); detail.Operation == "" && settledPhase(detail.Phase) {
+		if detail := p.inspect(job); detail.Operation == "" && settledPhase(detail.Phase) {
 			return
 		}
 		if time.Now().After(end) {
-			d.t.Fatalf("job %s did not come to rest: %s; operations:\n%s", job, d.phase(job), d.try("operations").stdout)
+			p.t.Fatalf("job %s did not come to rest: %s; operations:\n%s", job, p.phase(job), p.try("operations").stdout)
 		}
 	}
 }
@@ -188,13 +187,13 @@ func settledPhase(phase api.Phase) bool {
 
 // alone checks that the job runs once: its program, a parent of four, is there
 // no second time.
-func (d *disturbed) alone(job string) {
-	d.t.Helper()
+func (p *platform) alone(job, mark string) {
+	p.t.Helper()
 	environments, _ := filepath.Glob("/proc/[0-9]*/environ")
 	parents := 0
 	for _, path := range environments {
 		text, err := os.ReadFile(path)
-		if err != nil || !strings.Contains("\x00"+string(text), "\x00MARK="+d.dir+"\x00") {
+		if err != nil || !strings.Contains("\x00"+string(text), "\x00MARK="+mark+"\x00") {
 			continue
 		}
 		children, err := os.ReadFile(filepath.Join(filepath.Dir(path), "task", filepath.Base(filepath.Dir(path)), "children"))
@@ -203,18 +202,7 @@ func (d *disturbed) alone(job string) {
 		}
 	}
 	if parents != 1 {
-		d.t.Errorf("the program of job %s runs %d times, expected once", job, parents)
-	}
-}
-
-func (d *disturbed) forgetDespite(job string) {
-	d.t.Helper()
-	d.awaitDeath(d.try("kill", job))
-	d.settled(job)
-	got := d.try("rm", job)
-	d.awaitDeath(got)
-	if got = d.try("rm", job); got.status != 0 && got.status != notFound {
-		d.t.Errorf("rm: %s", got.stderr)
+		p.t.Errorf("the program of job %s runs %d times, expected once", job, parents)
 	}
 }
 

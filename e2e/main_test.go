@@ -167,13 +167,21 @@ func startUp(bin, dir string, env []string, args ...string) (*cluster.Cluster, e
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return nil, err
 	}
-	log, err := os.Create(filepath.Join(dir, "up.log"))
-	if err != nil {
-		return nil, err
-	}
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
-	return cluster.Start(ctx, cluster.Options{Binary: bin + "/dormouse", State: filepath.Join(dir, "state"), Args: args, Env: env, Log: log})
+	return cluster.Start(ctx, cluster.Options{Binary: bin + "/dormouse", State: filepath.Join(dir, "state"), Args: args, Env: env, Log: logFile(filepath.Join(dir, "up.log"))})
+}
+
+// logFile appends to a file that it keeps closed, so that what it lies on can be unmounted.
+type logFile string
+
+func (l logFile) Write(p []byte) (int, error) {
+	f, err := os.OpenFile(string(l), os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o644)
+	if err != nil {
+		return 0, err
+	}
+	n, err := f.Write(p)
+	return n, errors.Join(err, f.Close())
 }
 
 // endShared stops the shared `up` and checks that it leaves nothing behind.

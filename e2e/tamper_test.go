@@ -35,16 +35,17 @@ func TestDamagedCheckpointIsRefusedByName(t *testing.T) {
 		name   string
 		path   string
 		damage func(content []byte) []byte // nil: the file is gone
+		whole  bool                        // every chunk is: it may be restored
 	}{
-		{"a flipped bit", pack, func(content []byte) []byte { return flip(content, len(content)/2) }},
-		{"a flipped bit at the end", pack, func(content []byte) []byte { return flip(content, len(content)-1) }},
-		{"a truncated pack", pack, func(content []byte) []byte { return content[:len(content)/2] }},
-		{"a missing pack", pack, nil},
-		{"a changed manifest", manifest, func(content []byte) []byte { return flip(content, len(content)/2) }},
-		{"a truncated manifest", manifest, func(content []byte) []byte { return content[:len(content)/2] }},
+		{"a flipped bit", pack, func(content []byte) []byte { return flip(content, len(content)/2) }, false},
+		{"a flipped bit at the end", pack, func(content []byte) []byte { return flip(content, len(content)-1) }, true},
+		{"a truncated pack", pack, func(content []byte) []byte { return content[:len(content)/2] }, false},
+		{"a missing pack", pack, nil, false},
+		{"a changed manifest", manifest, func(content []byte) []byte { return flip(content, len(content)/2) }, false},
+		{"a truncated manifest", manifest, func(content []byte) []byte { return content[:len(content)/2] }, false},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			p := &platform{t, p.c}
+			p := &platform{t: t, c: p.c}
 			content, err := os.ReadFile(test.path)
 			if err != nil {
 				t.Fatal(err)
@@ -55,6 +56,11 @@ func TestDamagedCheckpointIsRefusedByName(t *testing.T) {
 			got := p.try("verify", hurt.ID)
 			if got.status != failed || !strings.Contains(got.stdout+got.stderr, hurt.ID) {
 				t.Errorf("verify of the damaged checkpoint: exit status %d, expected %d and its name: %s%s", got.status, failed, got.stdout, got.stderr)
+			}
+			if test.whole {
+				p.run("restart", other, "--from", hurt.ID)
+				p.moves(other)
+				return
 			}
 			restart := p.try("restart", other, "--from", hurt.ID)
 			if restart.status != failed && restart.status != refused {
