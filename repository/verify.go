@@ -18,7 +18,7 @@ type Problem struct {
 	Object      string   `json:"object"`          // such as "pack 1f0c...", "manifest c-7"
 	Chunk       string   `json:"chunk,omitempty"` // id
 	Error       string   `json:"error"`
-	Checkpoints []string `json:"checkpoints"` // that cannot be restored because of it
+	Checkpoints []string `json:"checkpoints"` // that refer to it
 }
 
 func (p Problem) String() string {
@@ -52,6 +52,7 @@ type verifier struct {
 	report VerifyReport
 	packs  map[ID]int64     // to be read → bytes wanted from it
 	bad    map[ID]*badChunk // chunks that are damaged or missing
+	tables map[ID]*badChunk // whole chunks of packs whose tables are damaged; one value per pack
 	mu     sync.Mutex
 }
 
@@ -74,7 +75,7 @@ func (r *Repository) Verify(ctx context.Context, keys *Verifier, checkpoints []s
 		progress = func(int64, int64) {}
 	}
 	v := &verifier{
-		repo: r, progress: progress, packs: make(map[ID]int64), bad: make(map[ID]*badChunk),
+		repo: r, progress: progress, packs: make(map[ID]int64), bad: make(map[ID]*badChunk), tables: make(map[ID]*badChunk),
 		report: VerifyReport{Checkpoints: make(map[string]*CheckpointReport)},
 	}
 	if err := v.run(ctx, keys, checkpoints); err != nil {
@@ -258,11 +259,19 @@ func (v *verifier) pack(ctx context.Context, pack ID, size int64) error {
 		v.mu.Unlock()
 	}
 	if !whole && broken == 0 {
-		v.mu.Lock()
-		defer v.mu.Unlock()
-		v.problem(Problem{Object: "pack " + pack.String(), Error: errPackName.Error() + ", though every chunk in it is whole"})
+		v.badTable(pack, chunks)
 	}
 	return nil
+}
+
+// badTable notes that a pack is damaged where no chunk is.
+func (v *verifier) badTable(pack ID, chunks []packChunk) {
+	bad := &badChunk{object: "pack " + pack.String(), err: errPackName.Error() + ", though every chunk in it is whole"}
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	for _, c := range chunks {
+		v.tables[c.ID] = bad
+	}
 }
 
 var errPackName = errors.New("its table does not match its name")
@@ -314,15 +323,14 @@ func (v *verifier) chunk(c packChunk, p, buf []byte) string {
 
 // attribute finds which checkpoints use the damaged chunks.
 func (v *verifier) attribute(ctx context.Context, manifests []*Manifest) error {
-	if len(v.bad) == 0 {
+	if len(v.bad) == 0 && len(v.tables) == 0 {
 		return nil
 	}
 	for _, m := range manifests {
 		for _, t := range m.Tasks {
 			err := v.walk(ctx, t.Part, make(map[ID]bool), func(id ID) error {
-				if bad := v.bad[id]; bad != nil && !slices.Contains(bad.used, m.Checkpoint) {
-					bad.used = append(bad.used, m.Checkpoint)
-				}
+				v.bad[id].usedBy(m.Checkpoint)
+				v.tables[id].usedBy(m.Checkpoint)
 				return nil
 			})
 			if err != nil && !refusal(err) {
@@ -337,9 +345,28 @@ func (v *verifier) attribute(ctx context.Context, manifests []*Manifest) error {
 		}
 	}
 	slices.SortFunc(ids, compareIDs)
+	v.reportTables()
 	for _, id := range ids {
 		bad := v.bad[id]
 		v.problem(Problem{Object: bad.object, Chunk: id.String(), Error: bad.err, Checkpoints: bad.used})
 	}
 	return nil
+}
+
+// usedBy notes a checkpoint that needs the chunk. The nil chunk is whole.
+func (c *badChunk) usedBy(checkpoint string) {
+	if c != nil && !slices.Contains(c.used, checkpoint) {
+		c.used = append(c.used, checkpoint)
+	}
+}
+
+// reportTables reports each damaged table once.
+func (v *verifier) reportTables() {
+	seen := make(map[*badChunk]bool)
+	for _, bad := range v.tables {
+		if !seen[bad] && len(bad.used) > 0 {
+			v.problem(Problem{Object: bad.object, Error: bad.err, Checkpoints: bad.used})
+		}
+		seen[bad] = true
+	}
 }
