@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"time"
 
 	"golang.org/x/sync/errgroup"
 
@@ -110,30 +109,30 @@ func (a *Agent) rebuild(ctx context.Context, t *task, entry *repository.TaskMani
 			err = errors.Join(err, spool.close())
 		}
 	}()
-	begun := time.Now()
 	progress(0, "fetching memory and files")
 	images := filepath.Join(spool.path, imagesDir)
+	pages := startPages(ctx, part, images)
+	defer pages.stop()
 	if err := a.fetch(ctx, t, &r, part, images); err != nil {
 		return spaceError(err, spool)
 	}
-	fetched := time.Now()
-	progress(0.8, "waking processes")
+	progress(0.5, "waking processes")
 	_, box := t.snapshot()
-	if err := a.wake(ctx, t, box, images); err != nil {
-		return err
+	if err := a.wake(ctx, t, box, images, pages); err != nil {
+		return spaceError(err, spool)
 	}
-	a.log.Debug("restored", "task", t.id(), "fetch", fetched.Sub(begun), "wake", time.Since(fetched))
 	a.lanes.run(t.id()+" pages", func() { a.rememberPages(part, spool, images, &r) })
 	return nil
 }
 
-// fetch brings the images into the spool and, beside that, builds the files.
+// fetch brings the images, but for the content of memory, into the spool and,
+// beside that, builds the files.
 func (a *Agent) fetch(ctx context.Context, t *task, r *record, part *repository.PartReader, images string) error {
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error {
-		err := part.RestoreImages(ctx, images, repository.RestoreOptions{})
-		failpoint.Hit("agent.restore.images")
-		return err
+		return part.RestoreImages(ctx, images, repository.RestoreOptions{
+			Only: func(e repository.Entry) bool { return !isPages(e.Path) },
+		})
 	})
 	group.Go(func() error {
 		box, err := a.createBox(ctx, t, r)
@@ -213,8 +212,9 @@ func restoreFiles(ctx context.Context, part *repository.PartReader, box *sandbox
 	return capture.Apply(stored, box.LowerDir(), box.UpperDir())
 }
 
-// wake lets CRIU build the processes.
-func (a *Agent) wake(ctx context.Context, t *task, box *sandbox.Sandbox, images string) error {
+// wake lets CRIU build the processes. It begins while their memory is still
+// being fetched: CRIU does not look at that before all namespaces are there.
+func (a *Agent) wake(ctx context.Context, t *task, box *sandbox.Sandbox, images string, pages *pagesFetch) error {
 	work := a.workDir(t.id())
 	if err := os.Mkdir(work, 0o700); err != nil {
 		return err
@@ -227,12 +227,23 @@ func (a *Agent) wake(ctx context.Context, t *task, box *sandbox.Sandbox, images 
 		return err
 	}
 	defer target.Close()
-	request := criu.RestoreRequest{ImagesDir: images, WorkDir: work, Root: target.Root, NetNS: target.NetNS, Enter: box.Enter}
+	request := criu.RestoreRequest{
+		ImagesDir: images, WorkDir: work, Root: target.Root, NetNS: target.NetNS, Enter: box.Enter,
+		Notify: func(ctx context.Context, event criu.Event, _ int) error {
+			if event == criu.EventPostSetupNamespaces {
+				return pages.wait(ctx)
+			}
+			return nil
+		},
+	}
 	for _, e := range target.External {
 		request.ExternalMounts = append(request.ExternalMounts, criu.RestoreMount{Key: e.Key, Source: e.Source})
 	}
 	failpoint.Hit("agent.restore.before-criu")
 	result, err := a.criu.Restore(ctx, request)
+	if failed := pages.failure(); failed != nil {
+		return failed // CRIU only says that it was told to give up
+	}
 	if err != nil {
 		return a.keepLog(err, t.id())
 	}
