@@ -30,6 +30,11 @@
 //	Upload     the spool is stored, beside the running task
 //	Discard    the spool is removed
 //
+// A restore is the mirror: small images and files are fetched, CRIU starts, and
+// waits once all namespaces are there until the memory is fetched and verified.
+// What the node lacks of the task's closure is put into its upper layer. Whatever
+// fails, nothing of the new task is left.
+//
 // From Freeze to Thaw the state file names the checkpoint. An agent that comes
 // up and finds it there either holds the complete capture, and then keeps the
 // task frozen until the controller decides, or rolls back: it waits for what
@@ -41,5 +46,6 @@
 // frozen, because the controller may start them elsewhere afterwards. They are
 // thawed only when the controller has said, in its welcome, that they are still
 // ours. A task is frozen as long as there is any reason for it: the lease and a
-// checkpoint are two.
+// checkpoint are two. While no agent lives, a guard process does the freezing
+// (guard.go).
 package agent
