@@ -81,6 +81,10 @@ const maxAttempts = 5
 type position struct {
 	Step    string `json:"step"`
 	Attempt int    `json:"attempt"` // from 1
+	// Try counts how often the step has failed and was taken again within the
+	// attempt. It is part of the commands' ids: an agent gives a repeated id its
+	// first answer, also when that was a failure.
+	Try int `json:"try,omitempty"`
 	// Cause is why the operation is being undone; nil on the way forward.
 	Cause *failure `json:"cause,omitempty"`
 }
@@ -111,12 +115,18 @@ func (f flow) next(at position, failed *failure) move {
 	case failed == nil:
 		return move{To: at, Phase: api.OpDone}
 	case f.committed(i):
-		return move{To: at, Phase: api.OpRunning, Again: true}
+		return again(at)
 	case len(f.undo) > 0:
 		return move{To: position{Step: f.undo[0], Attempt: at.Attempt, Cause: failed}, Phase: api.OpRunning}
 	}
 	at.Cause = failed
 	return move{To: at, Phase: api.OpFailed}
+}
+
+// again takes the same step with new commands.
+func again(at position) move {
+	at.Try++
+	return move{To: at, Phase: api.OpRunning, Again: true}
 }
 
 // committed reports whether step i comes after the commit.
@@ -126,7 +136,7 @@ func (f flow) committed(i int) bool {
 
 func (f flow) nextUndo(at position, failed *failure) move {
 	if failed != nil {
-		return move{To: at, Phase: api.OpRunning, Again: true}
+		return again(at)
 	}
 	if i := slices.Index(f.undo, at.Step); i+1 < len(f.undo) {
 		return move{To: position{Step: f.undo[i+1], Attempt: at.Attempt, Cause: at.Cause}, Phase: api.OpRunning}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -299,7 +300,11 @@ func (d *doing) each(ctx context.Context, build command) ([]*agentpb.Reply, erro
 }
 
 func (d *doing) commandID(index int) string {
-	return fmt.Sprintf("%s/%d/%s/%d", d.op.ID, d.op.Position.Attempt, d.op.Step, index)
+	attempt := strconv.Itoa(d.op.Position.Attempt)
+	if try := d.op.Position.Try; try > 0 {
+		attempt += "." + strconv.Itoa(try)
+	}
+	return fmt.Sprintf("%s/%s/%s/%d", d.op.ID, attempt, d.op.Step, index)
 }
 
 // worst picks the error to report and says whose it is when there are several tasks.

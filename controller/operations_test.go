@@ -722,3 +722,15 @@ func TestSuspendedJobsOnlyCheckpointCannotBeRemoved(t *testing.T) {
 		t.Errorf("want no checkpoint, got %d", job.Checkpoints)
 	}
 }
+
+func TestStepAfterTheCommitIsTakenAgainUntilItSucceeds(t *testing.T) {
+	s := newSimulation(t, "east-0")
+	id := s.running(api.JobSpec{})
+	s.faultOnce(stepDiscard, func(*simAgent) fault { return fault{failure: &agentpb.Failure{Message: "it broke"}} })
+	op := s.do("/v1/jobs/"+id+"/checkpoints", nil)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.agents["east-0"].answers[op.ID+"/1.1/discard/0"] == nil {
+		t.Errorf("the step was not repeated as a new command: %v", s.agents["east-0"].seen)
+	}
+}
