@@ -311,12 +311,13 @@ func (a *Agent) forget(t *task) error {
 	a.tasksMu.Lock()
 	defer a.tasksMu.Unlock()
 	delete(a.tasks, t.id())
+	gone, _ := t.snapshot()
 	for _, other := range a.tasks {
-		if r := &t.record; other.record.Job == r.Job && other.record.Index == r.Index {
+		if r, _ := other.snapshot(); r.Job == gone.Job && r.Index == gone.Index {
 			return nil // another run of it uses the table of pages
 		}
 	}
-	if err := os.Remove(a.pageCache(&t.record)); err != nil && !notExist(err) {
+	if err := os.Remove(a.pageCache(&gone)); err != nil && !notExist(err) {
 		return err
 	}
 	return nil
