@@ -734,3 +734,36 @@ func TestStepAfterTheCommitIsTakenAgainUntilItSucceeds(t *testing.T) {
 		t.Errorf("the step was not repeated as a new command: %v", s.agents["east-0"].seen)
 	}
 }
+
+func TestPlacementWaitsForNodesThatMayComeBack(t *testing.T) {
+	s := newSimulation(t, "east-0")
+	id := s.running(api.JobSpec{})
+	s.do("/v1/jobs/"+id+"/suspend", nil)
+	a := s.agent("east-0")
+	a.cutNetwork(true)
+	s.eventually("the node is unreachable", func(tx store.Tx) (bool, error) {
+		n, err := store.Get[nodeRecord](tx, store.Nodes, "east-0")
+		return err == nil && n.State == api.NodeUnreachable, err
+	})
+	// As an operation that was under way when the controller was killed.
+	var op *opRecord
+	err := s.store.Update(t.Context(), func(tx store.Tx) error {
+		job, err := getJob(tx, id)
+		if err != nil {
+			return err
+		}
+		op, err = s.c.beginOperation(tx, api.OpResume, job, request{})
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.eventually("the operation waits for room", func(tx store.Tx) (bool, error) {
+		now, err := getOperation(tx, op.ID)
+		return err == nil && strings.HasPrefix(now.Message, "waits for room"), err
+	})
+	a.cutNetwork(false)
+	if ended := s.awaitEnd(op.ID); ended.Phase != api.OpDone {
+		t.Errorf("the operation is %s: %s", ended.Phase, ended.Error)
+	}
+}

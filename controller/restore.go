@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -131,8 +132,12 @@ func (d *doing) awaitRoom(ctx context.Context, unfit func(scheduler.Node) string
 	for {
 		revision := d.store.Revision()
 		var op *opRecord
+		hope := false
 		err := d.store.View(ctx, func(tx store.Tx) (err error) {
 			if op, err = getOperation(tx, d.op.ID); err != nil || op.Phase != api.OpRunning {
+				return err
+			}
+			if hope, err = anyUnreachable(tx); err != nil {
 				return err
 			}
 			job, err := getJob(tx, op.Job)
@@ -146,7 +151,7 @@ func (d *doing) awaitRoom(ctx context.Context, unfit func(scheduler.Node) string
 		if !errors.As(err, &noRoom) {
 			return err
 		}
-		if !d.waits(op) || noRoom.Never {
+		if noRoom.Never || !d.waits(op) && !hope {
 			return &failure{Message: noRoom.Reason, Refused: true}
 		}
 		d.say(ctx, "waits for room: "+noRoom.Reason)
@@ -154,6 +159,13 @@ func (d *doing) awaitRoom(ctx context.Context, unfit func(scheduler.Node) string
 			return err
 		}
 	}
+}
+
+// anyUnreachable reports whether a node may come back, as all do after the
+// controller was restarted. It is ready or lost before long.
+func anyUnreachable(tx store.Tx) (bool, error) {
+	nodes, err := store.All[nodeRecord](tx, store.Nodes)
+	return slices.ContainsFunc(nodes, func(n nodeRecord) bool { return n.State == api.NodeUnreachable }), err
 }
 
 // waits reports whether the operation waits for room rather than failing.
