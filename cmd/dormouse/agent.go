@@ -5,7 +5,9 @@ import (
 	"errors"
 	"log/slog"
 	"os"
+	"os/signal"
 	"strings"
+	"syscall"
 
 	"github.com/spf13/cobra"
 
@@ -122,6 +124,7 @@ func (c *cli) agent(ctx context.Context, config agent.Config) error {
 			return err
 		}
 	}
+	outliveReaders()
 	config.Logger = c.daemonLogger()
 	daemon, err := agent.New(config)
 	if err != nil {
@@ -133,6 +136,12 @@ func (c *cli) agent(ctx context.Context, config agent.Config) error {
 	}
 	return err
 }
+
+// outliveReaders lets a daemon go on when whoever read its output is gone: a
+// write then fails, instead of ending the process by SIGPIPE, signal(7). The
+// signal is caught rather than ignored, because ignoring is inherited by every
+// child.
+func outliveReaders() { signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE) }
 
 // daemonLogger logs to standard error, where a system service's log is.
 func (c *cli) daemonLogger() *slog.Logger {

@@ -140,6 +140,7 @@ func (c *cli) up(ctx context.Context, options upOptions, clouds []controller.Clo
 	if err != nil {
 		return err
 	}
+	outliveReaders()
 	state, err := filepath.Abs(options.state)
 	if err != nil {
 		return fmt.Errorf("find the state directory: %w", err)
