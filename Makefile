@@ -44,11 +44,12 @@ demo: setup-demo
 	@$(MAKE) --no-print-directory build
 	go run ./e2e/demo
 
-# The end-to-end tests start whole installations, so they run alone.
+# The end-to-end tests start whole installations, so they run alone. With the tag
+# failpoint the agent's tests kill it at each of its steps.
 test: setup
 	@$(MAKE) --no-print-directory build
 	@unit=0 e2e=0; \
-	setup/gotest.sh -count=1 -timeout 8m $$(go list ./... | grep -v '/e2e\(/\|$$\)') || unit=$$?; \
+	setup/gotest.sh -tags failpoint -count=1 -timeout 10m $$(go list ./... | grep -v '/e2e\(/\|$$\)') || unit=$$?; \
 	setup/gotest.sh -count=1 -timeout 40m -p 1 ./e2e/... || e2e=$$?; \
 	exit $$((unit ? unit : e2e))
 
@@ -57,6 +58,7 @@ lint:
 	[ -z "$$unformatted" ] || { echo "not formatted by gofmt:"; echo "$$unformatted"; exit 1; }
 	@for script in setup/*.sh .ci/run; do bash -n $$script; done
 	go vet ./...
+	go vet -tags failpoint ./agent/... ./internal/...
 	go run $(STATICCHECK) ./...
 
 bench: setup

@@ -592,17 +592,6 @@ func (n *node) spawn(env ...string) {
 	must(n.c.t, n.command.Start())
 }
 
-// respawn starts the agent again when it has ended, until ctx ends.
-func (n *node) respawn(ctx context.Context) {
-	for {
-		n.command.Wait()
-		if ctx.Err() != nil {
-			return
-		}
-		n.spawn()
-	}
-}
-
 // kill ends the agent's process as a crash does.
 func (n *node) kill() {
 	n.command.Process.Kill()
@@ -658,17 +647,6 @@ func removeCgroups(name string) bool {
 		}
 	}
 	return !left
-}
-
-// nothingSpooled checks that no images and no notes are left.
-func (n *node) nothingSpooled(t *testing.T) {
-	t.Helper()
-	for _, dir := range []string{"spool", "memory", "work", "uploads"} {
-		left, err := os.ReadDir(filepath.Join(n.state, dir))
-		if err != nil || len(left) > 0 {
-			t.Errorf("left in %s: %v, %v", dir, left, err)
-		}
-	}
 }
 
 func contains(refs []*agentpb.TaskRef, ref *agentpb.TaskRef) bool {
