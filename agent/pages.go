@@ -61,6 +61,29 @@ func (p *pagesFetch) wait(ctx context.Context) error {
 	return nil
 }
 
+// imageMagics is the size of an image that describes nothing.
+const imageMagics = 8
+
+// neededFirst reports whether CRIU reads memory while it builds the namespaces:
+// the content of System V segments, which belong to the IPC namespace. It takes
+// pages that are not there yet for empty ones.
+func neededFirst(images string) (bool, error) {
+	segments, err := filepath.Glob(filepath.Join(images, "ipcns-shm-*.img"))
+	if err != nil {
+		return false, err
+	}
+	for _, path := range segments {
+		info, err := os.Stat(path)
+		if err != nil {
+			return false, err
+		}
+		if info.Size() > imageMagics {
+			return true, nil
+		}
+	}
+	return false, nil
+}
+
 // failure is why the fetch has failed, if it has.
 func (p *pagesFetch) failure() error {
 	select {

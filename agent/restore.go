@@ -239,6 +239,15 @@ func (a *Agent) wake(ctx context.Context, t *task, box *sandbox.Sandbox, images 
 	for _, e := range target.External {
 		request.ExternalMounts = append(request.ExternalMounts, criu.RestoreMount{Key: e.Key, Source: e.Source})
 	}
+	first, err := neededFirst(images)
+	if err != nil {
+		return err
+	}
+	if first {
+		if err := pages.wait(ctx); err != nil {
+			return err
+		}
+	}
 	failpoint.Hit("agent.restore.before-criu")
 	result, err := a.criu.Restore(ctx, request)
 	if failed := pages.failure(); failed != nil {

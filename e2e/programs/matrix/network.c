@@ -301,11 +301,11 @@ static void backlog_setup(void)
 static void backlog_check(void) { expect(readable(listener), "the waiting connection"); }
 REFUSED(backlog)
 
-/* The same for short: half of the time a connection waits to be accepted, so that another try helps. */
+/* The same for short: now and then a connection waits to be accepted, so that another try helps. */
 static void backlog_short_setup(void) { listener = listening(0, 16); }
 static void backlog_short_check(void)
 {
-	struct timespec while_waiting = { .tv_nsec = 50 * 1000 * 1000 };
+	struct timespec while_waiting = { .tv_nsec = 15 * 1000 * 1000 };
 
 	client = connected();
 	nanosleep(&while_waiting, NULL);
