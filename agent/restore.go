@@ -213,7 +213,8 @@ func restoreFiles(ctx context.Context, part *repository.PartReader, box *sandbox
 }
 
 // wake lets CRIU build the processes. It begins while their memory is still
-// being fetched: CRIU does not look at that before all namespaces are there.
+// being fetched: but for neededFirst, CRIU does not look at that before all
+// namespaces are there.
 func (a *Agent) wake(ctx context.Context, t *task, box *sandbox.Sandbox, images string, pages *pagesFetch) error {
 	work := a.workDir(t.id())
 	if err := os.Mkdir(work, 0o700); err != nil {
