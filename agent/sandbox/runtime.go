@@ -73,6 +73,7 @@ func (r *Runtime) Create(ctx context.Context, cfg Config) (*Sandbox, error) {
 		{do: func(context.Context) error { return r.checkVolumes(cfg.Volumes) }},
 		{do: func(ctx context.Context) error { return r.findRoot(ctx, s, root) }},
 		{do: s.makeDirs, undo: s.removeDirs},
+		{do: s.foresee}, // so that after a crash the next agent knows what to remove
 		{do: s.makeCgroup, undo: s.removeCgroup},
 		{do: s.save},
 	})
@@ -154,12 +155,21 @@ func (s *Sandbox) removeDirs(context.Context) error {
 	return os.RemoveAll(s.dir)
 }
 
+// foresee records the cgroups that makeCgroup may make, before it does.
+func (s *Sandbox) foresee(ctx context.Context) error {
+	s.state.Cgroup = s.runtime.hierarchies.Foresee(s.cgroupPath())
+	return s.save(ctx)
+}
+
+func (s *Sandbox) cgroupPath() string { return filepath.Join(s.runtime.parent, s.state.Config.ID) }
+
 func (s *Sandbox) makeCgroup(context.Context) error {
-	group, err := s.runtime.hierarchies.Create(filepath.Join(s.runtime.parent, s.state.Config.ID), cgroup.Limits{
+	group, err := s.runtime.hierarchies.Create(s.cgroupPath(), cgroup.Limits{
 		CPUs: s.state.Config.CPUs, MemBytes: s.state.Config.MemBytes, Realtime: s.mayRunRealtime(),
 	})
+	s.state.Cgroup = cgroup.Group{}
 	if err != nil {
-		return err
+		return err // what there is of that name is not ours
 	}
 	s.state.Cgroup = *group
 	return nil

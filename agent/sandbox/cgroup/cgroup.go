@@ -21,6 +21,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -109,6 +110,16 @@ type Limits struct {
 	// Realtime lets the group's processes use the real-time scheduling classes,
 	// as far as the machine has time for those left.
 	Realtime bool
+}
+
+// Foresee returns a group with every directory that Create may make for path,
+// for a record that must be written first. It is good for Kill and Remove only.
+func (h *Hierarchies) Foresee(path string) Group {
+	group := Group{Unified: filepath.Join(h.Unified, path)}
+	for _, controller := range slices.Sorted(maps.Keys(h.V1)) {
+		group.V1 = append(group.V1, filepath.Join(h.V1[controller], V1Path(path)))
+	}
+	return group
 }
 
 // Create makes the group at path (relative to every hierarchy) with limits. It
