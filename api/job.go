@@ -60,6 +60,25 @@ type Volume struct {
 	ReadOnly    bool   `json:"read_only,omitempty"`
 }
 
+// Publish lets the outside reach a port of a task through the node it is on.
+type Publish struct {
+	Task     int    `json:"task" yaml:"task"`
+	Protocol string `json:"protocol,omitempty" yaml:"protocol"` // tcp, the default, or udp
+	Port     int    `json:"port" yaml:"port"`                   // of the node
+	Target   int    `json:"target,omitempty" yaml:"target"`     // of the task; the same unless given
+}
+
+// Values of JobSpec.Launch and JobSpec.Connections.
+const (
+	LaunchAuto  = "auto"
+	LaunchEach  = "each"
+	LaunchFirst = "first"
+
+	ConnectionsRefuse = "refuse"
+	ConnectionsClose  = "close"
+	ConnectionsKeep   = "keep"
+)
+
 // JobSpec is what a user submits.
 type JobSpec struct {
 	Name    string   `json:"name,omitempty" yaml:"name"`
@@ -79,6 +98,15 @@ type JobSpec struct {
 	User string `json:"user,omitempty" yaml:"user"`
 	// CapAdd names Linux capabilities beyond the default set of containers.
 	CapAdd []string `json:"cap_add,omitempty" yaml:"cap_add"`
+	// Launch says where the command runs: "each" task, the "first" one, which
+	// starts the rest itself as mpirun does, or "auto", the default: first for
+	// the MPI launchers known by name, otherwise each.
+	Launch string `json:"launch,omitempty" yaml:"launch"`
+	// Publish lets the outside reach ports of the job's tasks.
+	Publish []Publish `json:"publish,omitempty" yaml:"publish"`
+	// Connections says what a checkpoint does about TCP connections that leave
+	// the job: "refuse" (the default), "close" or "keep".
+	Connections string `json:"connections,omitempty" yaml:"connections"`
 	// CPUBaseline keeps libraries from using what another cloud's processors
 	// lack: native, x86-64-v2, x86-64-v3 or x86-64-v4.
 	CPUBaseline string `json:"cpu_baseline,omitempty" yaml:"cpu_baseline"`

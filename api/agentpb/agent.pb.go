@@ -170,6 +170,7 @@ type FromAgent struct {
 	//	*FromAgent_Reply
 	//	*FromAgent_Progress
 	//	*FromAgent_TaskEvent
+	//	*FromAgent_AppRequest
 	Body          isFromAgent_Body `protobuf_oneof:"body"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -257,6 +258,15 @@ func (x *FromAgent) GetTaskEvent() *TaskEvent {
 	return nil
 }
 
+func (x *FromAgent) GetAppRequest() *AppRequest {
+	if x != nil {
+		if x, ok := x.Body.(*FromAgent_AppRequest); ok {
+			return x.AppRequest
+		}
+	}
+	return nil
+}
+
 type isFromAgent_Body interface {
 	isFromAgent_Body()
 }
@@ -281,6 +291,10 @@ type FromAgent_TaskEvent struct {
 	TaskEvent *TaskEvent `protobuf:"bytes,5,opt,name=task_event,json=taskEvent,proto3,oneof"`
 }
 
+type FromAgent_AppRequest struct {
+	AppRequest *AppRequest `protobuf:"bytes,6,opt,name=app_request,json=appRequest,proto3,oneof"`
+}
+
 func (*FromAgent_Hello) isFromAgent_Body() {}
 
 func (*FromAgent_Heartbeat) isFromAgent_Body() {}
@@ -291,6 +305,8 @@ func (*FromAgent_Progress) isFromAgent_Body() {}
 
 func (*FromAgent_TaskEvent) isFromAgent_Body() {}
 
+func (*FromAgent_AppRequest) isFromAgent_Body() {}
+
 type ToAgent struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Types that are valid to be assigned to Body:
@@ -298,6 +314,7 @@ type ToAgent struct {
 	//	*ToAgent_Welcome
 	//	*ToAgent_HeartbeatAck
 	//	*ToAgent_Command
+	//	*ToAgent_AppAnswer
 	Body          isToAgent_Body `protobuf_oneof:"body"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -367,6 +384,15 @@ func (x *ToAgent) GetCommand() *Command {
 	return nil
 }
 
+func (x *ToAgent) GetAppAnswer() *AppAnswer {
+	if x != nil {
+		if x, ok := x.Body.(*ToAgent_AppAnswer); ok {
+			return x.AppAnswer
+		}
+	}
+	return nil
+}
+
 type isToAgent_Body interface {
 	isToAgent_Body()
 }
@@ -383,11 +409,17 @@ type ToAgent_Command struct {
 	Command *Command `protobuf:"bytes,3,opt,name=command,proto3,oneof"`
 }
 
+type ToAgent_AppAnswer struct {
+	AppAnswer *AppAnswer `protobuf:"bytes,4,opt,name=app_answer,json=appAnswer,proto3,oneof"`
+}
+
 func (*ToAgent_Welcome) isToAgent_Body() {}
 
 func (*ToAgent_HeartbeatAck) isToAgent_Body() {}
 
 func (*ToAgent_Command) isToAgent_Body() {}
+
+func (*ToAgent_AppAnswer) isToAgent_Body() {}
 
 // Hello opens a Connect stream.
 type Hello struct {
@@ -404,7 +436,10 @@ type Hello struct {
 	AgentPid     int64                  `protobuf:"varint,10,opt,name=agent_pid,json=agentPid,proto3" json:"agent_pid,omitempty"`
 	// Every task the agent holds, frozen until the controller has said what
 	// became of it when the lease had run out.
-	Tasks         []*TaskState `protobuf:"bytes,11,rep,name=tasks,proto3" json:"tasks,omitempty"`
+	Tasks []*TaskState `protobuf:"bytes,11,rep,name=tasks,proto3" json:"tasks,omitempty"`
+	// The node's address on the network that reaches the other nodes. Empty: it
+	// has none, and jobs do not span it and others.
+	Underlay      string `protobuf:"bytes,12,opt,name=underlay,proto3" json:"underlay,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -514,6 +549,13 @@ func (x *Hello) GetTasks() []*TaskState {
 		return x.Tasks
 	}
 	return nil
+}
+
+func (x *Hello) GetUnderlay() string {
+	if x != nil {
+		return x.Underlay
+	}
+	return ""
 }
 
 // Welcome answers Hello: what the agent needs from its controller, and the
@@ -945,6 +987,10 @@ type Command struct {
 	//	*Command_Signal
 	//	*Command_Destroy
 	//	*Command_OpenStream
+	//	*Command_PrepareNetwork
+	//	*Command_ConnectNetwork
+	//	*Command_OpenNetwork
+	//	*Command_Release
 	Body          isCommand_Body `protobuf_oneof:"body"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1100,6 +1146,42 @@ func (x *Command) GetOpenStream() *OpenStream {
 	return nil
 }
 
+func (x *Command) GetPrepareNetwork() *PrepareNetwork {
+	if x != nil {
+		if x, ok := x.Body.(*Command_PrepareNetwork); ok {
+			return x.PrepareNetwork
+		}
+	}
+	return nil
+}
+
+func (x *Command) GetConnectNetwork() *ConnectNetwork {
+	if x != nil {
+		if x, ok := x.Body.(*Command_ConnectNetwork); ok {
+			return x.ConnectNetwork
+		}
+	}
+	return nil
+}
+
+func (x *Command) GetOpenNetwork() *OpenNetwork {
+	if x != nil {
+		if x, ok := x.Body.(*Command_OpenNetwork); ok {
+			return x.OpenNetwork
+		}
+	}
+	return nil
+}
+
+func (x *Command) GetRelease() *ReleaseTask {
+	if x != nil {
+		if x, ok := x.Body.(*Command_Release); ok {
+			return x.Release
+		}
+	}
+	return nil
+}
+
 type isCommand_Body interface {
 	isCommand_Body()
 }
@@ -1148,6 +1230,22 @@ type Command_OpenStream struct {
 	OpenStream *OpenStream `protobuf:"bytes,13,opt,name=open_stream,json=openStream,proto3,oneof"`
 }
 
+type Command_PrepareNetwork struct {
+	PrepareNetwork *PrepareNetwork `protobuf:"bytes,14,opt,name=prepare_network,json=prepareNetwork,proto3,oneof"`
+}
+
+type Command_ConnectNetwork struct {
+	ConnectNetwork *ConnectNetwork `protobuf:"bytes,15,opt,name=connect_network,json=connectNetwork,proto3,oneof"`
+}
+
+type Command_OpenNetwork struct {
+	OpenNetwork *OpenNetwork `protobuf:"bytes,16,opt,name=open_network,json=openNetwork,proto3,oneof"`
+}
+
+type Command_Release struct {
+	Release *ReleaseTask `protobuf:"bytes,17,opt,name=release,proto3,oneof"`
+}
+
 func (*Command_Start) isCommand_Body() {}
 
 func (*Command_Preflight) isCommand_Body() {}
@@ -1170,6 +1268,14 @@ func (*Command_Destroy) isCommand_Body() {}
 
 func (*Command_OpenStream) isCommand_Body() {}
 
+func (*Command_PrepareNetwork) isCommand_Body() {}
+
+func (*Command_ConnectNetwork) isCommand_Body() {}
+
+func (*Command_OpenNetwork) isCommand_Body() {}
+
+func (*Command_Release) isCommand_Body() {}
+
 type Reply struct {
 	state   protoimpl.MessageState `protogen:"open.v1"`
 	Id      string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -1181,6 +1287,7 @@ type Reply struct {
 	//	*Reply_Captured
 	//	*Reply_Uploaded
 	//	*Reply_Restored
+	//	*Reply_Network
 	Result        isReply_Result `protobuf_oneof:"result"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1282,6 +1389,15 @@ func (x *Reply) GetRestored() *TaskState {
 	return nil
 }
 
+func (x *Reply) GetNetwork() *NetworkEndpoint {
+	if x != nil {
+		if x, ok := x.Result.(*Reply_Network); ok {
+			return x.Network
+		}
+	}
+	return nil
+}
+
 type isReply_Result interface {
 	isReply_Result()
 }
@@ -1306,6 +1422,10 @@ type Reply_Restored struct {
 	Restored *TaskState `protobuf:"bytes,7,opt,name=restored,proto3,oneof"`
 }
 
+type Reply_Network struct {
+	Network *NetworkEndpoint `protobuf:"bytes,8,opt,name=network,proto3,oneof"`
+}
+
 func (*Reply_Started) isReply_Result() {}
 
 func (*Reply_Preflight) isReply_Result() {}
@@ -1315,6 +1435,8 @@ func (*Reply_Captured) isReply_Result() {}
 func (*Reply_Uploaded) isReply_Result() {}
 
 func (*Reply_Restored) isReply_Result() {}
+
+func (*Reply_Network) isReply_Result() {}
 
 // Failure is an error of a command.
 type Failure struct {
@@ -1692,8 +1814,9 @@ func (x *Freeze) GetCheckpoint() string {
 	return ""
 }
 
-// Capture dumps the frozen task and its changed files to the node's disk. The
-// task stays frozen.
+// Capture cuts the task off its network, then dumps it and its changed files
+// to the node's disk. All tasks of the job are frozen by then. The task stays
+// frozen and cut off.
 type Capture struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Checkpoint    string                 `protobuf:"bytes,1,opt,name=checkpoint,proto3" json:"checkpoint,omitempty"`
@@ -1782,7 +1905,8 @@ func (x *CaptureResult) GetSteps() []byte {
 	return nil
 }
 
-// Thaw lets the task go on. With abort, what was captured is thrown away.
+// Thaw reconnects the task's network, if OpenNetwork has not, and lets the task
+// go on. With abort, what was captured is thrown away.
 type Thaw struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Checkpoint    string                 `protobuf:"bytes,1,opt,name=checkpoint,proto3" json:"checkpoint,omitempty"`
@@ -1987,12 +2111,15 @@ func (x *Discard) GetCheckpoint() string {
 
 // RestoreTask builds the task again from a checkpoint.
 type RestoreTask struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Checkpoint    string                 `protobuf:"bytes,1,opt,name=checkpoint,proto3" json:"checkpoint,omitempty"`
-	Manifest      []byte                 `protobuf:"bytes,2,opt,name=manifest,proto3" json:"manifest,omitempty"` // the signed manifest, as stored
-	Spec          []byte                 `protobuf:"bytes,3,opt,name=spec,proto3" json:"spec,omitempty"`         // api.JobSpec as JSON
-	VirtualIp     string                 `protobuf:"bytes,4,opt,name=virtual_ip,json=virtualIp,proto3" json:"virtual_ip,omitempty"`
-	Hosts         []*HostEntry           `protobuf:"bytes,5,rep,name=hosts,proto3" json:"hosts,omitempty"`
+	state      protoimpl.MessageState `protogen:"open.v1"`
+	Checkpoint string                 `protobuf:"bytes,1,opt,name=checkpoint,proto3" json:"checkpoint,omitempty"`
+	Manifest   []byte                 `protobuf:"bytes,2,opt,name=manifest,proto3" json:"manifest,omitempty"` // the signed manifest, as stored
+	Spec       []byte                 `protobuf:"bytes,3,opt,name=spec,proto3" json:"spec,omitempty"`         // api.JobSpec as JSON
+	VirtualIp  string                 `protobuf:"bytes,4,opt,name=virtual_ip,json=virtualIp,proto3" json:"virtual_ip,omitempty"`
+	Hosts      []*HostEntry           `protobuf:"bytes,5,rep,name=hosts,proto3" json:"hosts,omitempty"`
+	// Build everything and then wait, cut off the network and with no process
+	// running, for OpenNetwork and ReleaseTask.
+	Hold          bool `protobuf:"varint,6,opt,name=hold,proto3" json:"hold,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2062,6 +2189,663 @@ func (x *RestoreTask) GetHosts() []*HostEntry {
 	return nil
 }
 
+func (x *RestoreTask) GetHold() bool {
+	if x != nil {
+		return x.Hold
+	}
+	return false
+}
+
+// PrepareNetwork makes the job's network on the node of a task: the first
+// command of every run. It is made once for all of the job's tasks on the node.
+type PrepareNetwork struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Plan          *NetworkPlan           `protobuf:"bytes,1,opt,name=plan,proto3" json:"plan,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PrepareNetwork) Reset() {
+	*x = PrepareNetwork{}
+	mi := &file_agent_proto_msgTypes[27]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PrepareNetwork) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PrepareNetwork) ProtoMessage() {}
+
+func (x *PrepareNetwork) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[27]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PrepareNetwork.ProtoReflect.Descriptor instead.
+func (*PrepareNetwork) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{27}
+}
+
+func (x *PrepareNetwork) GetPlan() *NetworkPlan {
+	if x != nil {
+		return x.Plan
+	}
+	return nil
+}
+
+// NetworkPlan is what all nodes of a job know of its network.
+type NetworkPlan struct {
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Subnet  string                 `protobuf:"bytes,1,opt,name=subnet,proto3" json:"subnet,omitempty"`   // 10.64.16.0/20
+	Gateway string                 `protobuf:"bytes,2,opt,name=gateway,proto3" json:"gateway,omitempty"` // the subnet's last usable address, on every node
+	// Of the virtual networks on one underlay no two live ones have the same
+	// number. 24 bits, not 0.
+	Number        uint32     `protobuf:"varint,3,opt,name=number,proto3" json:"number,omitempty"`
+	Tunnel        string     `protobuf:"bytes,4,opt,name=tunnel,proto3" json:"tunnel,omitempty"` // wireguard or vxlan
+	Publish       []*Publish `protobuf:"bytes,5,rep,name=publish,proto3" json:"publish,omitempty"`
+	Tasks         int32      `protobuf:"varint,6,opt,name=tasks,proto3" json:"tasks,omitempty"` // of the whole job
+	Spans         bool       `protobuf:"varint,7,opt,name=spans,proto3" json:"spans,omitempty"` // over several nodes, so that a tunnel is needed
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *NetworkPlan) Reset() {
+	*x = NetworkPlan{}
+	mi := &file_agent_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NetworkPlan) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NetworkPlan) ProtoMessage() {}
+
+func (x *NetworkPlan) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NetworkPlan.ProtoReflect.Descriptor instead.
+func (*NetworkPlan) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{28}
+}
+
+func (x *NetworkPlan) GetSubnet() string {
+	if x != nil {
+		return x.Subnet
+	}
+	return ""
+}
+
+func (x *NetworkPlan) GetGateway() string {
+	if x != nil {
+		return x.Gateway
+	}
+	return ""
+}
+
+func (x *NetworkPlan) GetNumber() uint32 {
+	if x != nil {
+		return x.Number
+	}
+	return 0
+}
+
+func (x *NetworkPlan) GetTunnel() string {
+	if x != nil {
+		return x.Tunnel
+	}
+	return ""
+}
+
+func (x *NetworkPlan) GetPublish() []*Publish {
+	if x != nil {
+		return x.Publish
+	}
+	return nil
+}
+
+func (x *NetworkPlan) GetTasks() int32 {
+	if x != nil {
+		return x.Tasks
+	}
+	return 0
+}
+
+func (x *NetworkPlan) GetSpans() bool {
+	if x != nil {
+		return x.Spans
+	}
+	return false
+}
+
+// Publish lets the outside reach a port of a task through its node.
+type Publish struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Task          int32                  `protobuf:"varint,1,opt,name=task,proto3" json:"task,omitempty"`
+	Protocol      string                 `protobuf:"bytes,2,opt,name=protocol,proto3" json:"protocol,omitempty"` // tcp or udp
+	Port          int32                  `protobuf:"varint,3,opt,name=port,proto3" json:"port,omitempty"`        // of the node
+	Target        int32                  `protobuf:"varint,4,opt,name=target,proto3" json:"target,omitempty"`    // of the task
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Publish) Reset() {
+	*x = Publish{}
+	mi := &file_agent_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Publish) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Publish) ProtoMessage() {}
+
+func (x *Publish) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Publish.ProtoReflect.Descriptor instead.
+func (*Publish) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{29}
+}
+
+func (x *Publish) GetTask() int32 {
+	if x != nil {
+		return x.Task
+	}
+	return 0
+}
+
+func (x *Publish) GetProtocol() string {
+	if x != nil {
+		return x.Protocol
+	}
+	return ""
+}
+
+func (x *Publish) GetPort() int32 {
+	if x != nil {
+		return x.Port
+	}
+	return 0
+}
+
+func (x *Publish) GetTarget() int32 {
+	if x != nil {
+		return x.Target
+	}
+	return 0
+}
+
+// NetworkEndpoint is how other nodes reach the job's network on a node.
+type NetworkEndpoint struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Address       string                 `protobuf:"bytes,1,opt,name=address,proto3" json:"address,omitempty"`                      // IP:PORT on the underlay; empty unless the job spans nodes
+	PublicKey     []byte                 `protobuf:"bytes,2,opt,name=public_key,json=publicKey,proto3" json:"public_key,omitempty"` // WireGuard's, made anew for every run
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *NetworkEndpoint) Reset() {
+	*x = NetworkEndpoint{}
+	mi := &file_agent_proto_msgTypes[30]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NetworkEndpoint) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NetworkEndpoint) ProtoMessage() {}
+
+func (x *NetworkEndpoint) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[30]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NetworkEndpoint.ProtoReflect.Descriptor instead.
+func (*NetworkEndpoint) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{30}
+}
+
+func (x *NetworkEndpoint) GetAddress() string {
+	if x != nil {
+		return x.Address
+	}
+	return ""
+}
+
+func (x *NetworkEndpoint) GetPublicKey() []byte {
+	if x != nil {
+		return x.PublicKey
+	}
+	return nil
+}
+
+// ConnectNetwork names all other nodes of the job's run. It may be repeated.
+type ConnectNetwork struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Peers         []*NetworkPeer         `protobuf:"bytes,1,rep,name=peers,proto3" json:"peers,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ConnectNetwork) Reset() {
+	*x = ConnectNetwork{}
+	mi := &file_agent_proto_msgTypes[31]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ConnectNetwork) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ConnectNetwork) ProtoMessage() {}
+
+func (x *ConnectNetwork) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[31]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ConnectNetwork.ProtoReflect.Descriptor instead.
+func (*ConnectNetwork) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{31}
+}
+
+func (x *ConnectNetwork) GetPeers() []*NetworkPeer {
+	if x != nil {
+		return x.Peers
+	}
+	return nil
+}
+
+type NetworkPeer struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Node          string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
+	Endpoint      *NetworkEndpoint       `protobuf:"bytes,2,opt,name=endpoint,proto3" json:"endpoint,omitempty"`
+	VirtualIps    []string               `protobuf:"bytes,3,rep,name=virtual_ips,json=virtualIps,proto3" json:"virtual_ips,omitempty"` // of the tasks there
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *NetworkPeer) Reset() {
+	*x = NetworkPeer{}
+	mi := &file_agent_proto_msgTypes[32]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NetworkPeer) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NetworkPeer) ProtoMessage() {}
+
+func (x *NetworkPeer) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[32]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NetworkPeer.ProtoReflect.Descriptor instead.
+func (*NetworkPeer) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{32}
+}
+
+func (x *NetworkPeer) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *NetworkPeer) GetEndpoint() *NetworkEndpoint {
+	if x != nil {
+		return x.Endpoint
+	}
+	return nil
+}
+
+func (x *NetworkPeer) GetVirtualIps() []string {
+	if x != nil {
+		return x.VirtualIps
+	}
+	return nil
+}
+
+// OpenNetwork reconnects the network of a task that a checkpoint cut off or
+// that was restored and is held. No process runs before Thaw or ReleaseTask.
+type OpenNetwork struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Checkpoint    string                 `protobuf:"bytes,1,opt,name=checkpoint,proto3" json:"checkpoint,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *OpenNetwork) Reset() {
+	*x = OpenNetwork{}
+	mi := &file_agent_proto_msgTypes[33]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *OpenNetwork) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*OpenNetwork) ProtoMessage() {}
+
+func (x *OpenNetwork) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[33]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use OpenNetwork.ProtoReflect.Descriptor instead.
+func (*OpenNetwork) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{33}
+}
+
+func (x *OpenNetwork) GetCheckpoint() string {
+	if x != nil {
+		return x.Checkpoint
+	}
+	return ""
+}
+
+// ReleaseTask lets a task go on that was restored and held. The answer is its
+// state, as restored.
+type ReleaseTask struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Checkpoint    string                 `protobuf:"bytes,1,opt,name=checkpoint,proto3" json:"checkpoint,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReleaseTask) Reset() {
+	*x = ReleaseTask{}
+	mi := &file_agent_proto_msgTypes[34]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReleaseTask) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReleaseTask) ProtoMessage() {}
+
+func (x *ReleaseTask) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[34]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReleaseTask.ProtoReflect.Descriptor instead.
+func (*ReleaseTask) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{34}
+}
+
+func (x *ReleaseTask) GetCheckpoint() string {
+	if x != nil {
+		return x.Checkpoint
+	}
+	return ""
+}
+
+// AppRequest comes from a program inside a task. The agent repeats it after
+// every Welcome until it is answered.
+type AppRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"` // names the request for ever
+	Task  *TaskRef               `protobuf:"bytes,2,opt,name=task,proto3" json:"task,omitempty"`
+	// Types that are valid to be assigned to Body:
+	//
+	//	*AppRequest_Checkpoint
+	Body          isAppRequest_Body `protobuf_oneof:"body"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AppRequest) Reset() {
+	*x = AppRequest{}
+	mi := &file_agent_proto_msgTypes[35]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AppRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AppRequest) ProtoMessage() {}
+
+func (x *AppRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[35]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AppRequest.ProtoReflect.Descriptor instead.
+func (*AppRequest) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{35}
+}
+
+func (x *AppRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *AppRequest) GetTask() *TaskRef {
+	if x != nil {
+		return x.Task
+	}
+	return nil
+}
+
+func (x *AppRequest) GetBody() isAppRequest_Body {
+	if x != nil {
+		return x.Body
+	}
+	return nil
+}
+
+func (x *AppRequest) GetCheckpoint() *AppCheckpoint {
+	if x != nil {
+		if x, ok := x.Body.(*AppRequest_Checkpoint); ok {
+			return x.Checkpoint
+		}
+	}
+	return nil
+}
+
+type isAppRequest_Body interface {
+	isAppRequest_Body()
+}
+
+type AppRequest_Checkpoint struct {
+	Checkpoint *AppCheckpoint `protobuf:"bytes,3,opt,name=checkpoint,proto3,oneof"`
+}
+
+func (*AppRequest_Checkpoint) isAppRequest_Body() {}
+
+// AppCheckpoint asks for a checkpoint of the job.
+type AppCheckpoint struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Label         string                 `protobuf:"bytes,1,opt,name=label,proto3" json:"label,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AppCheckpoint) Reset() {
+	*x = AppCheckpoint{}
+	mi := &file_agent_proto_msgTypes[36]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AppCheckpoint) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AppCheckpoint) ProtoMessage() {}
+
+func (x *AppCheckpoint) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[36]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AppCheckpoint.ProtoReflect.Descriptor instead.
+func (*AppCheckpoint) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{36}
+}
+
+func (x *AppCheckpoint) GetLabel() string {
+	if x != nil {
+		return x.Label
+	}
+	return ""
+}
+
+// AppAnswer ends an AppRequest: the checkpoint is durable, or why there is none.
+type AppAnswer struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Failure       *Failure               `protobuf:"bytes,2,opt,name=failure,proto3" json:"failure,omitempty"`
+	Checkpoint    string                 `protobuf:"bytes,3,opt,name=checkpoint,proto3" json:"checkpoint,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AppAnswer) Reset() {
+	*x = AppAnswer{}
+	mi := &file_agent_proto_msgTypes[37]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AppAnswer) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AppAnswer) ProtoMessage() {}
+
+func (x *AppAnswer) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[37]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AppAnswer.ProtoReflect.Descriptor instead.
+func (*AppAnswer) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{37}
+}
+
+func (x *AppAnswer) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *AppAnswer) GetFailure() *Failure {
+	if x != nil {
+		return x.Failure
+	}
+	return nil
+}
+
+func (x *AppAnswer) GetCheckpoint() string {
+	if x != nil {
+		return x.Checkpoint
+	}
+	return ""
+}
+
 type SignalTask struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Signal        int32                  `protobuf:"varint,1,opt,name=signal,proto3" json:"signal,omitempty"`
@@ -2071,7 +2855,7 @@ type SignalTask struct {
 
 func (x *SignalTask) Reset() {
 	*x = SignalTask{}
-	mi := &file_agent_proto_msgTypes[27]
+	mi := &file_agent_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2083,7 +2867,7 @@ func (x *SignalTask) String() string {
 func (*SignalTask) ProtoMessage() {}
 
 func (x *SignalTask) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[27]
+	mi := &file_agent_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2096,7 +2880,7 @@ func (x *SignalTask) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignalTask.ProtoReflect.Descriptor instead.
 func (*SignalTask) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{27}
+	return file_agent_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *SignalTask) GetSignal() int32 {
@@ -2117,7 +2901,7 @@ type DestroyTask struct {
 
 func (x *DestroyTask) Reset() {
 	*x = DestroyTask{}
-	mi := &file_agent_proto_msgTypes[28]
+	mi := &file_agent_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2129,7 +2913,7 @@ func (x *DestroyTask) String() string {
 func (*DestroyTask) ProtoMessage() {}
 
 func (x *DestroyTask) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[28]
+	mi := &file_agent_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2142,7 +2926,7 @@ func (x *DestroyTask) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DestroyTask.ProtoReflect.Descriptor instead.
 func (*DestroyTask) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{28}
+	return file_agent_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *DestroyTask) GetKeepLogs() bool {
@@ -2166,7 +2950,7 @@ type OpenStream struct {
 
 func (x *OpenStream) Reset() {
 	*x = OpenStream{}
-	mi := &file_agent_proto_msgTypes[29]
+	mi := &file_agent_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2178,7 +2962,7 @@ func (x *OpenStream) String() string {
 func (*OpenStream) ProtoMessage() {}
 
 func (x *OpenStream) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[29]
+	mi := &file_agent_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2191,7 +2975,7 @@ func (x *OpenStream) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OpenStream.ProtoReflect.Descriptor instead.
 func (*OpenStream) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{29}
+	return file_agent_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *OpenStream) GetStream() string {
@@ -2251,7 +3035,7 @@ type Logs struct {
 
 func (x *Logs) Reset() {
 	*x = Logs{}
-	mi := &file_agent_proto_msgTypes[30]
+	mi := &file_agent_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2263,7 +3047,7 @@ func (x *Logs) String() string {
 func (*Logs) ProtoMessage() {}
 
 func (x *Logs) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[30]
+	mi := &file_agent_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2276,7 +3060,7 @@ func (x *Logs) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Logs.ProtoReflect.Descriptor instead.
 func (*Logs) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{30}
+	return file_agent_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *Logs) GetFollow() bool {
@@ -2299,7 +3083,7 @@ type Exec struct {
 
 func (x *Exec) Reset() {
 	*x = Exec{}
-	mi := &file_agent_proto_msgTypes[31]
+	mi := &file_agent_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2311,7 +3095,7 @@ func (x *Exec) String() string {
 func (*Exec) ProtoMessage() {}
 
 func (x *Exec) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[31]
+	mi := &file_agent_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2324,7 +3108,7 @@ func (x *Exec) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Exec.ProtoReflect.Descriptor instead.
 func (*Exec) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{31}
+	return file_agent_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *Exec) GetCommand() []string {
@@ -2381,7 +3165,7 @@ type Frame struct {
 
 func (x *Frame) Reset() {
 	*x = Frame{}
-	mi := &file_agent_proto_msgTypes[32]
+	mi := &file_agent_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2393,7 +3177,7 @@ func (x *Frame) String() string {
 func (*Frame) ProtoMessage() {}
 
 func (x *Frame) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[32]
+	mi := &file_agent_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2406,7 +3190,7 @@ func (x *Frame) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Frame.ProtoReflect.Descriptor instead.
 func (*Frame) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{32}
+	return file_agent_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *Frame) GetStream() string {
@@ -2526,7 +3310,7 @@ type Exit struct {
 
 func (x *Exit) Reset() {
 	*x = Exit{}
-	mi := &file_agent_proto_msgTypes[33]
+	mi := &file_agent_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2538,7 +3322,7 @@ func (x *Exit) String() string {
 func (*Exit) ProtoMessage() {}
 
 func (x *Exit) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[33]
+	mi := &file_agent_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2551,7 +3335,7 @@ func (x *Exit) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Exit.ProtoReflect.Descriptor instead.
 func (*Exit) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{33}
+	return file_agent_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *Exit) GetCode() int32 {
@@ -2571,7 +3355,7 @@ type WindowSize struct {
 
 func (x *WindowSize) Reset() {
 	*x = WindowSize{}
-	mi := &file_agent_proto_msgTypes[34]
+	mi := &file_agent_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2583,7 +3367,7 @@ func (x *WindowSize) String() string {
 func (*WindowSize) ProtoMessage() {}
 
 func (x *WindowSize) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[34]
+	mi := &file_agent_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2596,7 +3380,7 @@ func (x *WindowSize) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WindowSize.ProtoReflect.Descriptor instead.
 func (*WindowSize) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{34}
+	return file_agent_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *WindowSize) GetRows() uint32 {
@@ -2626,20 +3410,24 @@ const file_agent_proto_rawDesc = "" +
 	"\fJoinResponse\x12 \n" +
 	"\vcertificate\x18\x01 \x01(\fR\vcertificate\x12\x0e\n" +
 	"\x02ca\x18\x02 \x01(\fR\x02ca\x12\x17\n" +
-	"\anode_id\x18\x03 \x01(\tR\x06nodeId\"\xaf\x02\n" +
+	"\anode_id\x18\x03 \x01(\tR\x06nodeId\"\xf1\x02\n" +
 	"\tFromAgent\x120\n" +
 	"\x05hello\x18\x01 \x01(\v2\x18.dormouse.agent.v1.HelloH\x00R\x05hello\x12<\n" +
 	"\theartbeat\x18\x02 \x01(\v2\x1c.dormouse.agent.v1.HeartbeatH\x00R\theartbeat\x120\n" +
 	"\x05reply\x18\x03 \x01(\v2\x18.dormouse.agent.v1.ReplyH\x00R\x05reply\x129\n" +
 	"\bprogress\x18\x04 \x01(\v2\x1b.dormouse.agent.v1.ProgressH\x00R\bprogress\x12=\n" +
 	"\n" +
-	"task_event\x18\x05 \x01(\v2\x1c.dormouse.agent.v1.TaskEventH\x00R\ttaskEventB\x06\n" +
-	"\x04body\"\xc9\x01\n" +
+	"task_event\x18\x05 \x01(\v2\x1c.dormouse.agent.v1.TaskEventH\x00R\ttaskEvent\x12@\n" +
+	"\vapp_request\x18\x06 \x01(\v2\x1d.dormouse.agent.v1.AppRequestH\x00R\n" +
+	"appRequestB\x06\n" +
+	"\x04body\"\x88\x02\n" +
 	"\aToAgent\x126\n" +
 	"\awelcome\x18\x01 \x01(\v2\x1a.dormouse.agent.v1.WelcomeH\x00R\awelcome\x12F\n" +
 	"\rheartbeat_ack\x18\x02 \x01(\v2\x1f.dormouse.agent.v1.HeartbeatAckH\x00R\fheartbeatAck\x126\n" +
-	"\acommand\x18\x03 \x01(\v2\x1a.dormouse.agent.v1.CommandH\x00R\acommandB\x06\n" +
-	"\x04body\"\xd3\x02\n" +
+	"\acommand\x18\x03 \x01(\v2\x1a.dormouse.agent.v1.CommandH\x00R\acommand\x12=\n" +
+	"\n" +
+	"app_answer\x18\x04 \x01(\v2\x1c.dormouse.agent.v1.AppAnswerH\x00R\tappAnswerB\x06\n" +
+	"\x04body\"\xef\x02\n" +
 	"\x05Hello\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x12\x14\n" +
 	"\x05cloud\x18\x02 \x01(\tR\x05cloud\x12\x12\n" +
@@ -2652,7 +3440,8 @@ const file_agent_proto_rawDesc = "" +
 	"\ragent_version\x18\t \x01(\tR\fagentVersion\x12\x1b\n" +
 	"\tagent_pid\x18\n" +
 	" \x01(\x03R\bagentPid\x122\n" +
-	"\x05tasks\x18\v \x03(\v2\x1c.dormouse.agent.v1.TaskStateR\x05tasks\"\x89\x02\n" +
+	"\x05tasks\x18\v \x03(\v2\x1c.dormouse.agent.v1.TaskStateR\x05tasks\x12\x1a\n" +
+	"\bunderlay\x18\f \x01(\tR\bunderlay\"\x89\x02\n" +
 	"\aWelcome\x12\x17\n" +
 	"\anode_id\x18\x01 \x01(\tR\x06nodeId\x12!\n" +
 	"\fheartbeat_ms\x18\x02 \x01(\x03R\vheartbeatMs\x12\x19\n" +
@@ -2687,7 +3476,7 @@ const file_agent_proto_rawDesc = "" +
 	"checkpoint\x18\t \x01(\tR\n" +
 	"checkpoint\"?\n" +
 	"\tTaskEvent\x122\n" +
-	"\x05state\x18\x01 \x01(\v2\x1c.dormouse.agent.v1.TaskStateR\x05state\"\xc1\x05\n" +
+	"\x05state\x18\x01 \x01(\v2\x1c.dormouse.agent.v1.TaskStateR\x05state\"\xde\a\n" +
 	"\aCommand\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12.\n" +
 	"\x04task\x18\x02 \x01(\v2\x1a.dormouse.agent.v1.TaskRefR\x04task\x124\n" +
@@ -2703,8 +3492,12 @@ const file_agent_proto_rawDesc = "" +
 	"\x06signal\x18\v \x01(\v2\x1d.dormouse.agent.v1.SignalTaskH\x00R\x06signal\x12:\n" +
 	"\adestroy\x18\f \x01(\v2\x1e.dormouse.agent.v1.DestroyTaskH\x00R\adestroy\x12@\n" +
 	"\vopen_stream\x18\r \x01(\v2\x1d.dormouse.agent.v1.OpenStreamH\x00R\n" +
-	"openStreamB\x06\n" +
-	"\x04body\"\x90\x03\n" +
+	"openStream\x12L\n" +
+	"\x0fprepare_network\x18\x0e \x01(\v2!.dormouse.agent.v1.PrepareNetworkH\x00R\x0eprepareNetwork\x12L\n" +
+	"\x0fconnect_network\x18\x0f \x01(\v2!.dormouse.agent.v1.ConnectNetworkH\x00R\x0econnectNetwork\x12C\n" +
+	"\fopen_network\x18\x10 \x01(\v2\x1e.dormouse.agent.v1.OpenNetworkH\x00R\vopenNetwork\x12:\n" +
+	"\arelease\x18\x11 \x01(\v2\x1e.dormouse.agent.v1.ReleaseTaskH\x00R\areleaseB\x06\n" +
+	"\x04body\"\xd0\x03\n" +
 	"\x05Reply\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x124\n" +
 	"\afailure\x18\x02 \x01(\v2\x1a.dormouse.agent.v1.FailureR\afailure\x128\n" +
@@ -2712,7 +3505,8 @@ const file_agent_proto_rawDesc = "" +
 	"\tpreflight\x18\x04 \x01(\v2\".dormouse.agent.v1.PreflightResultH\x00R\tpreflight\x12>\n" +
 	"\bcaptured\x18\x05 \x01(\v2 .dormouse.agent.v1.CaptureResultH\x00R\bcaptured\x12=\n" +
 	"\buploaded\x18\x06 \x01(\v2\x1f.dormouse.agent.v1.UploadResultH\x00R\buploaded\x12:\n" +
-	"\brestored\x18\a \x01(\v2\x1c.dormouse.agent.v1.TaskStateH\x00R\brestoredB\b\n" +
+	"\brestored\x18\a \x01(\v2\x1c.dormouse.agent.v1.TaskStateH\x00R\brestored\x12>\n" +
+	"\anetwork\x18\b \x01(\v2\".dormouse.agent.v1.NetworkEndpointH\x00R\anetworkB\b\n" +
 	"\x06result\"[\n" +
 	"\aFailure\x12\x18\n" +
 	"\amessage\x18\x01 \x01(\tR\amessage\x12\x18\n" +
@@ -2763,7 +3557,7 @@ const file_agent_proto_rawDesc = "" +
 	"\aDiscard\x12\x1e\n" +
 	"\n" +
 	"checkpoint\x18\x01 \x01(\tR\n" +
-	"checkpoint\"\xb0\x01\n" +
+	"checkpoint\"\xc4\x01\n" +
 	"\vRestoreTask\x12\x1e\n" +
 	"\n" +
 	"checkpoint\x18\x01 \x01(\tR\n" +
@@ -2772,7 +3566,58 @@ const file_agent_proto_rawDesc = "" +
 	"\x04spec\x18\x03 \x01(\fR\x04spec\x12\x1d\n" +
 	"\n" +
 	"virtual_ip\x18\x04 \x01(\tR\tvirtualIp\x122\n" +
-	"\x05hosts\x18\x05 \x03(\v2\x1c.dormouse.agent.v1.HostEntryR\x05hosts\"$\n" +
+	"\x05hosts\x18\x05 \x03(\v2\x1c.dormouse.agent.v1.HostEntryR\x05hosts\x12\x12\n" +
+	"\x04hold\x18\x06 \x01(\bR\x04hold\"D\n" +
+	"\x0ePrepareNetwork\x122\n" +
+	"\x04plan\x18\x01 \x01(\v2\x1e.dormouse.agent.v1.NetworkPlanR\x04plan\"\xd1\x01\n" +
+	"\vNetworkPlan\x12\x16\n" +
+	"\x06subnet\x18\x01 \x01(\tR\x06subnet\x12\x18\n" +
+	"\agateway\x18\x02 \x01(\tR\agateway\x12\x16\n" +
+	"\x06number\x18\x03 \x01(\rR\x06number\x12\x16\n" +
+	"\x06tunnel\x18\x04 \x01(\tR\x06tunnel\x124\n" +
+	"\apublish\x18\x05 \x03(\v2\x1a.dormouse.agent.v1.PublishR\apublish\x12\x14\n" +
+	"\x05tasks\x18\x06 \x01(\x05R\x05tasks\x12\x14\n" +
+	"\x05spans\x18\a \x01(\bR\x05spans\"e\n" +
+	"\aPublish\x12\x12\n" +
+	"\x04task\x18\x01 \x01(\x05R\x04task\x12\x1a\n" +
+	"\bprotocol\x18\x02 \x01(\tR\bprotocol\x12\x12\n" +
+	"\x04port\x18\x03 \x01(\x05R\x04port\x12\x16\n" +
+	"\x06target\x18\x04 \x01(\x05R\x06target\"J\n" +
+	"\x0fNetworkEndpoint\x12\x18\n" +
+	"\aaddress\x18\x01 \x01(\tR\aaddress\x12\x1d\n" +
+	"\n" +
+	"public_key\x18\x02 \x01(\fR\tpublicKey\"F\n" +
+	"\x0eConnectNetwork\x124\n" +
+	"\x05peers\x18\x01 \x03(\v2\x1e.dormouse.agent.v1.NetworkPeerR\x05peers\"\x82\x01\n" +
+	"\vNetworkPeer\x12\x12\n" +
+	"\x04node\x18\x01 \x01(\tR\x04node\x12>\n" +
+	"\bendpoint\x18\x02 \x01(\v2\".dormouse.agent.v1.NetworkEndpointR\bendpoint\x12\x1f\n" +
+	"\vvirtual_ips\x18\x03 \x03(\tR\n" +
+	"virtualIps\"-\n" +
+	"\vOpenNetwork\x12\x1e\n" +
+	"\n" +
+	"checkpoint\x18\x01 \x01(\tR\n" +
+	"checkpoint\"-\n" +
+	"\vReleaseTask\x12\x1e\n" +
+	"\n" +
+	"checkpoint\x18\x01 \x01(\tR\n" +
+	"checkpoint\"\x98\x01\n" +
+	"\n" +
+	"AppRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12.\n" +
+	"\x04task\x18\x02 \x01(\v2\x1a.dormouse.agent.v1.TaskRefR\x04task\x12B\n" +
+	"\n" +
+	"checkpoint\x18\x03 \x01(\v2 .dormouse.agent.v1.AppCheckpointH\x00R\n" +
+	"checkpointB\x06\n" +
+	"\x04body\"%\n" +
+	"\rAppCheckpoint\x12\x14\n" +
+	"\x05label\x18\x01 \x01(\tR\x05label\"q\n" +
+	"\tAppAnswer\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x124\n" +
+	"\afailure\x18\x02 \x01(\v2\x1a.dormouse.agent.v1.FailureR\afailure\x12\x1e\n" +
+	"\n" +
+	"checkpoint\x18\x03 \x01(\tR\n" +
+	"checkpoint\"$\n" +
 	"\n" +
 	"SignalTask\x12\x16\n" +
 	"\x06signal\x18\x01 \x01(\x05R\x06signal\"*\n" +
@@ -2827,7 +3672,7 @@ func file_agent_proto_rawDescGZIP() []byte {
 	return file_agent_proto_rawDescData
 }
 
-var file_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 36)
+var file_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 47)
 var file_agent_proto_goTypes = []any{
 	(*JoinRequest)(nil),     // 0: dormouse.agent.v1.JoinRequest
 	(*JoinResponse)(nil),    // 1: dormouse.agent.v1.JoinResponse
@@ -2856,15 +3701,26 @@ var file_agent_proto_goTypes = []any{
 	(*UploadResult)(nil),    // 24: dormouse.agent.v1.UploadResult
 	(*Discard)(nil),         // 25: dormouse.agent.v1.Discard
 	(*RestoreTask)(nil),     // 26: dormouse.agent.v1.RestoreTask
-	(*SignalTask)(nil),      // 27: dormouse.agent.v1.SignalTask
-	(*DestroyTask)(nil),     // 28: dormouse.agent.v1.DestroyTask
-	(*OpenStream)(nil),      // 29: dormouse.agent.v1.OpenStream
-	(*Logs)(nil),            // 30: dormouse.agent.v1.Logs
-	(*Exec)(nil),            // 31: dormouse.agent.v1.Exec
-	(*Frame)(nil),           // 32: dormouse.agent.v1.Frame
-	(*Exit)(nil),            // 33: dormouse.agent.v1.Exit
-	(*WindowSize)(nil),      // 34: dormouse.agent.v1.WindowSize
-	nil,                     // 35: dormouse.agent.v1.Exec.EnvEntry
+	(*PrepareNetwork)(nil),  // 27: dormouse.agent.v1.PrepareNetwork
+	(*NetworkPlan)(nil),     // 28: dormouse.agent.v1.NetworkPlan
+	(*Publish)(nil),         // 29: dormouse.agent.v1.Publish
+	(*NetworkEndpoint)(nil), // 30: dormouse.agent.v1.NetworkEndpoint
+	(*ConnectNetwork)(nil),  // 31: dormouse.agent.v1.ConnectNetwork
+	(*NetworkPeer)(nil),     // 32: dormouse.agent.v1.NetworkPeer
+	(*OpenNetwork)(nil),     // 33: dormouse.agent.v1.OpenNetwork
+	(*ReleaseTask)(nil),     // 34: dormouse.agent.v1.ReleaseTask
+	(*AppRequest)(nil),      // 35: dormouse.agent.v1.AppRequest
+	(*AppCheckpoint)(nil),   // 36: dormouse.agent.v1.AppCheckpoint
+	(*AppAnswer)(nil),       // 37: dormouse.agent.v1.AppAnswer
+	(*SignalTask)(nil),      // 38: dormouse.agent.v1.SignalTask
+	(*DestroyTask)(nil),     // 39: dormouse.agent.v1.DestroyTask
+	(*OpenStream)(nil),      // 40: dormouse.agent.v1.OpenStream
+	(*Logs)(nil),            // 41: dormouse.agent.v1.Logs
+	(*Exec)(nil),            // 42: dormouse.agent.v1.Exec
+	(*Frame)(nil),           // 43: dormouse.agent.v1.Frame
+	(*Exit)(nil),            // 44: dormouse.agent.v1.Exit
+	(*WindowSize)(nil),      // 45: dormouse.agent.v1.WindowSize
+	nil,                     // 46: dormouse.agent.v1.Exec.EnvEntry
 }
 var file_agent_proto_depIdxs = []int32{
 	4,  // 0: dormouse.agent.v1.FromAgent.hello:type_name -> dormouse.agent.v1.Hello
@@ -2872,50 +3728,64 @@ var file_agent_proto_depIdxs = []int32{
 	12, // 2: dormouse.agent.v1.FromAgent.reply:type_name -> dormouse.agent.v1.Reply
 	14, // 3: dormouse.agent.v1.FromAgent.progress:type_name -> dormouse.agent.v1.Progress
 	10, // 4: dormouse.agent.v1.FromAgent.task_event:type_name -> dormouse.agent.v1.TaskEvent
-	5,  // 5: dormouse.agent.v1.ToAgent.welcome:type_name -> dormouse.agent.v1.Welcome
-	7,  // 6: dormouse.agent.v1.ToAgent.heartbeat_ack:type_name -> dormouse.agent.v1.HeartbeatAck
-	11, // 7: dormouse.agent.v1.ToAgent.command:type_name -> dormouse.agent.v1.Command
-	9,  // 8: dormouse.agent.v1.Hello.tasks:type_name -> dormouse.agent.v1.TaskState
-	8,  // 9: dormouse.agent.v1.Welcome.keep:type_name -> dormouse.agent.v1.TaskRef
-	8,  // 10: dormouse.agent.v1.Welcome.destroy:type_name -> dormouse.agent.v1.TaskRef
-	8,  // 11: dormouse.agent.v1.TaskState.task:type_name -> dormouse.agent.v1.TaskRef
-	9,  // 12: dormouse.agent.v1.TaskEvent.state:type_name -> dormouse.agent.v1.TaskState
-	8,  // 13: dormouse.agent.v1.Command.task:type_name -> dormouse.agent.v1.TaskRef
-	15, // 14: dormouse.agent.v1.Command.start:type_name -> dormouse.agent.v1.StartTask
-	17, // 15: dormouse.agent.v1.Command.preflight:type_name -> dormouse.agent.v1.Preflight
-	19, // 16: dormouse.agent.v1.Command.freeze:type_name -> dormouse.agent.v1.Freeze
-	20, // 17: dormouse.agent.v1.Command.capture:type_name -> dormouse.agent.v1.Capture
-	22, // 18: dormouse.agent.v1.Command.thaw:type_name -> dormouse.agent.v1.Thaw
-	23, // 19: dormouse.agent.v1.Command.upload:type_name -> dormouse.agent.v1.Upload
-	25, // 20: dormouse.agent.v1.Command.discard:type_name -> dormouse.agent.v1.Discard
-	26, // 21: dormouse.agent.v1.Command.restore:type_name -> dormouse.agent.v1.RestoreTask
-	27, // 22: dormouse.agent.v1.Command.signal:type_name -> dormouse.agent.v1.SignalTask
-	28, // 23: dormouse.agent.v1.Command.destroy:type_name -> dormouse.agent.v1.DestroyTask
-	29, // 24: dormouse.agent.v1.Command.open_stream:type_name -> dormouse.agent.v1.OpenStream
-	13, // 25: dormouse.agent.v1.Reply.failure:type_name -> dormouse.agent.v1.Failure
-	9,  // 26: dormouse.agent.v1.Reply.started:type_name -> dormouse.agent.v1.TaskState
-	18, // 27: dormouse.agent.v1.Reply.preflight:type_name -> dormouse.agent.v1.PreflightResult
-	21, // 28: dormouse.agent.v1.Reply.captured:type_name -> dormouse.agent.v1.CaptureResult
-	24, // 29: dormouse.agent.v1.Reply.uploaded:type_name -> dormouse.agent.v1.UploadResult
-	9,  // 30: dormouse.agent.v1.Reply.restored:type_name -> dormouse.agent.v1.TaskState
-	16, // 31: dormouse.agent.v1.StartTask.hosts:type_name -> dormouse.agent.v1.HostEntry
-	16, // 32: dormouse.agent.v1.RestoreTask.hosts:type_name -> dormouse.agent.v1.HostEntry
-	30, // 33: dormouse.agent.v1.OpenStream.logs:type_name -> dormouse.agent.v1.Logs
-	31, // 34: dormouse.agent.v1.OpenStream.exec:type_name -> dormouse.agent.v1.Exec
-	35, // 35: dormouse.agent.v1.Exec.env:type_name -> dormouse.agent.v1.Exec.EnvEntry
-	33, // 36: dormouse.agent.v1.Frame.exit:type_name -> dormouse.agent.v1.Exit
-	34, // 37: dormouse.agent.v1.Frame.resize:type_name -> dormouse.agent.v1.WindowSize
-	0,  // 38: dormouse.agent.v1.AgentService.Join:input_type -> dormouse.agent.v1.JoinRequest
-	2,  // 39: dormouse.agent.v1.AgentService.Connect:input_type -> dormouse.agent.v1.FromAgent
-	32, // 40: dormouse.agent.v1.AgentService.Attach:input_type -> dormouse.agent.v1.Frame
-	1,  // 41: dormouse.agent.v1.AgentService.Join:output_type -> dormouse.agent.v1.JoinResponse
-	3,  // 42: dormouse.agent.v1.AgentService.Connect:output_type -> dormouse.agent.v1.ToAgent
-	32, // 43: dormouse.agent.v1.AgentService.Attach:output_type -> dormouse.agent.v1.Frame
-	41, // [41:44] is the sub-list for method output_type
-	38, // [38:41] is the sub-list for method input_type
-	38, // [38:38] is the sub-list for extension type_name
-	38, // [38:38] is the sub-list for extension extendee
-	0,  // [0:38] is the sub-list for field type_name
+	35, // 5: dormouse.agent.v1.FromAgent.app_request:type_name -> dormouse.agent.v1.AppRequest
+	5,  // 6: dormouse.agent.v1.ToAgent.welcome:type_name -> dormouse.agent.v1.Welcome
+	7,  // 7: dormouse.agent.v1.ToAgent.heartbeat_ack:type_name -> dormouse.agent.v1.HeartbeatAck
+	11, // 8: dormouse.agent.v1.ToAgent.command:type_name -> dormouse.agent.v1.Command
+	37, // 9: dormouse.agent.v1.ToAgent.app_answer:type_name -> dormouse.agent.v1.AppAnswer
+	9,  // 10: dormouse.agent.v1.Hello.tasks:type_name -> dormouse.agent.v1.TaskState
+	8,  // 11: dormouse.agent.v1.Welcome.keep:type_name -> dormouse.agent.v1.TaskRef
+	8,  // 12: dormouse.agent.v1.Welcome.destroy:type_name -> dormouse.agent.v1.TaskRef
+	8,  // 13: dormouse.agent.v1.TaskState.task:type_name -> dormouse.agent.v1.TaskRef
+	9,  // 14: dormouse.agent.v1.TaskEvent.state:type_name -> dormouse.agent.v1.TaskState
+	8,  // 15: dormouse.agent.v1.Command.task:type_name -> dormouse.agent.v1.TaskRef
+	15, // 16: dormouse.agent.v1.Command.start:type_name -> dormouse.agent.v1.StartTask
+	17, // 17: dormouse.agent.v1.Command.preflight:type_name -> dormouse.agent.v1.Preflight
+	19, // 18: dormouse.agent.v1.Command.freeze:type_name -> dormouse.agent.v1.Freeze
+	20, // 19: dormouse.agent.v1.Command.capture:type_name -> dormouse.agent.v1.Capture
+	22, // 20: dormouse.agent.v1.Command.thaw:type_name -> dormouse.agent.v1.Thaw
+	23, // 21: dormouse.agent.v1.Command.upload:type_name -> dormouse.agent.v1.Upload
+	25, // 22: dormouse.agent.v1.Command.discard:type_name -> dormouse.agent.v1.Discard
+	26, // 23: dormouse.agent.v1.Command.restore:type_name -> dormouse.agent.v1.RestoreTask
+	38, // 24: dormouse.agent.v1.Command.signal:type_name -> dormouse.agent.v1.SignalTask
+	39, // 25: dormouse.agent.v1.Command.destroy:type_name -> dormouse.agent.v1.DestroyTask
+	40, // 26: dormouse.agent.v1.Command.open_stream:type_name -> dormouse.agent.v1.OpenStream
+	27, // 27: dormouse.agent.v1.Command.prepare_network:type_name -> dormouse.agent.v1.PrepareNetwork
+	31, // 28: dormouse.agent.v1.Command.connect_network:type_name -> dormouse.agent.v1.ConnectNetwork
+	33, // 29: dormouse.agent.v1.Command.open_network:type_name -> dormouse.agent.v1.OpenNetwork
+	34, // 30: dormouse.agent.v1.Command.release:type_name -> dormouse.agent.v1.ReleaseTask
+	13, // 31: dormouse.agent.v1.Reply.failure:type_name -> dormouse.agent.v1.Failure
+	9,  // 32: dormouse.agent.v1.Reply.started:type_name -> dormouse.agent.v1.TaskState
+	18, // 33: dormouse.agent.v1.Reply.preflight:type_name -> dormouse.agent.v1.PreflightResult
+	21, // 34: dormouse.agent.v1.Reply.captured:type_name -> dormouse.agent.v1.CaptureResult
+	24, // 35: dormouse.agent.v1.Reply.uploaded:type_name -> dormouse.agent.v1.UploadResult
+	9,  // 36: dormouse.agent.v1.Reply.restored:type_name -> dormouse.agent.v1.TaskState
+	30, // 37: dormouse.agent.v1.Reply.network:type_name -> dormouse.agent.v1.NetworkEndpoint
+	16, // 38: dormouse.agent.v1.StartTask.hosts:type_name -> dormouse.agent.v1.HostEntry
+	16, // 39: dormouse.agent.v1.RestoreTask.hosts:type_name -> dormouse.agent.v1.HostEntry
+	28, // 40: dormouse.agent.v1.PrepareNetwork.plan:type_name -> dormouse.agent.v1.NetworkPlan
+	29, // 41: dormouse.agent.v1.NetworkPlan.publish:type_name -> dormouse.agent.v1.Publish
+	32, // 42: dormouse.agent.v1.ConnectNetwork.peers:type_name -> dormouse.agent.v1.NetworkPeer
+	30, // 43: dormouse.agent.v1.NetworkPeer.endpoint:type_name -> dormouse.agent.v1.NetworkEndpoint
+	8,  // 44: dormouse.agent.v1.AppRequest.task:type_name -> dormouse.agent.v1.TaskRef
+	36, // 45: dormouse.agent.v1.AppRequest.checkpoint:type_name -> dormouse.agent.v1.AppCheckpoint
+	13, // 46: dormouse.agent.v1.AppAnswer.failure:type_name -> dormouse.agent.v1.Failure
+	41, // 47: dormouse.agent.v1.OpenStream.logs:type_name -> dormouse.agent.v1.Logs
+	42, // 48: dormouse.agent.v1.OpenStream.exec:type_name -> dormouse.agent.v1.Exec
+	46, // 49: dormouse.agent.v1.Exec.env:type_name -> dormouse.agent.v1.Exec.EnvEntry
+	44, // 50: dormouse.agent.v1.Frame.exit:type_name -> dormouse.agent.v1.Exit
+	45, // 51: dormouse.agent.v1.Frame.resize:type_name -> dormouse.agent.v1.WindowSize
+	0,  // 52: dormouse.agent.v1.AgentService.Join:input_type -> dormouse.agent.v1.JoinRequest
+	2,  // 53: dormouse.agent.v1.AgentService.Connect:input_type -> dormouse.agent.v1.FromAgent
+	43, // 54: dormouse.agent.v1.AgentService.Attach:input_type -> dormouse.agent.v1.Frame
+	1,  // 55: dormouse.agent.v1.AgentService.Join:output_type -> dormouse.agent.v1.JoinResponse
+	3,  // 56: dormouse.agent.v1.AgentService.Connect:output_type -> dormouse.agent.v1.ToAgent
+	43, // 57: dormouse.agent.v1.AgentService.Attach:output_type -> dormouse.agent.v1.Frame
+	55, // [55:58] is the sub-list for method output_type
+	52, // [52:55] is the sub-list for method input_type
+	52, // [52:52] is the sub-list for extension type_name
+	52, // [52:52] is the sub-list for extension extendee
+	0,  // [0:52] is the sub-list for field type_name
 }
 
 func init() { file_agent_proto_init() }
@@ -2929,11 +3799,13 @@ func file_agent_proto_init() {
 		(*FromAgent_Reply)(nil),
 		(*FromAgent_Progress)(nil),
 		(*FromAgent_TaskEvent)(nil),
+		(*FromAgent_AppRequest)(nil),
 	}
 	file_agent_proto_msgTypes[3].OneofWrappers = []any{
 		(*ToAgent_Welcome)(nil),
 		(*ToAgent_HeartbeatAck)(nil),
 		(*ToAgent_Command)(nil),
+		(*ToAgent_AppAnswer)(nil),
 	}
 	file_agent_proto_msgTypes[11].OneofWrappers = []any{
 		(*Command_Start)(nil),
@@ -2947,6 +3819,10 @@ func file_agent_proto_init() {
 		(*Command_Signal)(nil),
 		(*Command_Destroy)(nil),
 		(*Command_OpenStream)(nil),
+		(*Command_PrepareNetwork)(nil),
+		(*Command_ConnectNetwork)(nil),
+		(*Command_OpenNetwork)(nil),
+		(*Command_Release)(nil),
 	}
 	file_agent_proto_msgTypes[12].OneofWrappers = []any{
 		(*Reply_Started)(nil),
@@ -2954,12 +3830,16 @@ func file_agent_proto_init() {
 		(*Reply_Captured)(nil),
 		(*Reply_Uploaded)(nil),
 		(*Reply_Restored)(nil),
+		(*Reply_Network)(nil),
 	}
-	file_agent_proto_msgTypes[29].OneofWrappers = []any{
+	file_agent_proto_msgTypes[35].OneofWrappers = []any{
+		(*AppRequest_Checkpoint)(nil),
+	}
+	file_agent_proto_msgTypes[40].OneofWrappers = []any{
 		(*OpenStream_Logs)(nil),
 		(*OpenStream_Exec)(nil),
 	}
-	file_agent_proto_msgTypes[32].OneofWrappers = []any{
+	file_agent_proto_msgTypes[43].OneofWrappers = []any{
 		(*Frame_Stdin)(nil),
 		(*Frame_Stdout)(nil),
 		(*Frame_Stderr)(nil),
@@ -2973,7 +3853,7 @@ func file_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_agent_proto_rawDesc), len(file_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   36,
+			NumMessages:   47,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
