@@ -9,6 +9,9 @@
 // would not see them), and ends when the command ends, having written how. See
 // package pid1 for what it says to the agent.
 //
+// `hold` is no stage of a sandbox: it only keeps alive the namespaces it was
+// started in, those of a virtual node or of a job's network on a node.
+//
 // In stage `run` it holds no descriptor from outside the sandbox but
 // connections that the agent can ask it to drop, and no timer, so CRIU can take
 // and restore it at any instant.
@@ -31,7 +34,13 @@ func main() {
 	if len(os.Args) == 2 {
 		stage = os.Args[1]
 	}
+	// What follows `hold` is a label by which its starter knows it again.
+	if len(os.Args) > 1 && os.Args[1] == "hold" {
+		stage = "hold"
+	}
 	switch stage {
+	case "hold":
+		hold()
 	case "setup":
 		setup()
 	case "run":
