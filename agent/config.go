@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -42,6 +43,11 @@ type Config struct {
 	// CPUs and MemBytes are the capacity the node offers; 0: all the host has.
 	CPUs     float64 `yaml:"cpus" json:"cpus,omitempty"`
 	MemBytes int64   `yaml:"mem_bytes" json:"mem_bytes,omitempty"`
+
+	// Underlay is the address by which the agents of other nodes reach this one,
+	// for the networks of jobs that span nodes. Empty: the address from which the
+	// controller is reached, or none if that is a socket.
+	Underlay netip.Addr `yaml:"underlay" json:"underlay,omitzero"`
 
 	CRIU string `yaml:"criu" json:"criu,omitempty"` // program; empty: where set-up puts it, then PATH
 	Init string `yaml:"init" json:"init,omitempty"` // dormouse-init; empty: beside this program

@@ -2,6 +2,8 @@ package agent
 
 import (
 	"bytes"
+	"net"
+	"net/netip"
 	"os"
 	"runtime"
 
@@ -29,6 +31,9 @@ func (a *Agent) hello() *agentpb.Hello {
 	if a.criu != nil {
 		h.CriuVersion = a.criu.Version().String()
 	}
+	if underlay := a.underlay(); underlay.IsValid() {
+		h.Underlay = underlay.String()
+	}
 	if cpu, err := criu.CPUInfo(); err == nil {
 		h.CpuModel, h.CpuFeatures = cpu.Model, cpu.Features
 	}
@@ -36,6 +41,25 @@ func (a *Agent) hello() *agentpb.Hello {
 		h.Tasks = append(h.Tasks, t.state())
 	}
 	return h
+}
+
+// underlay is where other nodes reach this one: as configured, or the address
+// from which the controller is reached.
+func (a *Agent) underlay() netip.Addr {
+	if a.config.Underlay.IsValid() || a.endpoint.network != "tcp" {
+		return a.config.Underlay
+	}
+	// udp(7): connect sends nothing, and chooses the source address.
+	connection, err := net.Dial("udp", a.endpoint.address)
+	if err != nil {
+		return netip.Addr{}
+	}
+	defer connection.Close()
+	address, err := netip.ParseAddrPort(connection.LocalAddr().String())
+	if err != nil || address.Addr().IsLoopback() {
+		return netip.Addr{}
+	}
+	return address.Addr().Unmap()
 }
 
 func kernelRelease() string {

@@ -36,6 +36,9 @@ type Env struct {
 	// AgentCommand is the command line of an agent with a configuration file,
 	// for local clouds.
 	AgentCommand func(configFile string) []string
+	// HoldCommand is the command line of the anchor of a virtual node's network
+	// namespace, for local clouds.
+	HoldCommand []string
 }
 
 // Daemon is a controller with its store, keys, repository, clouds and listener.
@@ -51,6 +54,7 @@ type Daemon struct {
 	tcp        net.Listener
 	token      string
 	clouds     []Cloud
+	fabric     *local.Fabric // of all local clouds
 	done       chan struct{}
 	err        error
 }
@@ -262,6 +266,9 @@ func (d *Daemon) addClouds(ctx context.Context, env Env) error {
 	if err != nil {
 		return err
 	}
+	if d.fabric, err = local.NewFabric(d.path("fabric.json"), id); err != nil {
+		return err
+	}
 	for _, config := range d.config.Clouds {
 		cloud := Cloud{Name: config.Name, DriverName: config.Driver}
 		if config.Driver == driverLocal {
@@ -269,6 +276,7 @@ func (d *Daemon) addClouds(ctx context.Context, env Env) error {
 			cloud.Driver, err = local.New(local.Options{
 				Cloud: config.Name, Dir: d.path("nodes"), Group: "dormouse-" + strings.ToLower(id[:8]),
 				Bootstrap: d.controller.Bootstrap(config.Name), Command: env.AgentCommand, Logger: d.log,
+				Fabric: d.fabric, Hold: env.HoldCommand,
 				// Tasks share this machine: they must not find our keys on it.
 				Agent: map[string]any{"hide": []string{d.config.State}},
 			})
@@ -352,6 +360,9 @@ func (d *Daemon) Close(ctx context.Context) error {
 		nodes, err := cloud.Driver.Nodes(ctx)
 		errs = append(errs, err, d.controller.powerWasCut(ctx, nodes))
 	}
+	if d.fabric != nil {
+		errs = append(errs, d.fabric.Close())
+	}
 	if d.repository != nil {
 		errs = append(errs, d.repository.Close())
 	}
@@ -361,7 +372,7 @@ func (d *Daemon) Close(ctx context.Context) error {
 	if d.lock != nil {
 		errs = append(errs, d.lock.Close())
 	}
-	d.clouds, d.server, d.tcp, d.repository, d.store, d.lock = nil, nil, nil, nil, nil, nil
+	d.clouds, d.fabric, d.server, d.tcp, d.repository, d.store, d.lock = nil, nil, nil, nil, nil, nil, nil
 	return errors.Join(errs...)
 }
 

@@ -46,6 +46,7 @@ func (c *cli) runController(ctx context.Context, config controller.Config) (err 
 	daemon, err := controller.Start(ctx, config, controller.Env{
 		Logger: c.daemonLogger(), Version: version,
 		AgentCommand: func(config string) []string { return []string{program, "agent", "--config", config} },
+		HoldCommand:  holdCommand(program),
 	})
 	if err != nil {
 		return err

@@ -163,6 +163,7 @@ func (c *cli) up(ctx context.Context, options upOptions, clouds []controller.Clo
 	daemon, err := controller.Start(ctx, controller.Config{Listen: options.listen, AnyPort: anyPort, State: state, Clouds: clouds}, controller.Env{
 		Logger: upLogger(c.err, logFile), Version: version,
 		AgentCommand: func(config string) []string { return []string{program, "agent", "--config", config} },
+		HoldCommand:  holdCommand(program),
 	})
 	if err != nil {
 		return err
@@ -179,6 +180,11 @@ func (c *cli) up(ctx context.Context, options upOptions, clouds []controller.Clo
 	}
 	defer remove()
 	return c.serve(ctx, daemon, clouds)
+}
+
+// holdCommand is the anchor of virtual nodes that belongs to this program.
+func holdCommand(program string) []string {
+	return []string{filepath.Join(filepath.Dir(program), initName), "hold"}
 }
 
 // addressBefore is where an `up` on this state listened that was killed: who

@@ -74,10 +74,11 @@ type group struct {
 
 func (g group) dir() string       { return filepath.Join(g.unified, g.path) }
 func (g group) agentDir() string  { return filepath.Join(g.dir(), "agent") }
+func (g group) anchorDir() string { return filepath.Join(g.dir(), "anchor") }
 func (g group) tasksPath() string { return filepath.Join(g.path, "tasks") }
 
 func (g group) create() error {
-	for _, dir := range []string{g.agentDir(), filepath.Join(g.unified, g.tasksPath())} {
+	for _, dir := range []string{g.anchorDir(), g.agentDir(), filepath.Join(g.unified, g.tasksPath())} {
 		if err := os.MkdirAll(dir, 0o755); err != nil {
 			return fmt.Errorf("make the node's cgroup: %w", err)
 		}
@@ -96,8 +97,9 @@ func (g group) populated() bool {
 	return err == nil && bytes.Contains(events, []byte("populated 1"))
 }
 
-func (g group) agentPids() ([]int, error) {
-	raw, err := os.ReadFile(filepath.Join(g.agentDir(), "cgroup.procs"))
+// pids are the processes in a directory of the group.
+func (g group) pids(dir string) ([]int, error) {
+	raw, err := os.ReadFile(filepath.Join(dir, "cgroup.procs"))
 	if err != nil {
 		return nil, err
 	}

@@ -4,11 +4,14 @@
 //
 // A virtual node is one control group with everything that happens on it:
 //
+//	<cgroup v2>/GROUP/NODE/anchor    a process that owns the network namespace
 //	<cgroup v2>/GROUP/NODE/agent     the agent
 //	<cgroup v2>/GROUP/NODE/tasks/... the tasks it runs
 //
-// and a directory with its files. The agent has a mount and a network namespace of
-// its own, so what it mounts and configures goes with its last process.
+// and a directory with its files. The agent has a mount namespace of its own, so
+// what it mounts goes with it. The network namespace is the node's: it outlives the
+// agent, because the networks of its jobs lead through it, and goes with the node.
+// A Fabric connects the nodes of all clouds.
 //
 // Power off writes to the group's cgroup.kill (cgroups(7)): agent and tasks end at
 // the same instant, as in a power cut. An agent that merely dies is started
@@ -45,6 +48,11 @@ type Options struct {
 	// Command returns the agent's program and arguments, for a configuration
 	// file that is among the arguments.
 	Command func(configFile string) []string
+	// Hold is a program and its arguments that does nothing until it is killed:
+	// the anchor of a node's network namespace.
+	Hold []string
+	// Fabric connects the nodes; clouds share it, and whoever made it closes it.
+	Fabric *Fabric
 	// Agent is added to the agent's configuration file as it is.
 	Agent     map[string]any
 	Bootstrap drivers.BootstrapFunc
@@ -191,7 +199,7 @@ func (d *Driver) Release(ctx context.Context, name string) error {
 	if err := n.powerOff(ctx, "it was released"); err != nil {
 		return err
 	}
-	if err := os.RemoveAll(n.dir); err != nil {
+	if err := errors.Join(os.RemoveAll(n.dir), d.options.Fabric.forget(name)); err != nil {
 		return fmt.Errorf("node %s: %w", name, err)
 	}
 	d.mu.Lock()

@@ -17,17 +17,31 @@ import (
 
 	"dormouse/drivers"
 	"dormouse/drivers/drivertest"
+	"dormouse/internal/ownnet"
 )
 
-// The test binary is also the agent: a real process with a real task.
-const agentArgument = "stand-in-for-the-agent"
+// The test binary is also the agent, a real process with a real task, and the
+// anchor.
+const (
+	agentArgument  = "stand-in-for-the-agent"
+	anchorArgument = "stand-in-for-the-anchor"
+)
 
 func TestMain(m *testing.M) {
+	if len(os.Args) == 3 && os.Args[1] == anchorArgument {
+		for {
+			syscall.Pause()
+		}
+	}
 	if len(os.Args) == 3 && os.Args[1] == agentArgument {
 		if err := standIn(os.Args[2]); err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			os.Exit(1)
 		}
+	}
+	if err := ownnet.EnterIfRoot(); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
 	}
 	os.Exit(m.Run())
 }
@@ -87,7 +101,17 @@ func newSite(t *testing.T) *site {
 }
 
 func (s *site) open(t *testing.T) *Driver {
+	fabric, err := NewFabric(filepath.Join(s.dir, "fabric.json"), s.group)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := fabric.Close(); err != nil {
+			t.Error(err)
+		}
+	})
 	d, err := New(Options{Cloud: "test", Dir: s.dir, Group: s.group, Logger: slog.New(slog.DiscardHandler),
+		Fabric: fabric, Hold: []string{"/proc/self/exe", anchorArgument},
 		Command: func(file string) []string { return []string{"/proc/self/exe", agentArgument, file} },
 		Bootstrap: func(context.Context, string) (drivers.Bootstrap, error) {
 			return drivers.Bootstrap{URL: "unix:///nowhere", Token: "secret"}, nil

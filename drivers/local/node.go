@@ -80,7 +80,7 @@ func (n *node) powerOn(ctx context.Context) error {
 		first, err = n.start(ctx)
 	}
 	if err != nil {
-		return errors.Join(err, n.group.killAndRemove(ctx))
+		return errors.Join(err, n.group.killAndRemove(ctx), n.options.Fabric.detach(n.spec.Name))
 	}
 	supervising, stop := context.WithCancel(context.WithoutCancel(ctx))
 	n.mu.Lock()
@@ -142,7 +142,7 @@ func (n *node) powerOff(ctx context.Context, reason string) error {
 	n.mu.Lock()
 	n.agent, n.stop, n.done = nil, nil, nil
 	n.mu.Unlock()
-	if err := n.group.remove(); err != nil {
+	if err := errors.Join(n.group.remove(), n.options.Fabric.detach(n.spec.Name)); err != nil {
 		return fmt.Errorf("clear node %s away: %w", n.spec.Name, err)
 	}
 	n.events.add(drivers.Event{Node: n.spec.Name, Power: drivers.PowerOff, Reason: reason})
@@ -184,6 +184,11 @@ func (n *node) supervise(ctx context.Context, running *agent) {
 
 // start runs the agent inside the node's control group and namespaces.
 func (n *node) start(ctx context.Context) (*agent, error) {
+	namespace, err := n.network(0)
+	if err != nil {
+		return nil, err
+	}
+	defer namespace.Close()
 	boot, err := n.options.Bootstrap(ctx, n.spec.Name)
 	if err != nil {
 		return nil, fmt.Errorf("prepare the join of node %s: %w", n.spec.Name, err)
@@ -196,23 +201,12 @@ func (n *node) start(ctx context.Context) (*agent, error) {
 		return nil, err
 	}
 	defer log.Close()
-	place, err := os.Open(n.group.agentDir())
-	if err != nil {
-		return nil, err
-	}
-	defer place.Close()
 	argv := n.options.Command(n.configFile())
 	cmd := exec.Command(argv[0], argv[1:]...)
 	cmd.Stdout, cmd.Stderr = log, log
-	cmd.Dir = "/"
-	cmd.SysProcAttr = &syscall.SysProcAttr{
-		Setsid:      true, // a Ctrl-C at our terminal is not for the agent
-		UseCgroupFD: true,
-		CgroupFD:    int(place.Fd()),
-		// Unshared, not cloned: only then does os/exec make the mounts private.
-		Unshareflags: syscall.CLONE_NEWNS | syscall.CLONE_NEWNET,
-	}
-	if err := cmd.Start(); err != nil {
+	// Unshared, not cloned: only then does os/exec make the mounts private.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNS}
+	if err := startIn(cmd, n.group.agentDir(), namespace); err != nil {
 		return nil, fmt.Errorf("start the agent of node %s: %w", n.spec.Name, err)
 	}
 	a := &agent{pid: cmd.Process.Pid, exited: make(chan struct{})}
@@ -227,6 +221,10 @@ func (n *node) configFile() string { return filepath.Join(n.dir, "agent.json") }
 
 // writeConfig writes the agent's configuration; see agent.Config.
 func (n *node) writeConfig(boot drivers.Bootstrap) error {
+	underlay, err := n.options.Fabric.address(n.spec.Name)
+	if err != nil {
+		return err
+	}
 	ca := filepath.Join(n.dir, "ca.pem")
 	if err := writeFile(ca, boot.CA); err != nil {
 		return err
@@ -241,6 +239,7 @@ func (n *node) writeConfig(boot drivers.Bootstrap) error {
 		"cgroup":    n.group.tasksPath(),
 		"cpus":      n.spec.CPUs,
 		"mem_bytes": n.spec.MemBytes,
+		"underlay":  underlay,
 		"virtual":   true,
 	}
 	for name, value := range n.options.Agent {
@@ -253,7 +252,7 @@ func (n *node) writeConfig(boot drivers.Bootstrap) error {
 // node's group that was started with our configuration file. It returns nil when
 // there is none.
 func (n *node) adopt() (*agent, error) {
-	pids, err := n.group.agentPids()
+	pids, err := n.group.pids(n.group.agentDir())
 	if err != nil {
 		return nil, err
 	}
@@ -266,6 +265,12 @@ func (n *node) adopt() (*agent, error) {
 			unix.Close(fd)
 			continue
 		}
+		namespace, err := n.network(pid)
+		if err != nil {
+			unix.Close(fd)
+			return nil, err
+		}
+		namespace.Close()
 		a := &agent{pid: pid, exited: make(chan struct{})}
 		go func() {
 			defer close(a.exited)

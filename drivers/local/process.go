@@ -5,7 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
+	"runtime"
 	"slices"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 )
@@ -27,4 +30,32 @@ func awaitExit(pidfd int) {
 			return
 		}
 	}
+}
+
+// startIn starts cmd in the cgroup of that directory and, unless it is nil, in a
+// network namespace.
+func startIn(cmd *exec.Cmd, cgroup string, namespace *os.File) error {
+	place, err := os.Open(cgroup)
+	if err != nil {
+		return err
+	}
+	defer place.Close()
+	cmd.Dir = "/"
+	cmd.SysProcAttr.Setsid = true // a Ctrl-C at our terminal is not for it
+	cmd.SysProcAttr.UseCgroupFD, cmd.SysProcAttr.CgroupFD = true, int(place.Fd())
+	if namespace == nil {
+		return cmd.Start()
+	}
+	started := make(chan error)
+	go func() {
+		// Never unlocked: the thread, which is in the namespace now, ends with
+		// the goroutine. A child is in the namespaces of the thread it came from.
+		runtime.LockOSThread()
+		if err := unix.Setns(int(namespace.Fd()), syscall.CLONE_NEWNET); err != nil {
+			started <- fmt.Errorf("enter its network namespace: %w", err)
+			return
+		}
+		started <- cmd.Start()
+	}()
+	return <-started
 }

@@ -27,7 +27,7 @@ var mayImport = map[string][]string{
 	"agent":                {"api", "repository", "monitor", "internal"},
 	"migrate":              {"api"},
 	"internal":             {"api"},
-	"e2e":                  {"api", "client", "repository"},
+	"e2e":                  {"api", "client", "repository", "internal"},
 	"cmd/dormouse-init":    {"agent/sandbox"},
 }
 
