@@ -44,9 +44,20 @@ type RepositoryConfig struct {
 type CloudConfig struct {
 	Name   string `yaml:"name"`
 	Driver string `yaml:"driver"` // local or static
+	// Tunnel carries the networks of jobs between the cloud's nodes: wireguard,
+	// encrypted, which is also what auto and nothing mean; or vxlan, in the clear,
+	// where the operator trusts the network between the nodes.
+	Tunnel string `yaml:"tunnel"`
 	// Local configures the driver of that name.
 	Local *LocalCloud `yaml:"config"`
 }
+
+// The tunnels.
+const (
+	TunnelAuto      = "auto"
+	TunnelWireGuard = "wireguard"
+	TunnelVXLAN     = "vxlan"
+)
 
 // LocalCloud is a cloud of virtual nodes on this machine.
 type LocalCloud struct {
@@ -127,6 +138,13 @@ func (c *Config) complete() error {
 func (c *CloudConfig) check() error {
 	if !cloudName.MatchString(c.Name) {
 		return fmt.Errorf("a cloud's name must be small letters, digits and dashes, got %q", c.Name)
+	}
+	switch c.Tunnel {
+	case "", TunnelAuto, TunnelWireGuard:
+		c.Tunnel = TunnelWireGuard
+	case TunnelVXLAN:
+	default:
+		return fmt.Errorf("cloud %s: there is no tunnel %q: known are auto, wireguard, vxlan", c.Name, c.Tunnel)
 	}
 	switch c.Driver {
 	case driverStatic:

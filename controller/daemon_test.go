@@ -135,6 +135,7 @@ func TestReadConfig(t *testing.T) {
 		{"unknown driver", "state: /x\nclouds: [{name: a, driver: vax}]\n", `there is no driver "vax": known are local, static`},
 		{"unknown backend", "state: /x\nrepository: {backend: tape}\n", `there is no repository backend "tape"`},
 		{"twice", "state: /x\nclouds: [{name: a, driver: static}, {name: a, driver: static}]\n", "there are two clouds named"},
+		{"unknown tunnel", "state: /x\nclouds: [{name: a, driver: static, tunnel: string}]\n", `there is no tunnel "string": known are auto, wireguard, vxlan`},
 		{"no nodes", "state: /x\nclouds: [{name: a, driver: local, config: {nodes: 0}}]\n", "nodes must be greater than 0, got 0"},
 		{"short lease", "state: /x\nlease: 1s\n", "at least three heartbeats"},
 	} {

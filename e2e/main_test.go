@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"dormouse/e2e/cluster"
+	"dormouse/internal/ownnet"
 )
 
 // built is what TestMain made for all tests. It lies outside of /tmp, which a
@@ -29,6 +30,9 @@ var built struct {
 const together = "4"
 
 func TestMain(m *testing.M) {
+	if err := ownnet.EnterIfRoot(); err != nil {
+		os.Exit(complain(err))
+	}
 	flag.Parse()
 	os.Exit(run(m))
 }

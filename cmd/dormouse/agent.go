@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"net/netip"
 	"os"
 	"os/signal"
 	"strings"
@@ -19,8 +20,9 @@ const defaultAgentState = "/var/lib/dormouse/agent"
 
 // agentFlags are the values of agent's flags.
 type agentFlags struct {
-	file   string
-	config agent.Config
+	file     string
+	underlay string
+	config   agent.Config
 }
 
 func (c *cli) agentCommand() *cobra.Command {
@@ -56,6 +58,7 @@ users cannot see it.`,
 	set.StringVar(&flags.config.Cloud, "cloud", "", "the `cloud` that the node belongs to")
 	set.StringVar(&flags.config.State, "state", "", "`directory` for everything that must be remembered (default "+defaultAgentState+")")
 	set.StringVar(&flags.config.Spool, "spool", "", "`directory` for captured images when memory is short (default: below the state)")
+	set.StringVar(&flags.underlay, "underlay", "", "the `address` by which other nodes reach this one (default: the one from which it reaches the controller)")
 	set.Float64Var(&flags.config.CPUs, "cpus", 0, "processors to offer (default: all)")
 	set.Var(sizeFlag{&flags.config.MemBytes}, "mem", "memory to offer (default: all)")
 	set.Lookup("cpus").DefValue = ""
@@ -83,6 +86,13 @@ func (c *cli) agentConfig(command *cobra.Command, flags agentFlags) (agent.Confi
 	override(changed("spool"), &config.Spool, given.Spool)
 	override(changed("cpus"), &config.CPUs, given.CPUs)
 	override(changed("mem"), &config.MemBytes, given.MemBytes)
+	if changed("underlay") {
+		address, err := netip.ParseAddr(flags.underlay)
+		if err != nil {
+			return config, usagef("the underlay address %q is no IP address, as in 10.0.0.7", flags.underlay)
+		}
+		config.Underlay = address
+	}
 	if config.Token == "" && config.TokenFile == "" {
 		config.Token = c.getenv("DORMOUSE_JOIN_TOKEN")
 	}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -11,8 +12,9 @@ func TestAgentRefusesBadUsage(t *testing.T) {
 	for line, want := range map[string]string{
 		"agent":                  "no controller to join",
 		"agent --join https://x": "belongs to no cloud",
-		"agent --join https://x --cloud a --cpus -1": "cannot offer -1 processors",
-		"agent --config /absent":                     "no such file",
+		"agent --join https://x --cloud a --cpus -1":     "cannot offer -1 processors",
+		"agent --join https://x --cloud a --underlay n1": "is no IP address",
+		"agent --config /absent":                         "no such file",
 	} {
 		dormouse(t, "", strings.Fields(line)...).check(t, exitUsage, "", want)
 	}
@@ -20,7 +22,7 @@ func TestAgentRefusesBadUsage(t *testing.T) {
 
 func TestAgentMergesFileFlagsAndEnvironment(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "agent.json")
-	if err := os.WriteFile(file, []byte(`{"node":"n1","cloud":"c1","join":"https://a","state":"/s","cpus":2,"virtual":true}`), 0o600); err != nil {
+	if err := os.WriteFile(file, []byte(`{"node":"n1","cloud":"c1","join":"https://a","state":"/s","cpus":2,"virtual":true,"underlay":"100.64.0.2"}`), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	c := &cli{getenv: func(name string) string {
@@ -36,7 +38,7 @@ func TestAgentMergesFileFlagsAndEnvironment(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if config.Node != "n1" || config.CPUs != 4 || config.MemBytes != 2<<30 || config.Token != "t" || config.CRIU != "/criu" || !config.Virtual || config.State != "/s" {
+	if config.Node != "n1" || config.CPUs != 4 || config.MemBytes != 2<<30 || config.Token != "t" || config.CRIU != "/criu" || !config.Virtual || config.State != "/s" || config.Underlay != netip.MustParseAddr("100.64.0.2") {
 		t.Errorf("merged to %+v", config)
 	}
 }

@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -36,6 +37,9 @@ const (
 	hostMemoryShare = 0.75
 )
 
+// tunnels are the values of --tunnel.
+var tunnels = []string{controller.TunnelAuto, controller.TunnelWireGuard, controller.TunnelVXLAN}
+
 var cloudName = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?$`)
 
 // upOptions are the values of up's flags.
@@ -44,6 +48,7 @@ type upOptions struct {
 	cpus          float64
 	mem           int64
 	state, listen string
+	tunnel        string
 }
 
 func (c *cli) upCommand() *cobra.Command {
@@ -53,7 +58,7 @@ func (c *cli) upCommand() *cobra.Command {
 		Short: "Run a controller and local clouds of virtual nodes here",
 		Long: `Run a whole Dormouse on this machine: a controller with its store and repository,
 and clouds of virtual nodes, each an agent process with its own state, network
-and share of the machine. It prints "ready URL" when jobs can be submitted, and
+and share of the machine. A bridge in 100.64.0.0/10 connects the nodes. It prints "ready URL" when jobs can be submitted, and
 runs until it is interrupted; then the virtual nodes are powered off. Jobs that
 ran can be restarted from their newest checkpoint at the next start.
 
@@ -75,6 +80,7 @@ It needs root, as namespaces, cgroups and CRIU do.`,
 	set.Var(sizeFlag{&options.mem}, "mem", "memory that each node offers (default: an equal share of three quarters of this machine's)")
 	set.StringVar(&options.state, "state", defaultState, "`directory` for everything that must be remembered")
 	set.StringVar(&options.listen, "listen", defaultListen, "`address` to listen on (default: any free port if that one is taken)")
+	set.StringVar(&options.tunnel, "tunnel", controller.TunnelAuto, "what carries a job's network between nodes: `auto|wireguard|vxlan`; vxlan trusts the network between them")
 	set.Lookup("cpus").DefValue = ""
 	return command
 }
@@ -97,7 +103,10 @@ func (o *upOptions) parse(cpusGiven, memGiven bool) ([]controller.CloudConfig, e
 		}
 		seen[name] = true
 		total += nodes
-		clouds = append(clouds, controller.CloudConfig{Name: name, Driver: "local", Local: &controller.LocalCloud{Nodes: nodes}})
+		clouds = append(clouds, controller.CloudConfig{Name: name, Driver: "local", Tunnel: o.tunnel, Local: &controller.LocalCloud{Nodes: nodes}})
+	}
+	if !slices.Contains(tunnels, o.tunnel) {
+		return nil, usagef("there is no tunnel %q: choose one of %s", o.tunnel, strings.Join(tunnels, ", "))
 	}
 	if _, _, err := net.SplitHostPort(o.listen); err != nil {
 		return nil, usagef("the address %q is not HOST:PORT, as in %s", o.listen, defaultListen)

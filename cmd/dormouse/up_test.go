@@ -13,15 +13,15 @@ import (
 )
 
 func TestUpUnderstandsItsClouds(t *testing.T) {
-	options := upOptions{clouds: []string{"east=2", "west=3"}, listen: defaultListen, cpus: 2, mem: 1 << 30}
+	options := upOptions{clouds: []string{"east=2", "west=3"}, listen: defaultListen, cpus: 2, mem: 1 << 30, tunnel: "vxlan"}
 	clouds, err := options.parse(true, true)
 	if err != nil || len(clouds) != 2 {
 		t.Fatalf("got %v, %v", clouds, err)
 	}
-	if east := clouds[0]; east.Name != "east" || east.Driver != "local" || east.Local.Nodes != 2 || east.Local.CPUs != 2 || east.Local.MemBytes != 1<<30 {
+	if east := clouds[0]; east.Name != "east" || east.Driver != "local" || east.Tunnel != "vxlan" || east.Local.Nodes != 2 || east.Local.CPUs != 2 || east.Local.MemBytes != 1<<30 {
 		t.Errorf("the first cloud is %+v with %+v", east, east.Local)
 	}
-	options = upOptions{clouds: []string{"local=1"}, listen: defaultListen}
+	options = upOptions{clouds: []string{"local=1"}, listen: defaultListen, tunnel: "auto"}
 	clouds, err = options.parse(false, false)
 	if err != nil || clouds[0].Local.CPUs != float64(runtime.NumCPU()) || clouds[0].Local.MemBytes < 64<<20 {
 		t.Errorf("by default a node offers %+v, %v; want all processors and most of the memory", clouds[0].Local, err)
@@ -39,6 +39,7 @@ func TestUpRefusesBadUsage(t *testing.T) {
 		"up --cloud east=-1":          "cannot have -1 nodes",
 		"up --cloud east=100000":      "cannot have 100000 nodes",
 		"up --cloud a=1 --cloud a=2":  "given twice",
+		"up --tunnel string":          "there is no tunnel \"string\": choose one of auto, wireguard, vxlan",
 		"up --cpus 0":                 "cannot offer 0 processors",
 		"up --cpus NaN":               "cannot offer NaN processors",
 		"up --mem 1":                  "cannot offer 1 B of memory",

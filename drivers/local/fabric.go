@@ -35,6 +35,7 @@ type Fabric struct {
 
 // fabricPlan is what the file holds.
 type fabricPlan struct {
+	Bridge string         `json:"bridge"` // for people
 	Subnet netip.Prefix   `json:"subnet"`
 	Nodes  map[string]int `json:"nodes"` // host number in the subnet
 }
@@ -62,7 +63,7 @@ func NewFabric(file, id string) (*Fabric, error) {
 	f := &Fabric{file: file, bridge: fmt.Sprintf("dm%x", sum[:3])}
 	raw, err := os.ReadFile(file)
 	if missing(err) {
-		f.plan = fabricPlan{Subnet: subnetAt(binary.BigEndian.Uint32(sum[3:])), Nodes: map[string]int{}}
+		f.plan = fabricPlan{Bridge: f.bridge, Subnet: subnetAt(binary.BigEndian.Uint32(sum[3:])), Nodes: map[string]int{}}
 		return f, nil
 	}
 	if err != nil {
@@ -74,10 +75,7 @@ func NewFabric(file, id string) (*Fabric, error) {
 	return f, nil
 }
 
-// Bridge is the name of the fabric's bridge.
-func (f *Fabric) Bridge() string { return f.bridge }
-
-// Address is where a node is or will be on the fabric. The node keeps it until
+// address is where a node is or will be on the fabric. The node keeps it until
 // forget.
 func (f *Fabric) address(node string) (netip.Addr, error) {
 	f.mu.Lock()

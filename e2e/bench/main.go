@@ -25,6 +25,7 @@ import (
 	"time"
 
 	"dormouse/e2e/cluster"
+	"dormouse/internal/ownnet"
 )
 
 const (
@@ -49,6 +50,10 @@ func (s scenario) randomPages() int64 {
 }
 
 func main() {
+	if err := ownnet.EnterIfRoot(); err != nil {
+		fmt.Fprintln(os.Stderr, "bench: "+err.Error())
+		os.Exit(1)
+	}
 	sizes := flag.String("sizes", "64,1024,4096", "sizes of the program's memory in MiB")
 	rounds := flag.Int("rounds", 5, "rounds per size; three at most above 2 GiB")
 	file := flag.String("json", "bench.json", "file for every figure")

@@ -14,6 +14,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -192,7 +193,7 @@ func (c *Cluster) Stop(ctx context.Context) error {
 }
 
 // Leftovers names what this cluster still has on the machine: processes,
-// mounts and cgroups. Other clusters may run beside it, so what counts is what
+// mounts, cgroups and network devices. Other clusters may run beside it, so what counts is what
 // bears the path of its state directory or its own id.
 func (c *Cluster) Leftovers() ([]string, error) {
 	var left []string
@@ -229,6 +230,33 @@ func (c *Cluster) Leftovers() ([]string, error) {
 			if ours(path) {
 				left = append(left, path)
 			}
+		}
+	}
+	devices, err := c.devices()
+	return append(left, devices...), err
+}
+
+// devices names what is left of the network between the nodes.
+func (c *Cluster) devices() ([]string, error) {
+	var plan struct{ Bridge string }
+	raw, err := os.ReadFile(filepath.Join(c.state, "fabric.json"))
+	if err != nil {
+		return nil, err
+	}
+	if err := json.Unmarshal(raw, &plan); err != nil {
+		return nil, fmt.Errorf("the plan of the nodes' network: %w", err)
+	}
+	if plan.Bridge == "" {
+		return nil, errors.New("the plan of the nodes' network names no bridge")
+	}
+	all, err := net.Interfaces()
+	if err != nil {
+		return nil, err
+	}
+	var left []string
+	for _, device := range all {
+		if strings.HasPrefix(device.Name, plan.Bridge) {
+			left = append(left, "network device: "+device.Name)
 		}
 	}
 	return left, nil

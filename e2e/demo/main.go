@@ -3,7 +3,7 @@
 // as if nothing had happened.
 //
 // It drives the real binary (bin/dormouse, or the path in the first argument),
-// checks every promise it prints, and ends with status 1 if one is broken.
+// in a network namespace of its own, checks every promise it prints, and ends with status 1 if one is broken.
 package main
 
 import (
@@ -20,6 +20,7 @@ import (
 
 	"dormouse/api"
 	"dormouse/e2e/cluster"
+	"dormouse/internal/ownnet"
 )
 
 const (
@@ -32,6 +33,10 @@ const (
 var piProgram string
 
 func main() {
+	if err := ownnet.EnterIfRoot(); err != nil {
+		fmt.Fprintln(os.Stderr, "demo: "+err.Error())
+		os.Exit(1)
+	}
 	binary := "bin/dormouse"
 	if len(os.Args) > 1 {
 		binary = os.Args[1]
