@@ -60,6 +60,7 @@ type capturing struct {
 	mu        sync.Mutex
 	part      *repository.PartWriter
 	pending   *criu.PendingDump // CRIU, started ahead of the freeze
+	streams   *pageStreams      // of the content of memory; nil: CRIU writes to the spool itself
 	files     time.Duration     // that the files took at the end of the dump
 	filesErr  error             // and why they could not be taken
 	upper     *capture.Upper
@@ -163,7 +164,11 @@ func (a *Agent) prepare(ctx context.Context, t *task, box *sandbox.Sandbox, chec
 	if err := c.upper.PreCopy(ctx, view.Shared); err != nil {
 		return files, spaceError(err, c.spool)
 	}
-	c.spool.warm(ctx, report.ImageBytes)
+	if c.spool.inMemory { // one on disk must be good for the next agent at any instant
+		if c.streams, err = newPageStreams(ctx, c.images(), privateMemory(box.Pid())); err != nil {
+			return files, spaceError(err, c.spool)
+		}
+	}
 	a.capturesMu.Lock()
 	defer a.capturesMu.Unlock()
 	a.captures[c.key] = c
@@ -235,7 +240,6 @@ func (a *Agent) freeze(ctx context.Context, ref *agentpb.TaskRef, checkpoint str
 	if c.pending, err = a.prepareDump(box, c); err != nil {
 		return a.keepLog(err, c.key)
 	}
-	c.spool.cool()
 	if err := box.Quiesce(ctx); err != nil {
 		return retry{fmt.Errorf("close the task's connections to the agent: %w", err)}
 	}
@@ -306,7 +310,10 @@ func (a *Agent) prepareDump(box *sandbox.Sandbox, c *capturing) (*criu.PendingDu
 			// removes them when it goes on: this is the one instant at which the
 			// files are as the images need them.
 			start := time.Now()
-			c.filesErr = captureFiles(ctx, box, c)
+			c.filesErr = c.finishStreams()
+			if c.filesErr == nil {
+				c.filesErr = captureFiles(ctx, box, c)
+			}
 			c.files = time.Since(start)
 			return c.filesErr
 		},
@@ -332,6 +339,16 @@ func (a *Agent) dump(ctx context.Context, t *task, c *capturing, checkpoint stri
 	return nil
 }
 
+// finishStreams completes the content of memory among the images.
+func (c *capturing) finishStreams() error {
+	if c.streams == nil {
+		return nil
+	}
+	bytes, err := c.streams.finish()
+	c.result.Steps.SizeBytes += bytes
+	return err
+}
+
 // captureFiles takes the files of a task that stands still.
 func captureFiles(ctx context.Context, box *sandbox.Sandbox, c *capturing) error {
 	view, err := look(box)
@@ -349,7 +366,7 @@ func captureFiles(ctx context.Context, box *sandbox.Sandbox, c *capturing) error
 	if err := upper.Save(c.spool.path, upperIndex); err != nil {
 		return err
 	}
-	c.result.Steps.SizeBytes = upper.Size() + closure.Size()
+	c.result.Steps.SizeBytes += upper.Size() + closure.Size()
 	return closure.Save(c.spool.path, closeIndex)
 }
 
@@ -444,6 +461,10 @@ func (c *capturing) close() error {
 	var errs []error
 	if c.pending != nil {
 		c.pending.Abort()
+	}
+	if c.streams != nil {
+		c.streams.close()
+		c.streams = nil
 	}
 	if c.part != nil {
 		errs = append(errs, c.part.Close())

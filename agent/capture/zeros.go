@@ -84,12 +84,8 @@ func dropZeros(dir, pid string) (int64, error) {
 	if info.Size() != pages.bytes() || info.Size() == 0 {
 		return 0, errOdd
 	}
-	memory, err := unix.Mmap(int(f.Fd()), 0, int(info.Size()), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	kept, left, err := pages.compact(f, areas)
 	if err != nil {
-		return 0, fmt.Errorf("%w: %w", errOdd, err)
-	}
-	kept, left := pages.compact(memory, areas)
-	if err := unix.Munmap(memory); err != nil {
 		return 0, err
 	}
 	if left == info.Size() {
@@ -181,15 +177,21 @@ func (m *pagemap) bytes() int64 {
 	return total
 }
 
-// compact moves the pages that are kept to the front of memory, the content of
-// the pages image, and returns the map of them and their size.
-func (m *pagemap) compact(memory []byte, areas []area) (*pagemap, int64) {
+// compactStep is how much of a pages image is looked at at once: little, so that
+// it stays in the processor's cache.
+const compactStep = 256 << 10
+
+// compact moves the pages that are kept to the front of f, the pages image, and
+// returns the map of them and their size.
+func (m *pagemap) compact(f *os.File, areas []area) (*pagemap, int64, error) {
 	kept := &pagemap{head: m.head, id: m.id, wide: m.wide}
-	var from, to int64
+	c := compaction{f: f, buf: make([]byte, compactStep)}
 	for _, r := range m.entries {
 		for end := r.address + r.pages*pageSize; r.address < end; r.address += pageSize {
-			page := memory[from : from+pageSize]
-			from += pageSize
+			page, err := c.next()
+			if err != nil {
+				return nil, 0, err
+			}
 			for len(areas) > 0 && areas[0].end <= r.address {
 				areas = areas[1:]
 			}
@@ -197,14 +199,61 @@ func (m *pagemap) compact(memory []byte, areas []area) (*pagemap, int64) {
 			if anonymous && bytes.Equal(page, zeroPage[:]) {
 				continue
 			}
-			if to != from-pageSize {
-				copy(memory[to:], page)
-			}
-			to += pageSize
+			c.keep(page)
 			kept.add(r.address, r.flags)
 		}
 	}
-	return kept, to
+	if err := c.flush(); err != nil {
+		return nil, 0, err
+	}
+	return kept, c.to, nil
+}
+
+// compaction reads pages of a file one after the other and writes those that
+// are kept, one after the other, to its beginning.
+type compaction struct {
+	f        *os.File
+	buf      []byte
+	at, have int   // the next page in buf, and the bytes in it
+	kept     int   // bytes at the beginning of buf that are kept
+	from, to int64 // where the next bytes are read, and written
+}
+
+func (c *compaction) next() ([]byte, error) {
+	if c.at == c.have {
+		if err := c.flush(); err != nil {
+			return nil, err
+		}
+		n, err := c.f.ReadAt(c.buf, c.from)
+		if n < pageSize {
+			return nil, fmt.Errorf("%s ends too early: %w", c.f.Name(), err)
+		}
+		c.at, c.have = 0, n/pageSize*pageSize
+		c.from += int64(c.have)
+	}
+	page := c.buf[c.at : c.at+pageSize]
+	c.at += pageSize
+	return page, nil
+}
+
+// keep keeps the page that next has returned.
+func (c *compaction) keep(page []byte) {
+	if c.kept != c.at-pageSize {
+		copy(c.buf[c.kept:], page)
+	}
+	c.kept += pageSize
+}
+
+// flush writes what is kept, unless all is where it was.
+func (c *compaction) flush() error {
+	if c.kept > 0 && (c.to != c.from-int64(c.have) || c.kept != c.have) {
+		if _, err := c.f.WriteAt(c.buf[:c.kept], c.to); err != nil {
+			return err
+		}
+	}
+	c.to += int64(c.kept)
+	c.at, c.have, c.kept = 0, 0, 0
+	return nil
 }
 
 func (m *pagemap) add(address, flags uint64) {

@@ -87,8 +87,9 @@ func (e *Engine) start(o sessionOptions) (*session, error) {
 	defer remote.Close()
 
 	// Not CommandContext: a cancelled context must not kill CRIU, see doc.go.
-	// SIGXFSZ stays ignored across exec, for failLargeWrites.
-	cmd := exec.Command("/bin/sh", "-c", `trap "" XFSZ; exec "$0" "$@"`, e.path, "swrk", strconv.Itoa(swrkFD))
+	// SIGXFSZ stays ignored across exec, for failLargeWrites; so does SIGPIPE, for
+	// callers who read images through pipes and may die.
+	cmd := exec.Command("/bin/sh", "-c", `trap "" XFSZ PIPE; exec "$0" "$@"`, e.path, "swrk", strconv.Itoa(swrkFD))
 	cmd.Env = e.environ()
 	cmd.Dir = "/"
 	cmd.ExtraFiles = append([]*os.File{remote}, o.inherit...)
