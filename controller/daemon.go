@@ -266,7 +266,7 @@ func (d *Daemon) addClouds(ctx context.Context, env Env) error {
 	if err != nil {
 		return err
 	}
-	if d.fabric, err = local.NewFabric(d.path("fabric.json"), id); err != nil {
+	if d.fabric, err = local.NewFabric(d.path("fabric.json"), id, d.log); err != nil {
 		return err
 	}
 	for _, config := range d.config.Clouds {

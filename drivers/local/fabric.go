@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"net/netip"
 	"os"
@@ -27,10 +28,12 @@ import (
 type Fabric struct {
 	file   string
 	bridge string
+	log    *slog.Logger
 
 	mu     sync.Mutex
 	plan   fabricPlan
 	opened bool // the bridge is there
+	wayOut bool // beyond this machine
 }
 
 // fabricPlan is what the file holds.
@@ -58,9 +61,9 @@ var shared = netip.MustParsePrefix("100.64.0.0/10")
 
 // NewFabric returns the fabric of the installation of that id, which keeps its
 // plan in file. Nothing of it is made before the first node.
-func NewFabric(file, id string) (*Fabric, error) {
+func NewFabric(file, id string, log *slog.Logger) (*Fabric, error) {
 	sum := sha256.Sum256([]byte(id))
-	f := &Fabric{file: file, bridge: fmt.Sprintf("dm%x", sum[:3])}
+	f := &Fabric{file: file, bridge: fmt.Sprintf("%s%x", bridgePrefix, sum[:3]), log: log}
 	raw, err := os.ReadFile(file)
 	if missing(err) {
 		f.plan = fabricPlan{Bridge: f.bridge, Subnet: subnetAt(binary.BigEndian.Uint32(sum[3:])), Nodes: map[string]int{}}
@@ -227,13 +230,33 @@ func (f *Fabric) forget(node string) error {
 	return writeJSON(f.file, f.plan)
 }
 
-// Close removes the bridge; all nodes are off by then. The plan stays.
+// Close removes the bridge and the way out; all nodes are off by then. The plan
+// stays.
 func (f *Fabric) Close() error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.opened = false
-	if err := removeLink(f.bridge); err != nil {
+	if err := f.close(); err != nil {
 		return fmt.Errorf("remove the network of the nodes: %w", err)
+	}
+	return nil
+}
+
+func (f *Fabric) close() error {
+	release, err := lockNamespace()
+	if err != nil {
+		return err
+	}
+	defer release()
+	bridge, err := linkOrNil(netlink.LinkByName(f.bridge))
+	if err != nil || bridge == nil {
+		return err
+	}
+	if err := deleted(netlink.LinkDel(bridge)); err != nil {
+		return err
+	}
+	if err := f.closeOutbound(bridge.Attrs().Alias == forwardingWasOff); f.wayOut {
+		return err
 	}
 	return nil
 }
@@ -278,7 +301,15 @@ func (f *Fabric) makeBridge() error {
 	if err := netlink.AddrReplace(bridge, onSubnet(hostAt(f.plan.Subnet, bridgeHost))); err != nil {
 		return err
 	}
-	return netlink.LinkSetUp(bridge)
+	if err := netlink.LinkSetUp(bridge); err != nil {
+		return err
+	}
+	err = f.openOutbound(bridge)
+	f.wayOut = err == nil
+	if err != nil {
+		f.log.Warn("jobs on virtual nodes reach this machine, but nothing beyond it", "error", err)
+	}
+	return nil
 }
 
 // choose makes sure that the subnet is nobody else's in this namespace, and

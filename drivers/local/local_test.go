@@ -101,7 +101,7 @@ func newSite(t *testing.T) *site {
 }
 
 func (s *site) open(t *testing.T) *Driver {
-	fabric, err := NewFabric(filepath.Join(s.dir, "fabric.json"), s.group)
+	fabric, err := NewFabric(filepath.Join(s.dir, "fabric.json"), s.group, slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -46,16 +46,22 @@ func startIn(cmd *exec.Cmd, cgroup string, namespace *os.File) error {
 	if namespace == nil {
 		return cmd.Start()
 	}
-	started := make(chan error)
-	go func() {
-		// Never unlocked: the thread, which is in the namespace now, ends with
-		// the goroutine. A child is in the namespaces of the thread it came from.
-		runtime.LockOSThread()
-		if err := unix.Setns(int(namespace.Fd()), syscall.CLONE_NEWNET); err != nil {
-			started <- fmt.Errorf("enter its network namespace: %w", err)
-			return
-		}
-		started <- cmd.Start()
-	}()
-	return <-started
+	// A child is in the namespaces of the thread that it was started from.
+	runtime.LockOSThread()
+	ours, err := os.Open("/proc/thread-self/ns/net")
+	if err != nil {
+		runtime.UnlockOSThread()
+		return err
+	}
+	defer ours.Close()
+	if err := unix.Setns(int(namespace.Fd()), syscall.CLONE_NEWNET); err != nil {
+		runtime.UnlockOSThread()
+		return fmt.Errorf("enter its network namespace: %w", err)
+	}
+	err = cmd.Start()
+	if back := unix.Setns(int(ours.Fd()), syscall.CLONE_NEWNET); back != nil {
+		return errors.Join(err, fmt.Errorf("leave its network namespace: %w", back)) // locked: the thread is of no more use
+	}
+	runtime.UnlockOSThread()
+	return err
 }
