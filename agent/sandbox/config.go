@@ -52,6 +52,24 @@ type Config struct {
 	// CPUBaseline is native (or empty), x86-64-v2, x86-64-v3 or x86-64-v4.
 	CPUBaseline string `json:"cpu_baseline,omitempty"`
 	TmpBytes    int64  `json:"tmp_bytes,omitempty"` // size of /tmp; 0: the kernel's default
+
+	// Job, Task and Tasks are the job's id, the task's index and how many the
+	// job has (0 counts as 1). The tasks of a job of several reach each other by
+	// the names of Hosts, task-0 and so on, and start programs in each other.
+	Job   string `json:"job,omitempty"`
+	Task  int    `json:"task,omitempty"`
+	Tasks int    `json:"tasks,omitempty"`
+	// Run is which of the job's starts and restores a Start is.
+	Run int64 `json:"run,omitempty"`
+	// Slots is how many processes of a parallel program a task has room for; 0:
+	// one per whole processor.
+	Slots int `json:"slots,omitempty"`
+	// Secret is the job's own: who knows it may start programs in its tasks. Start
+	// needs it when there are several. It is kept inside the sandbox only.
+	Secret []byte `json:"-"`
+	// Serve is set for a task without a command: it serves what other tasks start
+	// in it until it is killed. Signals other than SIGKILL do nothing to it.
+	Serve bool `json:"serve,omitempty"`
 }
 
 // Host is one line of /etc/hosts.
@@ -130,6 +148,9 @@ func (c *Config) validate() error {
 			return refuse("the command holds a zero byte")
 		}
 	}
+	if err := c.validateJob(); err != nil {
+		return err
+	}
 	if _, err := baselineEnv(c.CPUBaseline); err != nil {
 		return err
 	}
@@ -137,6 +158,25 @@ func (c *Config) validate() error {
 		return err
 	}
 	return c.validateVolumes()
+}
+
+// maxTasks and maxSlots bound a job's host files.
+const maxTasks, maxSlots = 1 << 12, 1 << 16
+
+func (c *Config) validateJob() error {
+	switch {
+	case c.Tasks < 0 || c.Tasks > maxTasks:
+		return refuse("a job cannot have %d tasks: the most is %d", c.Tasks, maxTasks)
+	case c.Task < 0 || c.Task >= c.tasks():
+		return refuse("there is no task %d in a job of %d tasks", c.Task, c.tasks())
+	case c.Slots < 0 || c.Slots > maxSlots:
+		return refuse("a task cannot have %d slots: the most is %d", c.Slots, maxSlots)
+	case c.tasks() > 1 && c.VirtualIP == "":
+		return refuse("a task of a job of %d tasks needs an address of its own", c.tasks())
+	case strings.ContainsAny(c.Job, "\x00"):
+		return refuse("the job's id holds a zero byte")
+	}
+	return nil
 }
 
 // minMemory is what pid 1 and a small command need to start at all.

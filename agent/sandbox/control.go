@@ -16,13 +16,15 @@ import (
 )
 
 // link is the agent's side of what goes on with pid 1: short requests, which
-// pass a gate that Quiesce closes, and exec sessions, which it detaches.
+// pass a gate that Quiesce closes, exec sessions, which it detaches, and
+// listeners, which it stops.
 type link struct {
-	mu       sync.Mutex
-	closed   bool          // by Quiesce
-	active   int           // requests under way
-	changed  chan struct{} // closed and replaced whenever the above change
-	sessions map[*session]struct{}
+	mu        sync.Mutex
+	closed    bool // by Quiesce
+	active    int  // requests under way
+	listeners map[*listener]struct{}
+	changed   chan struct{} // closed and replaced whenever the above change
+	sessions  map[*session]struct{}
 }
 
 // change tells all who wait. l.mu is held.
@@ -114,6 +116,9 @@ func (l *link) list() []*session {
 // Unquiesce; new ones wait. Call it before Freeze, while the tasks run.
 func (s *Sandbox) Quiesce(ctx context.Context) error {
 	err := s.link.shut(ctx)
+	if err == nil {
+		err = s.link.stopListening(ctx)
+	}
 	sessions := s.link.list()
 	for _, x := range sessions {
 		if err == nil {

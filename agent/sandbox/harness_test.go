@@ -58,6 +58,7 @@ type bench struct {
 	dir     string
 	parent  string // cgroup, relative
 	runtime *sandbox.Runtime
+	network sandbox.Network
 	n       int
 }
 
@@ -85,7 +86,7 @@ func (b *bench) newRuntime(hide ...string) *sandbox.Runtime {
 	b.t.Helper()
 	r, err := sandbox.New(sandbox.Options{
 		Init: initBinary, Cgroup: b.parent, Images: filepath.Join(b.state(), "images"), Hide: append(hide, b.state()),
-		Log: slog.New(slog.NewTextHandler(testWriter{b.t}, nil)),
+		Log: slog.New(slog.NewTextHandler(testWriter{b.t}, nil)), Network: b.network,
 	})
 	if err != nil {
 		b.t.Fatal(err)

@@ -1,6 +1,8 @@
 package sandbox
 
 import (
+	"context"
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -10,8 +12,34 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// Network gives sandboxes their place on their job's network.
+type Network interface {
+	// Join puts devices into the network namespace of the sandbox id, in which
+	// the loopback device is up and no process runs yet. When it returns, the
+	// sandbox's address is there. What it did is for others to take back, after
+	// the sandbox was destroyed or was not made.
+	Join(ctx context.Context, id string, netns *os.File) error
+}
+
+// makeNetwork makes the sandbox's network namespace. Without a Network the
+// task's address is on the loopback device.
+func (s *Sandbox) makeNetwork(ctx context.Context) (*os.File, error) {
+	network := s.runtime.options.Network
+	if network == nil {
+		return newNetwork(s.state.Config.VirtualIP)
+	}
+	netns, err := newNetwork("")
+	if err != nil {
+		return nil, err
+	}
+	if err := network.Join(ctx, s.ID(), netns); err != nil {
+		return nil, errors.Join(fmt.Errorf("cannot connect sandbox %s to its network: %w", s.ID(), err), netns.Close())
+	}
+	return netns, nil
+}
+
 // newNetwork makes a network namespace with the loopback device up and, on it,
-// the task's virtual address. The namespace lives as long as the file or a
+// virtualIP, if there is one. The namespace lives as long as the file or a
 // process in it.
 func newNetwork(virtualIP string) (*os.File, error) {
 	type outcome struct {

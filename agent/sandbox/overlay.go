@@ -130,10 +130,7 @@ func freshRun(upper string) error {
 // copy, never a link: root in the sandbox may write to it.
 func plantInit(upper, binary string) error {
 	dir := filepath.Join(upper, pid1.Directory)
-	if err := os.Mkdir(dir, 0o711); err != nil {
-		return fmt.Errorf("cannot make pid 1's directory: %w", err)
-	}
-	if err := os.Mkdir(filepath.Join(dir, pid1.EmptyDir), 0o555); err != nil {
+	if err := makePrograms(dir); err != nil {
 		return fmt.Errorf("cannot make pid 1's directory: %w", err)
 	}
 	from, err := os.Open(binary)
@@ -146,8 +143,31 @@ func plantInit(upper, binary string) error {
 		return fmt.Errorf("cannot copy dormouse-init into the sandbox: %w", err)
 	}
 	_, err = to.ReadFrom(from)
-	if err := errors.Join(err, to.Close()); err != nil {
+	// The task's user runs it, too, under the names of programs.
+	if err := errors.Join(err, to.Chmod(0o755), to.Close()); err != nil {
 		return fmt.Errorf("cannot copy dormouse-init into the sandbox: %w", err)
+	}
+	return nil
+}
+
+// makePrograms makes pid 1's directory, and in it the names under which the task
+// runs its binary.
+func makePrograms(dir string) error {
+	for _, d := range []struct {
+		name string
+		mode os.FileMode
+	}{{dir, 0o711}, {filepath.Join(dir, pid1.EmptyDir), 0o555}, {filepath.Join(dir, pid1.BinDir), 0o755}} {
+		if err := os.Mkdir(d.name, 0o700); err != nil {
+			return err
+		}
+		if err := os.Chmod(d.name, d.mode); err != nil {
+			return err
+		}
+	}
+	for _, name := range []string{pid1.RemoteShell, pid1.Controller} {
+		if err := os.Symlink(filepath.Join("..", pid1.InitFile), filepath.Join(dir, pid1.BinDir, name)); err != nil {
+			return err
+		}
 	}
 	return nil
 }

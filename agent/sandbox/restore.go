@@ -44,8 +44,8 @@ func (s *Sandbox) PrepareRestore(ctx context.Context) (*RestoreTarget, error) {
 			undo: func(context.Context) error { return s.unmountRoot() },
 		},
 		{
-			do: func(context.Context) (err error) {
-				target.NetNS, err = newNetwork(s.state.Config.VirtualIP)
+			do: func(ctx context.Context) (err error) {
+				target.NetNS, err = s.makeNetwork(ctx)
 				return err
 			},
 			undo: func(context.Context) error { return closeIfOpen(target.NetNS) },

@@ -25,6 +25,9 @@ type Options struct {
 	Images string       // directory of unpacked OCI images; made when missing
 	Hide   []string     // directories of the node that no sandbox may see
 	Log    *slog.Logger // nil: no logs
+	// Network connects the sandboxes; nil: each is alone, with its address on the
+	// loopback device.
+	Network Network
 }
 
 // Runtime makes the sandboxes of one agent.
@@ -100,10 +103,10 @@ func (r *Runtime) checkVolumes(volumes []api.Volume) error {
 	return nil
 }
 
-// findRoot decides what lies below the overlay.
 // Cgroup is the cgroup v2 directory above those of all sandboxes.
 func (r *Runtime) Cgroup() string { return filepath.Join(r.hierarchies.Unified, r.parent) }
 
+// findRoot decides what lies below the overlay.
 func (r *Runtime) findRoot(ctx context.Context, s *Sandbox, root Root) error {
 	switch root.Kind {
 	case api.RootOCI:
@@ -124,7 +127,7 @@ func (r *Runtime) findRoot(ctx context.Context, s *Sandbox, root Root) error {
 	if strings.ContainsAny(s.state.Lower, `,:\`) {
 		return refuse("the root %s has a comma, colon or backslash in its path, which an overlay cannot take", s.state.Lower)
 	}
-	if len(s.command()) == 0 {
+	if len(s.command()) == 0 && !s.state.Config.Serve {
 		return refuse("no command was given, and the root does not name one")
 	}
 	return nil

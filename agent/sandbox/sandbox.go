@@ -188,8 +188,11 @@ func (s *Sandbox) gone() bool {
 // Frozen reports whether Freeze was the last of the two.
 func (s *Sandbox) Frozen() (bool, error) { return s.state.Cgroup.Frozen() }
 
-// command is what will be executed.
+// command is what will be executed; nothing when the task serves others.
 func (s *Sandbox) command() []string {
+	if s.state.Config.Serve {
+		return nil
+	}
 	if image := s.state.Image; len(s.state.Config.Command) == 0 && image != nil {
 		return append(append([]string{}, image.Entrypoint...), image.Cmd...)
 	}

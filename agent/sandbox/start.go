@@ -40,6 +40,9 @@ func (s *Sandbox) Start(ctx context.Context) error {
 	return nil
 }
 
+// Bounds of a job's secret, in bytes.
+const minSecret, maxSecret = 16, 256
+
 // setup translates Config into what pid 1 is told.
 func (s *Sandbox) setup() (*pid1.Setup, error) {
 	cfg := &s.state.Config
@@ -51,11 +54,18 @@ func (s *Sandbox) setup() (*pid1.Setup, error) {
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, fmt.Errorf("cannot copy the node's resolv.conf: %w", err)
 	}
+	if n := len(cfg.Secret); cfg.tasks() > 1 && (n < minSecret || n > maxSecret) {
+		return nil, refuse("the tasks of a job need a secret of %d to %d bytes, and this has %d", minSecret, maxSecret, n)
+	}
 	setup := &pid1.Setup{
 		Hostname: cfg.Hostname, Target: s.rootDir(), Overlay: s.overlay(),
 		Hosts: hostsFile(cfg), ResolvConf: string(resolv), TmpBytes: cfg.TmpBytes,
-		Command: s.command(), Env: s.environment(), WorkDir: cfg.WorkDir, User: cfg.User,
+		Command: s.command(), Env: s.environment(), RootEnv: cfg.rootEnv(), WorkDir: cfg.WorkDir, User: cfg.User,
 		Capabilities: capabilities(added, s.state.Cgroup.Devices), Ambient: added,
+		JobRun: cfg.Run,
+	}
+	if cfg.tasks() > 1 {
+		setup.Remote, setup.Secret = cfg.VirtualIP, cfg.Secret
 	}
 	if setup.Hostname == "" {
 		setup.Hostname = "task-0"
@@ -74,8 +84,8 @@ func (s *Sandbox) setup() (*pid1.Setup, error) {
 	return setup, nil
 }
 
-// environment merges, the later ones winning, the image's variables, those of
-// the CPU baseline, and the user's.
+// environment merges, the later ones winning, the image's variables, those that
+// name the job and its tasks, those of the CPU baseline, and the user's.
 func (s *Sandbox) environment() []string {
 	merged := map[string]string{}
 	if s.state.Image != nil {
@@ -87,7 +97,8 @@ func (s *Sandbox) environment() []string {
 	}
 	// The level was validated by Create.
 	limits, _ := baselineEnv(s.state.Config.CPUBaseline)
-	for _, vars := range []map[string]string{limits, s.state.Config.Env} {
+	cfg := &s.state.Config
+	for _, vars := range []map[string]string{cfg.launcherEnv(), cfg.jobEnv(), limits, cfg.Env} {
 		for key, value := range vars {
 			merged[key] = value
 		}
@@ -122,7 +133,10 @@ func (s *Sandbox) fillUpper(context.Context) error {
 			return err
 		}
 	}
-	return plantInit(s.UpperDir(), s.runtime.options.Init)
+	if err := plantInit(s.UpperDir(), s.runtime.options.Init); err != nil {
+		return err
+	}
+	return s.writeHostFiles()
 }
 
 // matchRoot gives "/" of the sandbox the owner and mode it has in the root.
@@ -171,7 +185,7 @@ func (s *Sandbox) launch(ctx context.Context, setup *pid1.Setup) error {
 	if err != nil {
 		return fmt.Errorf("cannot tell pid 1 what to do: %w", err)
 	}
-	network, err := newNetwork(s.state.Config.VirtualIP)
+	network, err := s.makeNetwork(ctx)
 	if err != nil {
 		return err
 	}

@@ -2,22 +2,20 @@ package main
 
 import (
 	"encoding/json"
-	"errors"
 	"fmt"
 	"os"
 	"slices"
 	"sync"
-	"syscall"
 
 	"dormouse/agent/sandbox/pid1"
 )
 
-// control is the server on the control socket. It uses bare system calls and
-// os.File, not package net, which would double this program.
+// control is the server on the control socket.
 type control struct {
 	socket *os.File
 	family *family
 	run    *pid1.Run
+	apps   *apps
 
 	mu          sync.Mutex
 	closed      *sync.Cond // a connection was
@@ -26,67 +24,22 @@ type control struct {
 	sessions    map[uint64]*session
 }
 
-func listen(f *family, run *pid1.Run) (*control, error) {
-	path := inside(pid1.ControlSocket)
-	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return nil, fmt.Errorf("cannot replace the control socket: %w", err)
-	}
-	fd, err := syscall.Socket(syscall.AF_UNIX, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC|syscall.SOCK_NONBLOCK, 0)
+func listen(f *family, run *pid1.Run, apps *apps) (*control, error) {
+	socket, err := listenUnix(inside(pid1.ControlSocket), 0o600)
 	if err != nil {
-		return nil, fmt.Errorf("cannot make the control socket: %w", err)
+		return nil, err
 	}
-	socket := os.NewFile(uintptr(fd), "control socket")
-	err = syscall.Bind(fd, &syscall.SockaddrUnix{Name: path})
-	if err == nil {
-		err = os.Chmod(path, 0o600)
-	}
-	if err == nil {
-		err = syscall.Listen(fd, 64)
-	}
-	if err != nil {
-		return nil, errors.Join(fmt.Errorf("cannot listen on the control socket: %w", err), socket.Close())
-	}
-	c := &control{socket: socket, family: f, run: run, sessions: map[uint64]*session{}}
+	c := &control{socket: socket, family: f, run: run, apps: apps, sessions: map[uint64]*session{}}
 	c.closed = sync.NewCond(&c.mu)
 	return c, nil
 }
 
 // serve answers connections for the life of the process.
 func (c *control) serve() {
-	raw, err := c.socket.SyscallConn()
-	for err == nil {
-		var fd int
-		var failed error
-		err = raw.Read(func(listener uintptr) bool {
-			fd, _, failed = syscall.Accept4(int(listener), syscall.SOCK_CLOEXEC|syscall.SOCK_NONBLOCK)
-			return failed != syscall.EAGAIN
-		})
-		if err == nil && failed == nil {
-			c.count(1)
-			go c.answer(&conn{file: os.NewFile(uintptr(fd), "control connection")})
-		}
-	}
-	fmt.Fprintln(os.Stderr, "the control socket failed:", err)
-}
-
-// conn is one connection; several goroutines may send.
-type conn struct {
-	file *os.File
-	mu   sync.Mutex
-}
-
-func (c *conn) send(kind pid1.FrameType, payload []byte) error {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return pid1.WriteFrame(c.file, kind, payload)
-}
-
-func (c *conn) sendJSON(kind pid1.FrameType, value any) error {
-	content, err := json.Marshal(value)
-	if err != nil {
-		return err
-	}
-	return c.send(kind, content)
+	acceptAll(c.socket, func(link *conn) {
+		c.count(1)
+		go c.answer(link)
+	})
 }
 
 // answer serves one connection. When the agent is gone there is nobody to tell
@@ -94,12 +47,16 @@ func (c *conn) sendJSON(kind pid1.FrameType, value any) error {
 func (c *control) answer(link *conn) {
 	defer c.count(-1)
 	defer link.file.Close()
-	kind, payload, err := pid1.ReadFrame(link.file)
-	if err != nil || kind != pid1.FrameRequest {
+	payload, err := link.want(pid1.FrameRequest)
+	if err != nil {
 		return
 	}
 	var request pid1.Request
 	if err := json.Unmarshal(payload, &request); err != nil {
+		return
+	}
+	if request.Op == pid1.OpListen {
+		c.apps.tell(link)
 		return
 	}
 	s, err := c.do(&request)
@@ -143,7 +100,11 @@ func (c *control) waitQuiet() {
 func (c *control) do(r *pid1.Request) (*session, error) {
 	switch r.Op {
 	case pid1.OpSignal:
-		return nil, syscall.Kill(c.family.command, r.Signal)
+		return nil, c.family.signal(r.Signal)
+	case pid1.OpAnswer:
+		return nil, c.apps.answer(r.ID, r.Outcome)
+	case pid1.OpRestored:
+		return nil, c.apps.restored(r.JobRun, r.Outcome)
 	case pid1.OpKeep:
 		c.keep(r.Sessions)
 		return nil, nil
@@ -213,5 +174,5 @@ func (c *control) end(s *session) {
 	c.mu.Lock()
 	delete(c.sessions, s.id)
 	c.mu.Unlock()
-	s.hangUp(c.family)
+	s.hangUp()
 }

@@ -12,6 +12,10 @@
 // `hold` is no stage of a sandbox: it only keeps alive the namespaces it was
 // started in, those of a virtual node or of a job's network on a node.
 //
+// Under the names dormouse-rsh and dormouse-ctl the same binary is what programs
+// of the task run to speak to a pid 1: to that of another task, to start a
+// process there, or to their own, to ask for a checkpoint.
+//
 // In stage `run` it holds no descriptor from outside the sandbox but
 // connections that the agent can ask it to drop, and no timer, so CRIU can take
 // and restore it at any instant.
@@ -20,7 +24,10 @@ package main
 import (
 	"fmt"
 	"os"
+	"path/filepath"
 	"runtime"
+
+	"dormouse/agent/sandbox/pid1"
 )
 
 func init() {
@@ -30,6 +37,12 @@ func init() {
 }
 
 func main() {
+	switch filepath.Base(os.Args[0]) {
+	case pid1.RemoteShell:
+		os.Exit(remoteShell(os.Args))
+	case pid1.Controller:
+		os.Exit(controller(os.Args))
+	}
 	stage := ""
 	if len(os.Args) == 2 {
 		stage = os.Args[1]

@@ -27,10 +27,13 @@ func resolve(cfg *pid1.Setup) (*pid1.Run, error) {
 	}
 	run := &pid1.Run{
 		Command: cfg.Command, Env: slices.Clone(cfg.Env), WorkDir: cfg.WorkDir,
-		UID: who.uid, GID: who.gid, Groups: who.groups,
+		UID: who.uid, GID: who.gid, Groups: who.groups, User: who.name,
+		Remote: cfg.Remote, JobRun: cfg.JobRun,
 	}
 	if run.UID != 0 {
 		run.Ambient = cfg.Ambient
+	} else {
+		run.Env = append(slices.Clone(cfg.RootEnv), run.Env...)
 	}
 	for _, def := range []struct{ key, value string }{
 		{"PATH", defaultPath}, {"HOME", who.home}, {"USER", who.name}, {"LOGNAME", who.name}, {"HOSTNAME", cfg.Hostname},
@@ -39,6 +42,8 @@ func resolve(cfg *pid1.Setup) (*pid1.Run, error) {
 			run.Env = append(run.Env, def.key+"="+def.value)
 		}
 	}
+	path, _ := lookupEnv(run.Env, "PATH")
+	run.Env = unique(append(run.Env, "PATH="+path+":"+inside(pid1.BinDir)))
 	if run.WorkDir == "" {
 		run.WorkDir = "/"
 	}
@@ -49,6 +54,9 @@ func resolve(cfg *pid1.Setup) (*pid1.Run, error) {
 	}
 	if info, err := os.Stat(run.WorkDir); err != nil || !info.IsDir() {
 		return nil, pid1.Refuse("the working directory %s is not a directory of the root", run.WorkDir)
+	}
+	if len(run.Command) == 0 {
+		return run, nil
 	}
 	run.Path, err = lookupCommand(run, run.Command[0])
 	return run, err

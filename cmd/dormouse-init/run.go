@@ -14,7 +14,8 @@ import (
 	"dormouse/agent/sandbox/pid1"
 )
 
-// run is the second stage: it starts the command and ends with it.
+// run is the second stage: it starts the command and ends with it. Without one
+// it serves remote starts until it is killed.
 func run() {
 	runtime.UnlockOSThread()
 	syscall.CloseOnExec(pid1.StatusFD)
@@ -25,13 +26,13 @@ func run() {
 	signal.Notify(children, syscall.SIGCHLD)
 	signal.Notify(signals)
 
-	control, exited, err := begin(family)
+	servers, exited, err := begin(family)
 	if err != nil {
 		report(status, pid1.Report{Failure: failureOf(err)})
 		os.Exit(1)
 	}
-	report(status, pid1.Report{Volumes: control.run.Volumes})
-	go control.serve()
+	report(status, pid1.Report{Volumes: servers.control.run.Volumes})
+	servers.serve()
 
 	for {
 		select {
@@ -45,8 +46,25 @@ func run() {
 	}
 }
 
-// begin listens on the control socket and starts what the sandbox is for.
-func begin(f *family) (*control, <-chan syscall.WaitStatus, error) {
+// servers answer the agent, the programs of the task, and the job's other tasks.
+type servers struct {
+	control *control
+	apps    *apps
+	remote  *remote // nil in a job of one task
+}
+
+// serve answers for the life of the process.
+func (s *servers) serve() {
+	go s.control.serve()
+	go s.apps.serve()
+	go s.apps.readFifo()
+	if s.remote != nil {
+		go s.remote.serve()
+	}
+}
+
+// begin listens, and then starts what the sandbox is for.
+func begin(f *family) (*servers, <-chan syscall.WaitStatus, error) {
 	content, err := os.ReadFile(inside(pid1.RunFile))
 	if err != nil {
 		return nil, nil, fmt.Errorf("cannot read the command: %w", err)
@@ -58,12 +76,21 @@ func begin(f *family) (*control, <-chan syscall.WaitStatus, error) {
 	if err := reserveExit(); err != nil {
 		return nil, nil, err
 	}
-	control, err := listen(f, &cmd)
-	if err != nil {
+	var s servers
+	if s.apps, err = listenApps(cmd.JobRun); err != nil {
 		return nil, nil, err
 	}
+	if s.control, err = listen(f, &cmd, s.apps); err != nil {
+		return nil, nil, err
+	}
+	if s.remote, err = listenRemote(f, &cmd); err != nil {
+		return nil, nil, err
+	}
+	if len(cmd.Command) == 0 {
+		return &s, nil, nil
+	}
 	exited, err := startCommand(f, &cmd)
-	return control, exited, err
+	return &s, exited, err
 }
 
 // startCommand starts the command with its output going to files.
@@ -127,7 +154,7 @@ func record(exit pid1.Exit) error {
 
 // family are the processes of the sandbox as seen by their first ancestor.
 type family struct {
-	command int // pid of the command
+	command int // pid of the command; 0 when there is none
 
 	mu      sync.Mutex
 	waiting map[int]chan<- syscall.WaitStatus
@@ -179,18 +206,25 @@ func (f *family) forward(s syscall.Signal) {
 		// SIGURG is how Go's scheduler interrupts its own threads.
 	default:
 		// The command may be gone; its status is then on the way.
-		_ = syscall.Kill(f.command, s)
+		_ = f.signal(s)
 	}
 }
 
-// hangUp tells the process group of a child, if it still lives, that its
-// session is over.
-func (f *family) hangUp(pid int) {
+// signal sends a signal to the command. A task without one takes it silently:
+// what it serves belongs to other tasks, which pass on what they want to.
+func (f *family) signal(s syscall.Signal) error {
+	if f.command == 0 {
+		return nil
+	}
+	return syscall.Kill(f.command, s)
+}
+
+// signalGroup sends a signal to the process group of a child that still lives.
+func (f *family) signalGroup(pid int, s syscall.Signal) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if _, alive := f.waiting[pid]; alive {
-		_ = syscall.Kill(-pid, syscall.SIGHUP)
-		_ = syscall.Kill(-pid, syscall.SIGCONT)
+		_ = syscall.Kill(-pid, s)
 	}
 }
 

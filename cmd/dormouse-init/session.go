@@ -22,6 +22,7 @@ type session struct {
 	id       uint64
 	attached bool // guarded by control.mu
 
+	family *family
 	pid    int
 	exited <-chan syscall.WaitStatus
 	input  *os.File // the terminal, too
@@ -57,7 +58,7 @@ func startSession(f *family, run *pid1.Run, r *pid1.Request) (*session, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &session{tty: r.TTY, queued: make(chan struct{}, 1), gone: make(chan struct{})}
+	s := &session{family: f, tty: r.TTY, queued: make(chan struct{}, 1), gone: make(chan struct{})}
 	childs, err := s.open(r, run)
 	if err == nil {
 		s.pid, s.exited, err = f.start(run, file, r.Command, unique(env), childs, r.TTY)
@@ -238,7 +239,7 @@ func (s *session) acknowledge() {
 // listen takes what the agent sends.
 func (s *session) listen(link *conn) stop {
 	for {
-		kind, payload, err := pid1.ReadFrame(link.file)
+		kind, payload, err := link.read()
 		if err != nil {
 			return stopLost
 		}
@@ -250,6 +251,10 @@ func (s *session) listen(link *conn) stop {
 		case pid1.FrameResize:
 			if len(payload) == 4 {
 				_ = s.resize(binary.BigEndian.Uint16(payload), binary.BigEndian.Uint16(payload[2:]))
+			}
+		case pid1.FrameSignal:
+			if len(payload) == 1 {
+				s.family.signalGroup(s.pid, syscall.Signal(payload[0]))
 			}
 		case pid1.FrameQuiesce:
 			return stopQuiesce
@@ -352,11 +357,12 @@ func (s *session) deadline(t time.Time) {
 
 // hangUp ends the session: what is left of the process is told as by a
 // terminal that went away.
-func (s *session) hangUp(f *family) {
+func (s *session) hangUp() {
 	close(s.gone)
 	_ = s.close()
 	s.fed.Wait()
-	f.hangUp(s.pid)
+	s.family.signalGroup(s.pid, syscall.SIGHUP)
+	s.family.signalGroup(s.pid, syscall.SIGCONT)
 }
 
 func (s *session) close() error {

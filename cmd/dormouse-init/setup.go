@@ -61,7 +61,7 @@ func build() error {
 		return err
 	}
 	cmd.Volumes = where
-	if err := writeRun(cmd); err != nil {
+	if err := writeRun(cmd, cfg.Secret); err != nil {
 		return err
 	}
 	return becomeInit(cfg)
@@ -287,7 +287,7 @@ func writeIdentity(cfg *pid1.Setup) error {
 	return nil
 }
 
-func writeRun(cmd *pid1.Run) error {
+func writeRun(cmd *pid1.Run, secret []byte) error {
 	content, err := json.Marshal(cmd)
 	if err != nil {
 		return err
@@ -295,6 +295,11 @@ func writeRun(cmd *pid1.Run) error {
 	// The environment may hold secrets.
 	if err := os.WriteFile(inside(pid1.RunFile), content, 0o600); err != nil {
 		return fmt.Errorf("cannot store the command: %w", err)
+	}
+	if len(secret) > 0 {
+		if err := writeSecret(secret, cmd); err != nil {
+			return fmt.Errorf("cannot store the job's secret: %w", err)
+		}
 	}
 	for _, name := range []string{pid1.StdoutFile, pid1.StderrFile} {
 		file, err := os.OpenFile(inside(name), os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
@@ -307,6 +312,16 @@ func writeRun(cmd *pid1.Run) error {
 		}
 	}
 	return nil
+}
+
+// writeSecret stores what dormouse-rsh, as the task's user, has to know.
+func writeSecret(secret []byte, cmd *pid1.Run) error {
+	file, err := os.OpenFile(inside(pid1.SecretFile), os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o400)
+	if err != nil {
+		return err
+	}
+	_, err = file.Write(secret)
+	return errors.Join(err, file.Chown(int(cmd.UID), int(cmd.GID)), file.Close())
 }
 
 // becomeInit gives up privileges and executes the second stage.
@@ -340,15 +355,17 @@ func becomeInit(cfg *pid1.Setup) error {
 	if err := dropCapabilities(cfg.Capabilities); err != nil {
 		return err
 	}
-	// Go would otherwise use instructions that the processor of another node may
-	// lack. Speed is no concern here.
-	env := []string{"GODEBUG=cpu.all=off", "GOMAXPROCS=2"}
+	env := []string{"GODEBUG=" + plainCPU, "GOMAXPROCS=2"}
 	path := inside(pid1.InitFile)
 	if err := unix.Exec(path, []string{"dormouse-init", "run"}, env); err != nil {
 		return fmt.Errorf("cannot execute %s: %w", path, err)
 	}
 	return nil
 }
+
+// plainCPU, as GODEBUG, keeps Go from using instructions that the processor of
+// another node may lack. Speed is no concern here.
+const plainCPU = "cpu.all=off"
 
 func coreLimit() uint64 {
 	var limit unix.Rlimit

@@ -15,6 +15,10 @@
 // 32-bit length and that many bytes. Everything but exec and attach ends with
 // the answer. See FrameType for what an exec session exchanges, and Quiesce
 // there for how a session outlives its connection.
+//
+// The programs inside speak to a pid 1 in the same frames: dormouse-ctl on the
+// unix socket AppSocket (see app.go), dormouse-rsh over TCP to the pid 1 of
+// another task of the job (see remote.go).
 package pid1
 
 import (
@@ -37,14 +41,29 @@ const Directory = "/.dormouse"
 
 // Files in Directory.
 const (
-	InitFile      = "init"      // the binary of pid 1
-	RunFile       = "run.json"  // a Run
-	StdoutFile    = "stdout"    // the command's output, append-only
-	StderrFile    = "stderr"    // the command's errors, append-only
-	InitLogFile   = "init.log"  // what pid 1 itself complains about
-	ControlSocket = "ctl.sock"  // where pid 1 listens
-	ExitFile      = "exit.json" // an Exit; there from the command's end on
-	EmptyDir      = "empty"     // covers what a sandbox must not see
+	InitFile      = "init"        // the binary of pid 1
+	RunFile       = "run.json"    // a Run
+	StdoutFile    = "stdout"      // the command's output, append-only
+	StderrFile    = "stderr"      // the command's errors, append-only
+	InitLogFile   = "init.log"    // what pid 1 itself complains about
+	ControlSocket = "ctl.sock"    // where pid 1 listens
+	ExitFile      = "exit.json"   // an Exit; there from the command's end on
+	EmptyDir      = "empty"       // covers what a sandbox must not see
+	BinDir        = "bin"         // programs for the task, at the end of its PATH
+	AppSocket     = "app.sock"    // where pid 1 listens to programs of the task
+	ControlFifo   = "control"     // the same for programs that only write files
+	ControlLog    = "control.log" // answers to what was written to ControlFifo, a JSON document a line
+	SecretFile    = "secret"      // what proves that two processes are of one job
+
+	// Host files, for Open MPI and for MPICH's Hydra.
+	OpenMPIHosts = "hosts.openmpi"
+	HydraHosts   = "hosts.hydra"
+)
+
+// Programs in BinDir: links to pid 1's binary, which looks at its own name.
+const (
+	RemoteShell = "dormouse-rsh"
+	Controller  = "dormouse-ctl"
 )
 
 // Setup is everything the stage `setup` needs to know.
@@ -60,9 +79,13 @@ type Setup struct {
 	ResolvConf string `json:"resolv_conf"`
 	TmpBytes   int64  `json:"tmp_bytes,omitempty"`
 
-	Command []string `json:"command"`
-	// Env is complete but for the defaults that depend on the user.
+	// Command is empty when the task has none of its own: then pid 1 serves
+	// remote starts until it is killed.
+	Command []string `json:"command,omitempty"`
+	// Env is complete but for the defaults that depend on the user; RootEnv are
+	// such defaults for root.
 	Env     []string `json:"env"`
+	RootEnv []string `json:"root_env,omitempty"`
 	WorkDir string   `json:"work_dir,omitempty"`
 	// MakeWorkDir is set when the working directory is an image's wish.
 	MakeWorkDir bool   `json:"make_work_dir,omitempty"`
@@ -71,6 +94,12 @@ type Setup struct {
 	// command of an ordinary user keeps as well.
 	Capabilities []int `json:"capabilities"`
 	Ambient      []int `json:"ambient,omitempty"`
+
+	// Remote is the address to serve remote starts on, which those who know
+	// Secret may ask for. Empty: they are not served.
+	Remote string `json:"remote,omitempty"`
+	Secret []byte `json:"secret,omitempty"`
+	JobRun int64  `json:"job_run,omitempty"`
 }
 
 // Volume is a directory or file of the node, bound into the sandbox.
@@ -92,6 +121,9 @@ type Run struct {
 	Ambient []int    `json:"ambient,omitempty"`
 	// Volumes are where the volumes came to lie, links resolved.
 	Volumes []string `json:"volumes,omitempty"`
+	User    string   `json:"user,omitempty"`    // UID's name, if it has one
+	Remote  string   `json:"remote,omitempty"`  // as in Setup
+	JobRun  int64    `json:"job_run,omitempty"` // which of the job's starts and restores this is
 }
 
 // Kind classifies a failure for the agent.
@@ -148,17 +180,21 @@ type FrameType byte
 // The frames. A session is the exec'ed process with its pipes or terminal; it
 // belongs to pid 1 and outlives connections that end by Quiesce.
 const (
-	FrameRequest  FrameType = iota // agent: a Request, first on every connection
-	FrameStdin                     // agent: input; empty is its end
-	FrameStdout                    // pid 1
-	FrameStderr                    // pid 1
-	FrameExit                      // pid 1: an Exit; the last of a session
-	FrameResize                    // agent: rows and columns, 16 bits each
-	FrameFailure                   // pid 1: a Failure; the last
-	FrameAck                       // pid 1: 64 bits, how much input the process has been given in all
-	FrameQuiesce                   // agent: its last frame; pid 1 sends what it has read and answers Detached
-	FrameDetached                  // pid 1: its last frame; the session waits for Attach
-	FrameOK                        // pid 1: the request was done; an OK
+	FrameRequest   FrameType = iota // agent: a Request, first on every connection
+	FrameStdin                      // agent: input; empty is its end
+	FrameStdout                     // pid 1
+	FrameStderr                     // pid 1
+	FrameExit                       // pid 1: an Exit; the last of a session
+	FrameResize                     // agent: rows and columns, 16 bits each
+	FrameFailure                    // pid 1: a Failure; the last
+	FrameAck                        // pid 1: 64 bits, how much input the process has been given in all
+	FrameQuiesce                    // agent: its last frame; pid 1 sends what it has read and answers Detached
+	FrameDetached                   // pid 1: its last frame; the session waits for Attach
+	FrameOK                         // pid 1: the request was done; an OK
+	FrameSignal                     // dormouse-rsh: one byte, a signal for the process group
+	FrameApp                        // pid 1: an AppRequest, on a connection that listens
+	FrameChallenge                  // pid 1: random bytes, first on a connection by TCP
+	FrameProof                      // dormouse-rsh: Proof of the challenge
 )
 
 // Window is how many bytes of input the agent may send beyond the last Ack, so
@@ -178,6 +214,10 @@ const (
 	OpKeep   Op = "keep"   // hang up all detached sessions but Sessions
 	OpSignal Op = "signal" // send Signal to the command
 	OpQuiet  Op = "quiet"  // answer when this is the only connection left
+
+	OpListen   Op = "listen"   // send a FrameApp for each AppRequest that is not answered yet, until FrameQuiesce
+	OpAnswer   Op = "answer"   // end the AppRequest named ID with Outcome
+	OpRestored Op = "restored" // this is a copy, restored as run JobRun from Outcome.Checkpoint
 )
 
 // Request is the first frame of a connection.
@@ -191,6 +231,9 @@ type Request struct {
 	TTY      bool           `json:"tty,omitempty"`
 	Rows     uint16         `json:"rows,omitempty"`
 	Cols     uint16         `json:"cols,omitempty"`
+	ID       string         `json:"id,omitempty"`
+	JobRun   int64          `json:"job_run,omitempty"`
+	Outcome  *Outcome       `json:"outcome,omitempty"`
 }
 
 // OK answers a request that was done.
@@ -209,14 +252,17 @@ func WriteFrame(w io.Writer, kind FrameType, payload []byte) error {
 }
 
 // ReadFrame reads one frame. It returns io.EOF only between frames.
-func ReadFrame(r io.Reader) (FrameType, []byte, error) {
+func ReadFrame(r io.Reader) (FrameType, []byte, error) { return ReadFrameMax(r, MaxFrame) }
+
+// ReadFrameMax is ReadFrame with a bound of its own, in bytes.
+func ReadFrameMax(r io.Reader, limit uint32) (FrameType, []byte, error) {
 	var head [5]byte
 	if _, err := io.ReadFull(r, head[:]); err != nil {
 		return 0, nil, err
 	}
 	size := binary.BigEndian.Uint32(head[1:])
-	if size > MaxFrame {
-		return 0, nil, fmt.Errorf("a control frame of %d bytes is longer than the %d allowed", size, MaxFrame)
+	if size > limit {
+		return 0, nil, fmt.Errorf("a frame of %d bytes is longer than the %d allowed", size, limit)
 	}
 	payload := make([]byte, size)
 	if _, err := io.ReadFull(r, payload); err != nil {
