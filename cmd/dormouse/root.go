@@ -97,7 +97,7 @@ or a policy forbids it); 5 timed out. ` + "`dormouse exec`" + ` passes on that o
 	addGrouped(root, groupSleep, c.checkpointCommand(), c.checkpointsCommand(), c.verifyCommand(), c.suspendCommand(), c.resumeCommand(), c.restartCommand(), c.cloneCommand())
 	addGrouped(root, groupPlatform, c.nodesCommand(), c.nodeCommand(), c.cloudsCommand(), c.eventsCommand(), c.operationsCommand())
 	addGrouped(root, groupDaemons, c.upCommand(), c.controllerCommand(), c.agentCommand(), c.doctorCommand(), c.envCommand(), c.versionCommand(), c.completionCommand())
-	root.AddCommand(c.docsCommand())
+	root.AddCommand(c.docsCommand(), c.networkHolderCommand())
 	onlyCommands(root)
 	// Our usage lines say COMMAND themselves.
 	root.SetUsageTemplate(strings.Replace(root.UsageTemplate(), "{{if .HasAvailableSubCommands}}\n  {{.CommandPath}} [command]{{end}}", "", 1))

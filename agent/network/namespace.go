@@ -1,0 +1,126 @@
+package network
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"runtime"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
+)
+
+// namespace is a hold on a network namespace and a connection to its rtnetlink.
+type namespace struct {
+	file  *os.File
+	links *netlink.Handle
+}
+
+// openNamespace connects to the namespace of file, which stays the caller's.
+func openNamespace(file *os.File) (*namespace, error) {
+	own, err := duplicate(file)
+	if err != nil {
+		return nil, fmt.Errorf("take hold of a network namespace: %w", err)
+	}
+	links, err := netlink.NewHandleAt(netns.NsHandle(own.Fd()), unix.NETLINK_ROUTE)
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("open rtnetlink in a network namespace: %w", err), own.Close())
+	}
+	return &namespace{file: own, links: links}, nil
+}
+
+func (n *namespace) close() {
+	n.links.Close()
+	n.file.Close()
+}
+
+func duplicate(file *os.File) (*os.File, error) {
+	fd, err := unix.FcntlInt(file.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return nil, err
+	}
+	return os.NewFile(uintptr(fd), file.Name()), nil
+}
+
+// OfProcess opens the network namespace of a process.
+func OfProcess(pid int) (*os.File, error) {
+	return os.Open(fmt.Sprintf("/proc/%d/ns/net", pid))
+}
+
+// within runs work on a thread in the namespace of file.
+func within(file *os.File, work func() error) error {
+	done := make(chan error)
+	go func() {
+		// Never unlocked: the thread is in another namespace and ends with this
+		// goroutine.
+		runtime.LockOSThread()
+		if err := unix.Setns(int(file.Fd()), unix.CLONE_NEWNET); err != nil {
+			done <- fmt.Errorf("enter a network namespace: %w", err)
+			return
+		}
+		done <- work()
+	}()
+	return <-done
+}
+
+// setting is a kernel setting below /proc/sys/net.
+type setting struct {
+	name, value string
+	// optional: kernels without the feature lack it, and need it not.
+	optional bool
+}
+
+// apply sets kernel settings of the namespace.
+func (n *namespace) apply(settings ...setting) error {
+	return within(n.file, func() error {
+		for _, s := range settings {
+			err := os.WriteFile(filepath.Join("/proc/sys/net", s.name), []byte(s.value), 0)
+			if s.optional && errors.Is(err, os.ErrNotExist) {
+				continue
+			}
+			if err != nil {
+				return fmt.Errorf("set net/%s to %s: %w", s.name, s.value, err)
+			}
+		}
+		return nil
+	})
+}
+
+// value reads a kernel setting of the namespace.
+func (n *namespace) value(name string) (value string, err error) {
+	err = within(n.file, func() error {
+		raw, err := os.ReadFile(filepath.Join("/proc/sys/net", name))
+		value = string(raw)
+		return err
+	})
+	return value, err
+}
+
+// deleteLink removes a device; one that is gone already is no error.
+func (n *namespace) deleteLink(name string) error {
+	link, err := n.links.LinkByName(name)
+	if missing(err) {
+		return nil
+	}
+	if err == nil {
+		err = n.links.LinkDel(link)
+	}
+	if err != nil && !errors.Is(err, unix.ENODEV) {
+		return fmt.Errorf("remove the network device %s: %w", name, err)
+	}
+	return nil
+}
+
+func missing(err error) bool {
+	var notFound netlink.LinkNotFoundError
+	return errors.As(err, &notFound) || errors.Is(err, unix.ENODEV)
+}
+
+// sameNamespace compares what two files of nsfs(5) stand for.
+func sameNamespace(a, b *os.File) bool {
+	x, errX := a.Stat()
+	y, errY := b.Stat()
+	return errX == nil && errY == nil && os.SameFile(x, y)
+}

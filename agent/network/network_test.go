@@ -1,0 +1,256 @@
+package network
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"testing"
+
+	"dormouse/agent/sandbox/cgroup"
+)
+
+var background = context.Background()
+
+func TestTasksOnOneNodeReachEachOther(t *testing.T) {
+	node := newFabric(t).node()
+	j := newJob("j-same")
+	tasks := node.join(j, 0, 1)
+	at := listen(t, tasks[1].ns, onPort(tasks[1].address, 0))
+	if seen := reach(t, tasks[0].ns, at.String()); seen != tasks[0].address {
+		t.Errorf("task 1 sees a call from %v; want task 0's address %v", seen, tasks[0].address)
+	}
+}
+
+func TestEth0IsTheSameForLife(t *testing.T) {
+	node := newFabric(t).node()
+	inside := open(t, node.join(newJob("j-eth0"), 0)[0].ns)
+	link, err := inside.links.LinkByName("eth0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if mac, want := link.Attrs().HardwareAddr.String(), "02:64:0a:40:10:01"; mac != want {
+		t.Errorf("eth0 has the address %s; want %s", mac, want)
+	}
+	if mtu := link.Attrs().MTU; mtu != TaskMTU {
+		t.Errorf("eth0's MTU is %d; want %d", mtu, TaskMTU)
+	}
+	addresses, err := inside.links.AddrList(link, 0)
+	if err != nil || len(addresses) != 1 || addresses[0].IPNet.String() != "10.64.16.1/20" {
+		t.Errorf("eth0's addresses are %v, %v; want 10.64.16.1/20 alone", addresses, err)
+	}
+}
+
+func TestJobsReachTheOutsideUnderTheirNodesAddress(t *testing.T) {
+	fabric := newFabric(t)
+	node := fabric.node()
+	tasks := node.join(newJob("j-out"), 0)
+	at := listen(t, fabric.ns, onPort(fabricAddress, 0))
+	if seen := reach(t, tasks[0].ns, at.String()); seen != node.underlay {
+		t.Errorf("the outside sees a call from %v; want the node's address %v", seen, node.underlay)
+	}
+}
+
+func TestLastLeaveRemovesEverything(t *testing.T) {
+	node := newFabric(t).node()
+	j := newJob("j-leave", publishing(Publish{Task: 0, Port: 8080}))
+	tasks := node.join(j, 0, 1)
+	if err := node.Leave(background, j.key, 0); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := open(t, tasks[0].ns).links.LinkByName("eth0"); !missing(err) {
+		t.Errorf("the task that left still has eth0 (%v)", err)
+	}
+	if _, err := open(t, tasks[1].ns).links.LinkByName("eth0"); err != nil {
+		t.Errorf("the task that stayed lost its eth0: %v", err)
+	}
+	if err := node.Leave(background, j.key, 1); err != nil {
+		t.Fatal(err)
+	}
+	node.nothingLeft()
+}
+
+func TestEverythingMayBeRepeated(t *testing.T) {
+	node := newFabric(t).node()
+	j := newJob("j-twice", over(TunnelWireGuard))
+	first := node.prepare(j)
+	if again := node.prepare(j); fmt.Sprint(again) != fmt.Sprint(first) {
+		t.Errorf("Prepare returned %v, then %v; want the same", first, again)
+	}
+	tasks := node.join(j, 0, 1)
+	for range 2 {
+		if err := node.Join(background, j.key, Member{Index: 0, Address: tasks[0].address}, tasks[0].ns); err != nil {
+			t.Fatal(err)
+		}
+		if err := node.Connect(background, j.key, nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	reach(t, tasks[0].ns, listen(t, tasks[1].ns, onPort(tasks[1].address, 0)).String())
+	for range 2 {
+		for _, task := range tasks {
+			if err := node.Leave(background, j.key, task.index); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	node.nothingLeft()
+}
+
+func TestATaskMayJoinAnewFromAnotherNamespace(t *testing.T) {
+	node := newFabric(t).node()
+	j := newJob("j-move")
+	node.join(j, 0)
+	tasks := node.join(j, 0, 1) // task 0 again, in a new namespace
+	reach(t, tasks[1].ns, listen(t, tasks[0].ns, onPort(tasks[0].address, 0)).String())
+}
+
+func TestNetworksOutliveTheAgent(t *testing.T) {
+	node := newFabric(t).node()
+	j := newJob("j-live")
+	gone := newJob("j-gone")
+	tasks := node.join(j, 0, 1)
+	left := node.join(gone, 0)
+	at := listen(t, tasks[1].ns, onPort(tasks[1].address, 0))
+	node.restart()
+	if err := node.Retain(background, map[Key][]int{j.key: {0, 1}}); err != nil {
+		t.Fatal(err)
+	}
+	reach(t, tasks[0].ns, at.String())
+	if _, err := open(t, left[0].ns).links.LinkByName("eth0"); !missing(err) {
+		t.Errorf("a task of a network that nobody needs still has eth0 (%v)", err)
+	}
+	more := node.join(j, 2)
+	reach(t, more[0].ns, at.String())
+	for index := range 3 {
+		if err := node.Leave(background, j.key, index); err != nil {
+			t.Fatal(err)
+		}
+	}
+	node.nothingLeft()
+}
+
+func TestRetainTakesDeadMembersOut(t *testing.T) {
+	node := newFabric(t).node()
+	j := newJob("j-part")
+	tasks := node.join(j, 0, 1)
+	node.restart()
+	if err := node.Retain(background, map[Key][]int{j.key: {1}}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := open(t, tasks[0].ns).links.LinkByName("eth0"); !missing(err) {
+		t.Errorf("the dead member still has eth0 (%v)", err)
+	}
+	if err := node.Leave(background, j.key, 1); err != nil {
+		t.Fatal(err)
+	}
+	node.nothingLeft()
+}
+
+func TestAKilledHolderIsNoHindrance(t *testing.T) {
+	for _, restarted := range []bool{false, true} {
+		for _, tunnel := range []string{"", TunnelWireGuard, TunnelVXLAN} {
+			t.Run(fmt.Sprintf("tunnel=%s/restarted=%v", tunnel, restarted), func(t *testing.T) {
+				node := newFabric(t).node()
+				j := newJob("j-killed")
+				if tunnel != "" {
+					j = newJob("j-killed", over(tunnel))
+				}
+				node.join(j, 0)
+				node.killHolder(j)
+				if restarted {
+					node.restart()
+				}
+				tasks := node.join(j, 0, 1) // prepares again
+				reach(t, tasks[0].ns, listen(t, tasks[1].ns, onPort(tasks[1].address, 0)).String())
+				node.killHolder(j)
+				for index := range 2 {
+					if err := node.Leave(background, j.key, index); err != nil {
+						t.Fatal(err)
+					}
+				}
+				node.nothingLeft()
+			})
+		}
+	}
+}
+
+func TestAFailedPrepareLeavesNothing(t *testing.T) {
+	fabric := newFabric(t)
+	for name, change := range map[string]func(*Options){
+		"no holder program": func(o *Options) { o.Init, o.Program = "/nonexistent", "/nonexistent" },
+		"holder fails":      func(o *Options) { o.Program = "/bin/false" },
+		"no underlay":       func(o *Options) { o.Underlay = netip.Addr{} },
+		"foreign underlay":  func(o *Options) { o.Underlay = netip.MustParseAddr("192.0.2.1") },
+	} {
+		t.Run(name, func(t *testing.T) {
+			node := fabric.node(change)
+			j := newJob("j-fails", over(TunnelWireGuard))
+			if _, err := node.Prepare(background, j.key, j.plan); err == nil {
+				t.Fatal("Prepare succeeded")
+			} else {
+				t.Log(err)
+			}
+			node.nothingLeft()
+		})
+	}
+}
+
+func TestPlansThatCannotBeAreRefused(t *testing.T) {
+	for name, change := range map[string]func(*Plan){
+		"no subnet":        func(p *Plan) { p.Subnet = netip.Prefix{} },
+		"IPv6":             func(p *Plan) { p.Subnet = netip.MustParsePrefix("fd00::/64") },
+		"foreign gateway":  func(p *Plan) { p.Gateway = netip.MustParseAddr("10.0.0.1") },
+		"unknown tunnel":   func(p *Plan) { p.Tunnel = "gre" },
+		"no VXLAN number":  func(p *Plan) { p.Spans, p.Tunnel, p.Number = true, TunnelVXLAN, 0 },
+		"port too high":    func(p *Plan) { p.Publish = []Publish{{Port: 70000}} },
+		"unknown protocol": func(p *Plan) { p.Publish = []Publish{{Port: 1, Protocol: "sctp"}} },
+	} {
+		if _, err := newJob("j", change).plan.check(); err == nil {
+			t.Errorf("%s: the plan was accepted", name)
+		}
+	}
+}
+
+func TestKeysOfNetworksAreSafeNames(t *testing.T) {
+	for _, bad := range []Key{{Job: ""}, {Job: "../x"}, {Job: "a/b"}, {Job: "a.b"}, {Job: "j", Run: -1}} {
+		if bad.check() == nil {
+			t.Errorf("%q was accepted", bad.String())
+		}
+	}
+	key := Key{Job: "j-abc234", Run: 12}
+	if parsed, ok := parseKey(key.String()); !ok || parsed != key {
+		t.Errorf("%q was read as %v, %v", key.String(), parsed, ok)
+	}
+}
+
+func TestUplinksNeverOverlap(t *testing.T) {
+	seen := map[netip.Addr]int{}
+	for slot := range maxSlots {
+		pair := uplinkOf(slot)
+		for _, a := range []netip.Addr{pair.node, pair.router} {
+			if other, ok := seen[a]; ok || !uplinkPool.Contains(a) {
+				t.Fatalf("slot %d has the address %v, as has %d; or it is outside the pool", slot, a, other)
+			}
+			seen[a] = slot
+		}
+	}
+}
+
+// A holder must end with its node: its cgroup is below the node's.
+func TestCuttingTheNodesPowerEndsHolders(t *testing.T) {
+	node := newFabric(t).node()
+	j := newJob("j-power", over(TunnelWireGuard))
+	node.join(j, 0)
+	group := cgroup.Group{Unified: node.options.Cgroup}
+	if err := group.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	if err := group.WaitEmpty(background); err != nil {
+		t.Fatal(err)
+	}
+	node.restart()
+	if err := node.Retain(background, nil); err != nil {
+		t.Fatal(err)
+	}
+	node.nothingLeft()
+}
