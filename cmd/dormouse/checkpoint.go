@@ -14,8 +14,12 @@ func (c *cli) checkpointCommand() *cobra.Command {
 		Use:   "checkpoint JOB",
 		Short: "Checkpoint a running job and print the checkpoint's id",
 		Long: `Capture a running job and store the capture in the repository. The job stands
-still only while it is captured, not while it is stored. The command returns when
-the checkpoint is durable: from then on it survives the loss of the job's node.`,
+still only while it is captured, not while it is stored; all its tasks at the same
+time, so that what they sent each other is captured too. The command returns when
+the checkpoint is durable: from then on it survives the loss of the job's nodes.
+
+` + "`dormouse inspect`" + ` shows what each task's part took. A program can ask for a checkpoint
+of its own job, from inside, with dormouse-ctl checkpoint.`,
 		Example: `  dormouse checkpoint counter --label before-upgrade
   dormouse checkpoint rm c-3f7k2m5q`,
 		Args:              exactly("JOB"),
@@ -80,6 +84,10 @@ func (c *cli) checkpointRmCommand() *cobra.Command {
 }
 
 func summarise(checkpoint *api.Checkpoint) string {
-	return fmt.Sprintf("paused %s, captured %s, stored as %s of which %s new, durable after %s",
+	text := fmt.Sprintf("paused %s, captured %s, stored as %s of which %s new, durable after %s",
 		humanMS(checkpoint.PauseMS), humanSize(checkpoint.SizeBytes), humanSize(checkpoint.StoredBytes), humanSize(checkpoint.NewBytes), humanMS(checkpoint.DurableMS))
+	if slowest := straggler(checkpoint); slowest != "" {
+		text += "; slowest: " + slowest
+	}
+	return text
 }

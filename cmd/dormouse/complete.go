@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"strconv"
 	"strings"
 	"time"
 
@@ -27,6 +28,17 @@ func firstArgument(complete completer) completer {
 			return nil, cobra.ShellCompDirectiveNoFileComp
 		}
 		return complete(command, args, begun)
+	}
+}
+
+// either completes to what any of several propose.
+func either(all ...completer) completer {
+	return func(command *cobra.Command, args []string, begun string) (words []string, _ cobra.ShellCompDirective) {
+		for _, complete := range all {
+			some, _ := complete(command, args, begun)
+			words = append(words, some...)
+		}
+		return words, cobra.ShellCompDirectiveNoFileComp
 	}
 }
 
@@ -67,6 +79,26 @@ func (c *cli) jobs() completer {
 		}
 		return words, err
 	})
+}
+
+// tasks completes to the tasks of the job that was named already.
+func (c *cli) tasks() completer {
+	return func(command *cobra.Command, args []string, begun string) ([]string, cobra.ShellCompDirective) {
+		if len(args) == 0 {
+			return nil, cobra.ShellCompDirectiveNoFileComp
+		}
+		return c.known(func(ctx context.Context, controller *client.Client) ([]string, error) {
+			job, err := controller.Job(ctx, args[0])
+			if err != nil {
+				return nil, err
+			}
+			words := []string{}
+			for _, task := range job.TaskStatus {
+				words = append(words, cobra.CompletionWithDesc(strconv.Itoa(task.Index), strings.TrimSpace(task.Node+" "+string(task.Phase))))
+			}
+			return words, nil
+		})(command, args, begun)
+	}
 }
 
 func (c *cli) checkpoints() completer {

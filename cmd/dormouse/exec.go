@@ -23,10 +23,14 @@ func (c *cli) execCommand() *cobra.Command {
 		Long: `Run a command in the sandbox of a running task, and exit with its status.
 
 When standard input is a terminal, the command gets a terminal and your input.
-Otherwise it gets your input only with -i. The command is not a part of the job:
-a checkpoint ends it.`,
+Otherwise it gets your input only with -i.
+
+A checkpoint captures the command with the job, and it goes on here; but once the
+job was restored, what runs there has nobody to talk to: its terminal or its pipes
+hang up.`,
 		Example: `  dormouse exec counter -- ps aux
   dormouse exec counter -- bash
+  dormouse exec solver --task 2 -- hostname
   dormouse exec -i db -- redis-cli --pipe < commands`,
 		Args:              cobra.ArbitraryArgs,
 		ValidArgsFunction: firstArgument(c.jobs()),
@@ -52,6 +56,7 @@ a checkpoint ends it.`,
 	}
 	set := command.Flags()
 	set.IntVar(&request.Task, "task", 0, "`number` of the task to run in")
+	mustComplete(command, "task", c.tasks())
 	set.BoolVarP(&interactive, "interactive", "i", false, "pass on standard input")
 	set.BoolVarP(&request.TTY, "tty", "t", false, "give the command a terminal")
 	set.StringArrayVarP(&env, "env", "e", nil, "environment variable `NAME=VALUE`, or NAME to pass on yours (may be repeated)")

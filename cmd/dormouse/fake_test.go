@@ -7,6 +7,7 @@ import (
 	"io"
 	"net/http"
 	"net/http/httptest"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -145,6 +146,16 @@ var (
 	}
 	readyNode = api.Node{ID: "east-1", Name: "east-1", Cloud: "east", State: api.NodeReady, CPUs: 2, MemBytes: 2 << 30, CPUsUsed: 1, MemUsed: 512 << 20, Tasks: 1, CRIUVersion: "4.2.1"}
 )
+
+// parallelJob has four tasks on two nodes.
+func parallelJob() api.JobDetail {
+	job := runningJob
+	job.Tasks, job.Spec.Tasks, job.TaskStatus = 4, 4, nil
+	for i := range 4 {
+		job.TaskStatus = append(job.TaskStatus, api.TaskStatus{Index: i, Node: []string{"east-0", "east-1"}[i%2], Phase: api.PhaseRunning, Pid: 100 + i, VirtualIP: "10.64.16." + strconv.Itoa(1+i)})
+	}
+	return job
+}
 
 func phased(phase api.Phase, reason string, code *int) api.JobDetail {
 	job := runningJob

@@ -9,16 +9,31 @@ import (
 	"github.com/spf13/cobra"
 
 	"dormouse/api"
+	"dormouse/client"
 )
+
+// inspected is what inspect shows of a job: with what is known of its newest
+// checkpoint, task by task.
+type inspected struct {
+	*api.JobDetail
+	Newest *api.Checkpoint `json:"newest_checkpoint,omitempty"`
+}
 
 func (c *cli) inspectCommand() *cobra.Command {
 	return &cobra.Command{
-		Use:   "inspect JOB",
-		Short: "Show everything about one job",
+		Use:   "inspect JOB|CHECKPOINT",
+		Short: "Show everything about one job or checkpoint",
+		Long: `Show everything about a job: what was submitted, where each task is, and what each
+task's part of the newest checkpoint took; or the same of one checkpoint.
+
+The steps of a checkpoint: FREEZE stops the task, DUMP captures its memory, FILES
+its changed files; PAUSE is how long it stood still, all tasks together; UPLOAD
+stores the capture, while the job runs on. NEW is what was not stored before.`,
 		Example: `  dormouse inspect counter
-  dormouse inspect j-3f7k2m5q -o json`,
+  dormouse inspect j-3f7k2m5q -o json
+  dormouse inspect c-3f7k2m5q`,
 		Args:              exactly("JOB"),
-		ValidArgsFunction: firstArgument(c.jobs()),
+		ValidArgsFunction: firstArgument(either(c.jobs(), c.checkpoints())),
 		RunE: func(command *cobra.Command, args []string) error {
 			controller, err := c.connect()
 			if err != nil {
@@ -26,14 +41,68 @@ func (c *cli) inspectCommand() *cobra.Command {
 			}
 			defer controller.Close()
 			job, err := controller.Job(command.Context(), args[0])
+			if client.IsNotFound(err) && strings.HasPrefix(args[0], "c-") {
+				checkpoint, err := controller.GetCheckpoint(command.Context(), args[0])
+				if err != nil {
+					return err
+				}
+				return c.showCheckpoint(checkpoint)
+			}
 			if err != nil {
 				return err
 			}
-			if c.json() {
-				return c.printDocument(job)
+			checkpoints, err := controller.Checkpoints(command.Context(), job.ID)
+			if err != nil {
+				return err
 			}
-			return c.printJob(job)
+			newest := newestMeasured(checkpoints)
+			if c.json() {
+				return c.printDocument(inspected{job, newest})
+			}
+			if err := c.printJob(job); err != nil || newest == nil {
+				return err
+			}
+			fmt.Fprintf(c.out, "\ncheckpoint %s, %s, %s ago\n", newest.ID, newest.State, c.age(newest.Created))
+			return c.printSteps(newest)
 		},
+	}
+}
+
+func (c *cli) showCheckpoint(checkpoint *api.Checkpoint) error {
+	if c.json() {
+		return c.printDocument(checkpoint)
+	}
+	table, line := c.properties()
+	line("id", checkpoint.ID)
+	line("job", checkpoint.Job)
+	line("state", string(checkpoint.State))
+	line("error", checkpoint.Error)
+	line("trigger", string(checkpoint.Trigger))
+	line("label", checkpoint.Label)
+	line("created", c.age(checkpoint.Created)+" ago")
+	line("parent", checkpoint.Parent)
+	line("tasks", strconv.Itoa(checkpoint.Tasks))
+	line("pause", humanMS(checkpoint.PauseMS))
+	line("captured", humanSize(checkpoint.SizeBytes))
+	line("stored", fmt.Sprintf("%s, of which %s new", humanSize(checkpoint.StoredBytes), humanSize(checkpoint.NewBytes)))
+	if checkpoint.DurableMS > 0 {
+		line("durable after", humanMS(checkpoint.DurableMS))
+	}
+	line("CRIU", checkpoint.CRIUVersion)
+	if err := table.Flush(); err != nil || len(checkpoint.Steps) == 0 {
+		return err
+	}
+	fmt.Fprintln(c.out)
+	return c.printSteps(checkpoint)
+}
+
+// properties is a table of names and values; a line without a value is left out.
+func (c *cli) properties() (table *tabwriter.Writer, line func(name, value string)) {
+	table = tabwriter.NewWriter(c.out, 0, 8, 2, ' ', 0)
+	return table, func(name, value string) {
+		if value != "" {
+			fmt.Fprintf(table, "%s\t%s\n", name, value)
+		}
 	}
 }
 
@@ -50,12 +119,7 @@ func commandLine(words []string) string {
 }
 
 func (c *cli) printJob(job *api.JobDetail) error {
-	table := tabwriter.NewWriter(c.out, 0, 8, 2, ' ', 0)
-	line := func(name, value string) {
-		if value != "" {
-			fmt.Fprintf(table, "%s\t%s\n", name, value)
-		}
-	}
+	table, line := c.properties()
 	line("id", job.ID)
 	line("name", job.Name)
 	line("phase", string(job.Phase))
@@ -75,6 +139,14 @@ func (c *cli) printJob(job *api.JobDetail) error {
 	for _, volume := range job.Spec.Volumes {
 		line("volume", volume.Source+" on "+volume.Destination)
 	}
+	if job.Tasks > 1 {
+		line("launch", firstOf(job.Spec.Launch, api.LaunchAuto))
+	}
+	for _, publish := range job.Spec.Publish {
+		line("published", fmt.Sprintf("port %d/%s of the node of task %d leads to its port %d",
+			publish.Port, firstOf(publish.Protocol, protocolTCP), publish.Task, target(publish)))
+	}
+	line("connections", job.Spec.Connections)
 	if err := table.Flush(); err != nil {
 		return err
 	}
@@ -84,10 +156,7 @@ func (c *cli) printJob(job *api.JobDetail) error {
 	fmt.Fprintln(c.out)
 	rows := [][]string{}
 	for _, task := range job.TaskStatus {
-		rows = append(rows, []string{
-			strconv.Itoa(task.Index), task.Node, string(task.Phase), strconv.Itoa(task.Pid), task.VirtualIP,
-			exitCode(task.ExitCode), task.Signal, task.Reason,
-		})
+		rows = append(rows, taskRow(task))
 	}
-	return c.printTable([]string{"TASK", "NODE", "PHASE", "PID", "ADDRESS", "EXIT", "SIGNAL", "REASON"}, rows)
+	return c.printTable(taskHeader, rows)
 }

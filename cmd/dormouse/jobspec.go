@@ -37,16 +37,18 @@ var cpuBaselines = []string{"native", "x86-64-v2", "x86-64-v3", "x86-64-v4"}
 
 // readJobFile reads a job from YAML (of which JSON is a part). Its fields have
 // the names of the API; a size may be text such as 2G, a volume SRC:DST[:ro].
-func readJobFile(name string, stdin io.Reader) (api.JobSpec, error) {
+// Published ports that are texts are returned as such: what they mean depends on
+// the number of tasks.
+func readJobFile(name string, stdin io.Reader) (spec api.JobSpec, publish []string, err error) {
 	content, err := readFileOrStdin(name, stdin)
 	if err != nil {
-		return api.JobSpec{}, usagef("read the job file: %v", err)
+		return spec, nil, usagef("read the job file: %v", err)
 	}
-	spec, err := parseJobFile(content)
+	spec, publish, err = parseJobFile(content)
 	if err != nil {
-		return api.JobSpec{}, usagef("the job file %s: %v", name, err)
+		return spec, nil, usagef("the job file %s: %v", name, err)
 	}
-	return spec, nil
+	return spec, publish, nil
 }
 
 func readFileOrStdin(name string, stdin io.Reader) ([]byte, error) {
@@ -56,44 +58,67 @@ func readFileOrStdin(name string, stdin io.Reader) ([]byte, error) {
 	return os.ReadFile(name)
 }
 
-func parseJobFile(content []byte) (api.JobSpec, error) {
+func parseJobFile(content []byte) (spec api.JobSpec, publish []string, err error) {
 	fields := map[string]any{}
 	if err := yaml.Unmarshal(content, &fields); err != nil {
-		return api.JobSpec{}, fmt.Errorf("is not YAML: %w", err)
+		return spec, nil, fmt.Errorf("is not YAML: %w", err)
 	}
 	if text, ok := fields["mem_bytes"].(string); ok {
-		size, err := parseSize(text)
-		if err != nil {
-			return api.JobSpec{}, err
+		if fields["mem_bytes"], err = parseSize(text); err != nil {
+			return spec, nil, err
 		}
-		fields["mem_bytes"] = size
 	}
 	if volumes, ok := fields["volumes"].([]any); ok {
-		for i := range volumes {
-			text, ok := volumes[i].(string)
-			if !ok {
-				continue
-			}
-			volume, err := parseVolume(text)
-			if err != nil {
-				return api.JobSpec{}, err
-			}
-			volumes[i] = volume
+		if err := parseVolumes(volumes); err != nil {
+			return spec, nil, err
 		}
+	}
+	if ports, ok := fields["publish"].([]any); ok {
+		fields["publish"], publish = splitTexts(ports)
 	}
 	// Through JSON, so that the API's own field names hold, and a misspelt one
 	// is refused.
 	encoded, err := json.Marshal(fields)
 	if err != nil {
-		return api.JobSpec{}, fmt.Errorf("holds what a job cannot: %w", err)
+		return spec, nil, fmt.Errorf("holds what a job cannot: %w", err)
 	}
 	decoder := json.NewDecoder(bytes.NewReader(encoded))
 	decoder.DisallowUnknownFields()
-	spec := api.JobSpec{}
 	if err := decoder.Decode(&spec); err != nil {
-		return api.JobSpec{}, fieldError(err)
+		return api.JobSpec{}, nil, fieldError(err)
 	}
-	return spec, nil
+	return spec, publish, nil
+}
+
+// parseVolumes replaces the volumes that are texts by what they mean.
+func parseVolumes(volumes []any) error {
+	for i := range volumes {
+		text, ok := volumes[i].(string)
+		if !ok {
+			continue
+		}
+		volume, err := parseVolume(text)
+		if err != nil {
+			return err
+		}
+		volumes[i] = volume
+	}
+	return nil
+}
+
+// splitTexts separates texts, and numbers as texts, from the rest.
+func splitTexts(all []any) (rest []any, texts []string) {
+	for _, one := range all {
+		switch value := one.(type) {
+		case string:
+			texts = append(texts, value)
+		case int:
+			texts = append(texts, strconv.Itoa(value))
+		default:
+			rest = append(rest, one)
+		}
+	}
+	return rest, texts
 }
 
 func fieldError(err error) error {
@@ -198,6 +223,9 @@ func checkSpec(spec api.JobSpec) error {
 		return usagef("the CPU baseline %q is not one of %s", spec.CPUBaseline, strings.Join(cpuBaselines, ", "))
 	case spec.Dir != "" && !path.IsAbs(spec.Dir):
 		return usagef("the working directory %q is not absolute: it is one inside the sandbox, such as /data", spec.Dir)
+	}
+	if err := checkParallel(spec); err != nil {
+		return err
 	}
 	return checkVolumes(spec.Volumes)
 }

@@ -18,8 +18,8 @@ func (c *cli) logsCommand() *cobra.Command {
 		Use:   "logs JOB",
 		Short: "Print what a job has written",
 		Long: `Print what a job's tasks have written: standard output to standard output,
-standard error to standard error. Of several tasks, each line begins with the
-task's number, unless --task chooses one.
+standard error to standard error. Of several tasks, each line begins with its
+task, as in "task 1 | ", unless --task chooses one.
 
 With -o json, one document per line: task, stream and data (base64).`,
 		Example: `  dormouse logs counter
@@ -50,6 +50,7 @@ With -o json, one document per line: task, stream and data (base64).`,
 	command.Flags().BoolVarP(&options.Follow, "follow", "f", false, "go on until the job is over")
 	command.Flags().IntVar(&options.Task, "task", client.AllTasks, "only the task of this `number`")
 	command.Flags().Lookup("task").DefValue = ""
+	mustComplete(command, "task", c.tasks())
 	return command
 }
 
@@ -110,7 +111,7 @@ func (p *logPrinter) flush() error {
 }
 
 func (p *logPrinter) line(source logSource, line []byte) error {
-	_, err := fmt.Fprintf(p.writer(source), "%d | %s\n", source.task, line)
+	_, err := fmt.Fprintf(p.writer(source), "task %d | %s\n", source.task, line)
 	return err
 }
 

@@ -3,6 +3,8 @@ package main
 import (
 	"context"
 	"fmt"
+	"slices"
+	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -40,12 +42,22 @@ func describe(job *api.JobDetail, operation *api.Operation) string {
 			text += " as " + operation.Checkpoint
 		}
 	case api.PhaseRunning:
-		if len(job.TaskStatus) > 0 && job.TaskStatus[0].Node != "" {
-			text += " on " + job.TaskStatus[0].Node
+		if nodes := nodesOf(job); len(nodes) > 0 {
+			text += " on " + strings.Join(nodes, ", ")
 		}
 		if job.From != "" {
 			text += " from " + job.From
 		}
 	}
 	return text
+}
+
+// nodesOf are the nodes that a job's tasks are on, in the order of the tasks.
+func nodesOf(job *api.JobDetail) (nodes []string) {
+	for _, task := range job.TaskStatus {
+		if task.Node != "" && !slices.Contains(nodes, task.Node) {
+			nodes = append(nodes, task.Node)
+		}
+	}
+	return nodes
 }

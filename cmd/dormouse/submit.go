@@ -16,9 +16,9 @@ const (
 
 // submitFlags are the values of submit's flags.
 type submitFlags struct {
-	file         string
-	spec         api.JobSpec
-	env, volumes []string
+	file                  string
+	spec                  api.JobSpec
+	env, volumes, publish []string
 }
 
 func (c *cli) submitCommand() *cobra.Command {
@@ -33,11 +33,21 @@ the sandbox sees the node's own file tree below a private, writable layer; what
 the job changes travels with its checkpoints. /tmp is private too. A volume is a
 directory of the node that the job shares with it; it is never checkpointed.
 
+A job of several tasks (--tasks) gets a network of its own, on which its tasks are
+called task-0, task-1 and so on; they may be on different nodes, and all start
+together or none does. Each runs the command, and finds its number and the others
+in DORMOUSE_TASK, DORMOUSE_TASKS and DORMOUSE_HOSTS; but mpirun and mpiexec run in
+task 0 only and start the ranks in all of them (see --launch). A job reaches the
+outside; the outside reaches what the job publishes, on the node of the task.
+
 A job file (-f) is YAML or JSON with the fields that ` + "`dormouse inspect -o json`" + ` shows
-under "spec". Flags override the file.`,
+under "spec"; publish may list texts as for --publish. Flags override the file.`,
 		Example: `  dormouse submit -- sleep 600
   dormouse submit --name db --cpus 2 --mem 4G --cloud east -- redis-server --save ''
   dormouse submit --env SEED=7 --volume /srv/data:/data:ro --dir /data -- ./simulate
+  dormouse submit --tasks 4 --cpus 1 -- mpirun ./program
+  dormouse submit --tasks 2 -- sh -c 'if [ $DORMOUSE_TASK = 0 ]; then ./server; else ./client task-0; fi'
+  dormouse submit --publish 8080:80 --connections close -- ./webserver
   dormouse submit --root oci:./python.tar -- python3 -m http.server
   dormouse submit -f job.yaml`,
 		RunE: func(command *cobra.Command, args []string) error {
@@ -73,12 +83,17 @@ under "spec". Flags override the file.`,
 	set.StringArrayVarP(&flags.volumes, "volume", "v", nil, "directory of the node to share with the job, `SRC:DST[:ro]` (may be repeated)")
 	set.StringVarP(&flags.spec.User, "user", "u", "", "`user` to run as: NAME, UID, NAME:GROUP or UID:GID (default: you)")
 	set.StringArrayVar(&flags.spec.CapAdd, "cap-add", nil, "Linux `capability` beyond the default set of containers (may be repeated)")
+	set.StringArrayVarP(&flags.publish, "publish", "p", nil, "let the outside reach a port through the task's node, `[TASK:]PORT[:TARGET][/udp]`: PORT of the node leads to TARGET of the task (may be repeated)")
+	set.StringVar(&flags.spec.Launch, "launch", "", "where the command runs: in `each|first` task, or auto: in the first for mpirun and its like, otherwise in each (default auto)")
+	set.StringVar(&flags.spec.Connections, "connections", "", "what a checkpoint does about TCP connections that leave the job: `refuse|close|keep` (default refuse, which names them)")
 	set.StringVar(&flags.spec.CPUBaseline, "cpu-baseline", "", "processor `level` that libraries may use: native, x86-64-v2, x86-64-v3 or x86-64-v4")
 	set.IntVar(&flags.spec.Keep, "keep", 0, "`number` of durable checkpoints to keep (0: all)")
 	set.IntVar(&flags.spec.MaxRestarts, "max-restarts", 0, "`times` the job is restored by itself after its node was lost")
 	set.Lookup("workdir").Hidden = true
 	mustComplete(command, "cloud", c.clouds())
 	mustComplete(command, "cpu-baseline", fixed(cpuBaselines...))
+	mustComplete(command, "launch", fixed(launches...))
+	mustComplete(command, "connections", fixed(connections...))
 	mustComplete(command, "root", fixed("host", "dir:", "oci:"))
 	return command
 }
@@ -87,11 +102,11 @@ under "spec". Flags override the file.`,
 func (c *cli) jobSpec(command *cobra.Command, flags submitFlags, args []string) (api.JobSpec, error) {
 	spec := api.JobSpec{}
 	if flags.file != "" {
-		read, err := readJobFile(flags.file, c.in)
+		read, publish, err := readJobFile(flags.file, c.in)
 		if err != nil {
 			return spec, err
 		}
-		spec = read
+		spec, flags.publish = read, append(publish, flags.publish...)
 	}
 	if len(args) > 0 {
 		spec.Command = args
@@ -119,6 +134,8 @@ func overrideSpec(command *cobra.Command, spec *api.JobSpec, given api.JobSpec) 
 	override(changed("dir") || changed("workdir"), &spec.Dir, given.Dir)
 	override(changed("user"), &spec.User, given.User)
 	override(changed("cap-add"), &spec.CapAdd, given.CapAdd)
+	override(changed("launch"), &spec.Launch, given.Launch)
+	override(changed("connections"), &spec.Connections, given.Connections)
 	override(changed("cpu-baseline"), &spec.CPUBaseline, given.CPUBaseline)
 	override(changed("keep"), &spec.Keep, given.Keep)
 	override(changed("max-restarts"), &spec.MaxRestarts, given.MaxRestarts)
@@ -130,7 +147,7 @@ func override[T any](changed bool, field *T, given T) {
 	}
 }
 
-// addLists adds --env and --volume to what the file said.
+// addLists adds --env, --volume and --publish to what the file said.
 func (c *cli) addLists(spec *api.JobSpec, flags submitFlags) error {
 	for _, text := range flags.env {
 		key, value, err := parseEnv(text, c.getenv)
@@ -148,6 +165,13 @@ func (c *cli) addLists(spec *api.JobSpec, flags submitFlags) error {
 			return err
 		}
 		spec.Volumes = append(spec.Volumes, volume)
+	}
+	for _, text := range flags.publish {
+		publish, err := parsePublish(text, max(spec.Tasks, 1))
+		if err != nil {
+			return err
+		}
+		spec.Publish = append(spec.Publish, publish)
 	}
 	root, err := parseRoot(spec.Root)
 	spec.Root = root

@@ -118,12 +118,25 @@ func TestBadUsageIsRefusedBeforeTheControllerIsAsked(t *testing.T) {
 		{"submit --keep -1 -- true", "cannot be kept"},
 		{"submit --max-restarts -1 -- true", "cannot be allowed"},
 		{"submit --cpu-baseline 386 -- true", "is not one of native"},
+		{"submit --launch last -- true", `the launch "last" is not one of auto, each, first`},
+		{"submit --connections drop -- true", `"drop" is not one of refuse, close, keep`},
+		{"submit --publish web -- true", "is not [TASK:]PORT[:TARGET][/udp]"},
+		{"submit --publish 80/sctp -- true", "is not [TASK:]PORT[:TARGET][/udp]"},
+		{"submit --publish 1:2:3:4 -- true", "is not [TASK:]PORT[:TARGET][/udp]"},
+		{"submit --publish -1 -- true", "is not [TASK:]PORT[:TARGET][/udp]"},
+		{"submit --publish 70000 -- true", "70000 cannot be published"},
+		{"submit --publish 80:70000 -- true", "70000 cannot be published"},
+		{"submit --publish 0 -- true", "0 cannot be published"},
+		{"submit --publish 5:80:80 --tasks 2 -- true", "the job has the tasks 0 to 1"},
+		{"submit --publish 80 --publish 80 -- true", "80/tcp is published twice"},
 		{"submit --checkpoint-every 5m -- true", "there is no flag --checkpoint-every"},
 		{"submit -f /absent.yaml", "no such file"},
 		{"submit -f " + job("command: [true"), "is not YAML"},
 		{"submit -f " + job("comand: ['true']"), `there is no field "comand"`},
 		{"submit -f " + job("command: sleep"), "the field command cannot be a string"},
 		{"submit -f " + job("command: [x]\nmem_bytes: big"), "is not a size"},
+		{"submit -f " + job("command: [x]\npublish: [http]"), "is not [TASK:]PORT"},
+		{"submit -f " + job("command: [x]\npublish: [{port: 80, protocol: sctp}]"), `"sctp" of a published port is neither`},
 		{"submit -f " + job("name: x"), "there is no command"},
 		{"wait j --for sleeping", `"sleeping" is not a phase`},
 		{"wait j --timeout 5", "must be a duration"},
@@ -350,7 +363,7 @@ func TestLogsGoWhereTheProgramWroteThem(t *testing.T) {
 	two.Tasks = 2
 	f = newFake(t, map[string]any{"GET /v1/jobs/j": two, "GET /v1/jobs/j-aaaaaaaa/logs": lines})
 	got = dormouse(t, f.url, "logs", "j")
-	if got.out != "0 | one\n1 | TWO\n0 | two\n" || got.errors != "0 | err\n" {
+	if got.out != "task 0 | one\ntask 1 | TWO\ntask 0 | two\n" || got.errors != "task 0 | err\n" {
 		t.Errorf("two tasks: printed %q and %q", got.out, got.errors)
 	}
 	got = dormouse(t, f.url, "logs", "j", "-f", "--task", "1", "-o", "json")
@@ -446,7 +459,7 @@ func TestTablesAreAlignedForPeople(t *testing.T) {
 		fmt.Fprintf(w, "id: 7\ndata: %s\n\n", encoded)
 	})
 	f := newFake(t, map[string]any{
-		"GET /v1/jobs": []api.Job{runningJob.Job}, "GET /v1/jobs/counter": runningJob, "GET /v1/checkpoints": []api.Checkpoint{durableCheckpoint},
+		"GET /v1/jobs": []api.Job{runningJob.Job}, "GET /v1/jobs/counter": runningJob, "GET /v1/jobs/j-aaaaaaaa/checkpoints": []api.Checkpoint{}, "GET /v1/checkpoints": []api.Checkpoint{durableCheckpoint},
 		"GET /v1/nodes": []api.Node{readyNode}, "GET /v1/clouds": []api.Cloud{{Name: "east", Driver: "local", Nodes: 2}},
 		"GET /v1/operations": []api.Operation{operation(api.OpCheckpoint, api.OpRunning)}, "GET /v1/events": events,
 	})
@@ -477,7 +490,7 @@ func TestJSONFieldNamesAreTheContract(t *testing.T) {
 		fmt.Fprint(w, "data: {\"id\":1,\"time\":\"2026-11-21T12:00:00Z\",\"job\":\"j\",\"type\":\"t\",\"message\":\"m\"}\n\n")
 	})
 	f := newFake(t, map[string]any{
-		"GET /v1/jobs": []api.Job{full.Job}, "GET /v1/jobs/j": full, "GET /v1/checkpoints": []api.Checkpoint{durableCheckpoint},
+		"GET /v1/jobs": []api.Job{full.Job}, "GET /v1/jobs/j": full, "GET /v1/jobs/j-aaaaaaaa/checkpoints": []api.Checkpoint{}, "GET /v1/checkpoints": []api.Checkpoint{durableCheckpoint},
 		"GET /v1/nodes": []api.Node{readyNode}, "GET /v1/operations": []api.Operation{ended}, "GET /v1/events": events,
 	})
 	jobFields := "id name phase reason tasks priority cloud checkpoints restarts created started finished exit_code"

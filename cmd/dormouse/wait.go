@@ -134,8 +134,20 @@ func because(job *api.JobDetail) string {
 	switch {
 	case job.Reason != "":
 		return " (" + job.Reason + ")"
+	case job.ExitCode != nil && job.Tasks > 1:
+		return fmt.Sprintf(" (%sexit code %d)", failingTask(job), *job.ExitCode)
 	case job.ExitCode != nil:
 		return fmt.Sprintf(" (exit code %d)", *job.ExitCode)
+	}
+	return ""
+}
+
+// failingTask names the task whose exit code is the job's.
+func failingTask(job *api.JobDetail) string {
+	for _, task := range job.TaskStatus {
+		if task.ExitCode != nil && *task.ExitCode == *job.ExitCode {
+			return fmt.Sprintf("task %d on %s: ", task.Index, task.Node)
+		}
 	}
 	return ""
 }
