@@ -28,8 +28,12 @@ func Cut(netns *os.File) error {
 	if err != nil {
 		return fmt.Errorf("cut the task's network: %w", err)
 	}
-	defer conn.CloseLasting()
-	table := replaceTable(conn, nftables.TableFamilyINet, cutTable)
+	defer hangUp(conn)
+	// What is there already is whole: the kernel took all of it at once.
+	if present, err := hasCut(conn); err != nil || present {
+		return err
+	}
+	table := conn.AddTable(&nftables.Table{Family: nftables.TableFamilyINet, Name: cutTable})
 	policy := nftables.ChainPolicyDrop
 	// Before and after everything else that looks at packets, connection
 	// tracking included.
@@ -54,7 +58,7 @@ func Open(netns *os.File) error {
 	if err != nil {
 		return fmt.Errorf("open the task's network: %w", err)
 	}
-	defer conn.CloseLasting()
+	defer hangUp(conn)
 	// Added first, or else deleting what is not there would fail.
 	conn.DelTable(conn.AddTable(&nftables.Table{Family: nftables.TableFamilyINet, Name: cutTable}))
 	if err := conn.Flush(); err != nil {
@@ -69,8 +73,12 @@ func IsCut(netns *os.File) (bool, error) {
 	if err != nil {
 		return false, fmt.Errorf("see whether the task's network is cut: %w", err)
 	}
-	defer conn.CloseLasting()
-	_, err = conn.ListTableOfFamily(cutTable, nftables.TableFamilyINet)
+	defer hangUp(conn)
+	return hasCut(conn)
+}
+
+func hasCut(conn *nftables.Conn) (bool, error) {
+	_, err := conn.ListTableOfFamily(cutTable, nftables.TableFamilyINet)
 	if errors.Is(err, unix.ENOENT) {
 		return false, nil
 	}
@@ -83,6 +91,10 @@ func IsCut(netns *os.File) (bool, error) {
 func dialFilter(netns *os.File) (*nftables.Conn, error) {
 	return nftables.New(nftables.WithNetNSFd(int(netns.Fd())), nftables.AsLasting())
 }
+
+// hangUp closes the connection. In the background: after rules were removed, the
+// kernel lets the caller wait for some 10 ms until it has freed their memory.
+func hangUp(conn *nftables.Conn) { go func() { _ = conn.CloseLasting() }() }
 
 // replaceTable queues an empty table in place of the one of that name, if there
 // is one. The kernel takes the whole queue at once: no packet meets less than

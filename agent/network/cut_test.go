@@ -108,19 +108,21 @@ func TestATaskCanJoinCut(t *testing.T) {
 	reach(t, ns, at.String())
 }
 
-func TestACutTakesUnderAMillisecond(t *testing.T) {
+func TestCutAndOpenTakeUnderAMillisecond(t *testing.T) {
 	needsRoot(t)
 	ns := newNamespace(t)
-	fastest := time.Hour
+	cut, opened := time.Hour, time.Hour
 	for range 50 {
 		began := time.Now()
 		do(t, Cut, ns)
-		fastest = min(fastest, time.Since(began))
+		cut = min(cut, time.Since(began))
+		began = time.Now()
 		do(t, Open, ns)
+		opened = min(opened, time.Since(began))
 	}
-	t.Logf("fastest cut: %v", fastest)
-	if fastest > time.Millisecond {
-		t.Errorf("the fastest of 50 cuts took %v; want below 1ms", fastest)
+	t.Logf("the fastest of 50: cut %v, open %v", cut, opened)
+	if cut > time.Millisecond || opened > time.Millisecond {
+		t.Errorf("the fastest of 50 cuts took %v, of 50 openings %v; want below 1ms", cut, opened)
 	}
 }
 

@@ -23,7 +23,7 @@ func filterRouter(router *namespace, plan Plan, published []forward) error {
 	if err != nil {
 		return fmt.Errorf("write the router's rules: %w", err)
 	}
-	defer conn.CloseLasting()
+	defer hangUp(conn)
 	table := replaceTable(conn, nftables.TableFamilyIPv4, routerTable)
 	chain := chains(conn, table)
 
@@ -86,7 +86,7 @@ func (m *Manager) writeNodeTable(published []forward, others nftables.ChainPolic
 	if err != nil {
 		return fmt.Errorf("write the node's rules: %w", err)
 	}
-	defer conn.CloseLasting()
+	defer hangUp(conn)
 	table := replaceTable(conn, nftables.TableFamilyIPv4, m.nodeTable())
 	chain := chains(conn, table)
 	uplinks := m.uplinkPrefix()
@@ -128,7 +128,7 @@ func (m *Manager) removeNodeTable() error {
 	if err != nil {
 		return fmt.Errorf("remove the node's rules: %w", err)
 	}
-	defer conn.CloseLasting()
+	defer hangUp(conn)
 	conn.DelTable(conn.AddTable(&nftables.Table{Family: nftables.TableFamilyIPv4, Name: m.nodeTable()}))
 	if err := conn.Flush(); err != nil {
 		return fmt.Errorf("remove the node's rules: %w", err)

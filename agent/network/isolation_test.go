@@ -1,0 +1,252 @@
+package network
+
+import (
+	"errors"
+	"net"
+	"net/netip"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink"
+)
+
+// atAll listens on all addresses of a namespace.
+func atAll(t *testing.T, ns *os.File, port string) { t.Helper(); listen(t, ns, "0.0.0.0:"+port) }
+
+func TestJobsReachNoSocketOfTheirNode(t *testing.T) {
+	f := newFabric(t)
+	n := f.node()
+	inside := n.join(newJob("j-node"), 0)[0]
+	atAll(t, n.ns, "22")
+	pair := uplinkOf(0)
+	for _, address := range []string{n.underlay.String(), "10.64.31.254", pair.node.String(), pair.router.String()} {
+		unreachable(t, inside.ns, address+":22")
+	}
+	if conn, err := dial(f.ns, onPort(n.underlay, 22), 5*time.Second); err != nil {
+		t.Errorf("others do not reach the node's own service any more: %v", err)
+	} else {
+		conn.Close()
+	}
+}
+
+func TestJobsOnOneNodeReachNothingOfEachOther(t *testing.T) {
+	n := newFabric(t).node()
+	first, second := n.join(newJob("j-first"), 0)[0], n.join(newJob("j-second"), 1)[0]
+	atAll(t, second.ns, "7000")
+	for _, address := range []string{second.address.String(), uplinkOf(0).router.String(), uplinkOf(1).router.String(), n.underlay.String()} {
+		unreachable(t, first.ns, address+":7000")
+	}
+}
+
+func TestTheOutsideReachesOnlyWhatIsPublished(t *testing.T) {
+	f := newFabric(t)
+	n := f.node()
+	inside := n.join(newJob("j-closed", publishing(Publish{Task: 0, Port: 8080, Target: 80})), 0)[0]
+	atAll(t, inside.ns, "80")
+	atAll(t, inside.ns, "81")
+	// A neighbour may try to be clever and route to the job by way of the node.
+	if err := defaultRoute(f.links, "underlay", n.underlay); err != nil {
+		t.Fatal(err)
+	}
+	for _, to := range []string{onPort(n.underlay, 80), onPort(n.underlay, 81), onPort(inside.address, 80), onPort(uplinkOf(0).router, 81)} {
+		unreachable(t, f.ns, to)
+	}
+	if seen := reach(t, f.ns, onPort(n.underlay, 8080)); seen != fabricAddress {
+		t.Errorf("the task sees a caller from %v; want the caller's own address %v", seen, fabricAddress)
+	}
+}
+
+func TestPublishedPortsAreReachedFromTheNodeItself(t *testing.T) {
+	n := newFabric(t).node()
+	inside := n.join(newJob("j-local", publishing(Publish{Task: 0, Port: 8080})), 0)[0]
+	atAll(t, inside.ns, "8080")
+	reach(t, n.ns, onPort(n.underlay, 8080))
+	reach(t, n.ns, "127.0.0.1:8080")
+}
+
+func TestPublishedPortsAreReachedFromJobs(t *testing.T) {
+	f := newFabric(t)
+	n := f.node()
+	served := n.join(newJob("j-served", publishing(Publish{Task: 0, Port: 8080})), 0)[0]
+	other := n.join(newJob("j-other"), 1)[0]
+	far := f.node().join(newJob("j-far"), 2)[0]
+	atAll(t, served.ns, "8080")
+	for _, by := range []task{served, other, far} {
+		reach(t, by.ns, onPort(n.underlay, 8080))
+	}
+}
+
+func TestPublishedUDP(t *testing.T) {
+	f := newFabric(t)
+	n := f.node()
+	inside := n.join(newJob("j-udp", publishing(Publish{Task: 0, Protocol: "udp", Port: 5353, Target: 53})), 0)[0]
+	err := within(inside.ns, func() error {
+		conn, err := net.ListenPacket("udp4", ":53")
+		if err != nil {
+			return err
+		}
+		t.Cleanup(func() { conn.Close() })
+		go func() {
+			buffer := make([]byte, 100)
+			for {
+				n, from, err := conn.ReadFrom(buffer)
+				if err != nil {
+					return
+				}
+				_, _ = conn.WriteTo(buffer[:n], from)
+			}
+		}()
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	err = within(f.ns, func() error {
+		conn, err := net.Dial("udp4", onPort(n.underlay, 5353))
+		if err != nil {
+			return err
+		}
+		defer conn.Close()
+		_ = conn.SetDeadline(time.Now().Add(5 * time.Second))
+		if _, err := conn.Write([]byte("hello")); err != nil {
+			return err
+		}
+		_, err = conn.Read(make([]byte, 5))
+		return err
+	})
+	if err != nil {
+		t.Errorf("a datagram to the published port gets no answer: %v", err)
+	}
+}
+
+func TestAPortIsPublishedWhereItsTaskIs(t *testing.T) {
+	f := newFabric(t)
+	a, b := f.node(), f.node()
+	j := newJob("j-where", over(TunnelVXLAN), publishing(Publish{Task: 1, Port: 8080}))
+	tasks := span(t, j, a, b)
+	for _, inside := range tasks {
+		atAll(t, inside.ns, "8080")
+	}
+	reach(t, f.ns, onPort(b.underlay, 8080))
+	unreachable(t, f.ns, onPort(a.underlay, 8080))
+	if err := b.Leave(background, j.key, 1); err != nil {
+		t.Fatal(err)
+	}
+	unreachable(t, f.ns, onPort(b.underlay, 8080))
+}
+
+func TestAPortCannotBePublishedTwice(t *testing.T) {
+	n := newFabric(t).node()
+	listen(t, n.ns, "0.0.0.0:22")
+	plan := publishing(Publish{Task: 0, Port: 8080})
+	n.join(newJob("j-first", plan), 0)
+	for name, j := range map[string]job{
+		"job j-first":           newJob("j-second", plan),
+		"a program of the node": newJob("j-third", publishing(Publish{Task: 0, Port: 22})),
+	} {
+		n.prepare(j)
+		ns := newNamespace(t)
+		err := n.Join(background, j.key, Member{Index: 0, Address: addressOf(0)}, ns)
+		taken := &PortTakenError{}
+		if !errors.As(err, &taken) || taken.By != name {
+			t.Errorf("publishing a port that %s has: %v; want a PortTakenError", name, err)
+		}
+		if _, err := open(t, ns).links.LinkByName("eth0"); !missing(err) {
+			t.Errorf("the refused task has eth0 (%v)", err)
+		}
+	}
+	// The same port of another protocol is another port.
+	n.join(newJob("j-udp", publishing(Publish{Task: 0, Protocol: "udp", Port: 8080})), 0)
+}
+
+func TestJobsCannotForgeTunnels(t *testing.T) {
+	f := newFabric(t)
+	n := f.node()
+	inside := n.join(newJob("j-forger"), 0)[0]
+	tap := f.tap()
+	for _, port := range []string{"4789", "4790"} { // VXLAN's, and another to see that this would be seen
+		err := within(inside.ns, func() error {
+			conn, err := net.Dial("udp4", fabricAddress.String()+":"+port)
+			if err != nil {
+				return err
+			}
+			defer conn.Close()
+			_, err = conn.Write([]byte("forged for port " + port))
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	seen := ""
+	for deadline := time.Now().Add(5 * time.Second); !strings.Contains(seen, "forged for port 4790") && time.Now().Before(deadline); {
+		seen += string(tap())
+	}
+	if strings.Contains(seen, "forged for port 4789") || !strings.Contains(seen, "forged for port 4790") {
+		t.Errorf("a job's VXLAN packet left the node, or no packet of it was seen")
+	}
+}
+
+// A node that was no router must not become one for everybody.
+func TestTheNodeForwardsForJobsOnly(t *testing.T) {
+	f := newFabric(t)
+	n := f.node()
+	n.join(newJob("j-router"), 0)
+	if value, err := n.links.value(forwardingSetting); err != nil || strings.TrimSpace(value) != "1" {
+		t.Fatalf("ip_forward is %q, %v", value, err)
+	}
+	beyond := newNamespace(t)
+	link(t, n.links, open(t, beyond))
+	if err := defaultRoute(f.links, "underlay", n.underlay); err != nil {
+		t.Fatal(err)
+	}
+	atAll(t, beyond, "7000")
+	unreachable(t, f.ns, "192.0.2.2:7000")
+}
+
+func TestANodeThatIsARouterStaysOne(t *testing.T) {
+	f := newFabric(t)
+	n := f.node()
+	if err := n.links.apply(setting{name: forwardingSetting, value: "1"}); err != nil {
+		t.Fatal(err)
+	}
+	beyond := newNamespace(t)
+	link(t, n.links, open(t, beyond))
+	if err := errors.Join(defaultRoute(f.links, "underlay", n.underlay), defaultRoute(open(t, beyond), "far", netip.MustParseAddr("192.0.2.1"))); err != nil {
+		t.Fatal(err)
+	}
+	atAll(t, beyond, "7000")
+	j := newJob("j-guest")
+	n.join(j, 0)
+	reach(t, f.ns, "192.0.2.2:7000")
+	if err := n.Leave(background, j.key, 0); err != nil {
+		t.Fatal(err)
+	}
+	if value, err := n.links.value(forwardingSetting); err != nil || strings.TrimSpace(value) != "1" {
+		t.Errorf("ip_forward is %q, %v; want 1 as before", value, err)
+	}
+}
+
+func TestADomesticServiceKeepsItsPort(t *testing.T) {
+	f := newFabric(t)
+	n := f.node()
+	n.join(newJob("j-quiet", publishing(Publish{Task: 1, Port: 22})), 0) // task 1 is elsewhere
+	atAll(t, n.ns, "22")
+	reach(t, f.ns, onPort(n.underlay, 22))
+}
+
+// link joins a namespace to a node: 192.0.2.1 on the node's side, 192.0.2.2 on
+// the other.
+func link(t *testing.T, near, far *namespace) {
+	t.Helper()
+	attributes := netlink.NewLinkAttrs()
+	attributes.Name = "near"
+	err := near.links.LinkAdd(&netlink.Veth{LinkAttrs: attributes, PeerName: "far", PeerNamespace: netlink.NsFd(far.file.Fd())})
+	if err := errors.Join(err,
+		address(near, "near", netip.MustParsePrefix("192.0.2.1/24")),
+		address(far, "far", netip.MustParsePrefix("192.0.2.2/24"))); err != nil {
+		t.Fatal(err)
+	}
+}
