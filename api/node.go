@@ -26,6 +26,9 @@ type Node struct {
 	MemUsed  int64   `json:"mem_used"`
 	Tasks    int     `json:"tasks"`
 
+	// Underlay is the address by which other nodes, and whoever calls a port that
+	// a job publishes, reach the node. Empty: none is known.
+	Underlay     string   `json:"underlay,omitempty"`
 	Reason       string   `json:"reason,omitempty"`
 	CRIUVersion  string   `json:"criu_version,omitempty"`
 	Kernel       string   `json:"kernel,omitempty"`

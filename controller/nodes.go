@@ -271,7 +271,7 @@ func (c *Controller) welcome(ctx context.Context, id string, hello *agentpb.Hell
 
 func noteHello(n *nodeRecord, h *agentpb.Hello) {
 	n.CPUs, n.MemBytes = h.GetCpus(), h.GetMemBytes()
-	n.CRIUVersion, n.Kernel = h.GetCriuVersion(), h.GetKernel()
+	n.CRIUVersion, n.Kernel, n.Underlay = h.GetCriuVersion(), h.GetKernel(), h.GetUnderlay()
 	n.CPUModel, n.CPUFeatures = h.GetCpuModel(), h.GetCpuFeatures()
 	n.AgentVersion, n.AgentPid = h.GetAgentVersion(), int(h.GetAgentPid())
 }

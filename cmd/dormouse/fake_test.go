@@ -144,7 +144,7 @@ var (
 		ID: "c-bbbbbbbb", Job: "j-aaaaaaaa", State: api.CheckpointDurable, Trigger: api.TriggerUser, Label: "first", Created: moment(30 * time.Second),
 		PauseMS: 84.2, SizeBytes: 1 << 30, StoredBytes: 600 << 20, NewBytes: 6 << 20, Tasks: 1, Parent: "c-cccccccc", DurableMS: 1234,
 	}
-	readyNode = api.Node{ID: "east-1", Name: "east-1", Cloud: "east", State: api.NodeReady, CPUs: 2, MemBytes: 2 << 30, CPUsUsed: 1, MemUsed: 512 << 20, Tasks: 1, CRIUVersion: "4.2.1"}
+	readyNode = api.Node{ID: "east-1", Name: "east-1", Cloud: "east", State: api.NodeReady, CPUs: 2, MemBytes: 2 << 30, CPUsUsed: 1, MemUsed: 512 << 20, Tasks: 1, CRIUVersion: "4.2.1", Underlay: "100.64.0.2"}
 )
 
 // parallelJob has four tasks on two nodes.

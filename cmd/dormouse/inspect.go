@@ -1,7 +1,9 @@
 package main
 
 import (
+	"context"
 	"fmt"
+	"net"
 	"strconv"
 	"strings"
 	"text/tabwriter"
@@ -59,7 +61,11 @@ stores the capture, while the job runs on. NEW is what was not stored before.`,
 			if c.json() {
 				return c.printDocument(inspected{job, newest})
 			}
-			if err := c.printJob(job); err != nil || newest == nil {
+			addresses, err := addressesOf(command.Context(), controller, job)
+			if err != nil {
+				return err
+			}
+			if err := c.printJob(job, addresses); err != nil || newest == nil {
 				return err
 			}
 			fmt.Fprintf(c.out, "\ncheckpoint %s, %s, %s ago\n", newest.ID, newest.State, c.age(newest.Created))
@@ -118,7 +124,28 @@ func commandLine(words []string) string {
 	return oneLine(strings.Join(quoted, " "))
 }
 
-func (c *cli) printJob(job *api.JobDetail) error {
+// addressesOf are the addresses of the nodes that a job's published ports are on,
+// by task. What is nowhere now, or on a node without an address, has none.
+func addressesOf(ctx context.Context, controller *client.Client, job *api.JobDetail) (map[int]string, error) {
+	if len(job.Spec.Publish) == 0 || !job.Phase.Placed() {
+		return nil, nil
+	}
+	nodes, err := controller.Nodes(ctx)
+	if err != nil {
+		return nil, err
+	}
+	addresses := map[int]string{}
+	for _, task := range job.TaskStatus {
+		for _, node := range nodes {
+			if node.Name == task.Node {
+				addresses[task.Index] = node.Underlay
+			}
+		}
+	}
+	return addresses, nil
+}
+
+func (c *cli) printJob(job *api.JobDetail, addresses map[int]string) error {
 	table, line := c.properties()
 	line("id", job.ID)
 	line("name", job.Name)
@@ -143,8 +170,8 @@ func (c *cli) printJob(job *api.JobDetail) error {
 		line("launch", firstOf(job.Spec.Launch, api.LaunchAuto))
 	}
 	for _, publish := range job.Spec.Publish {
-		line("published", fmt.Sprintf("port %d/%s of the node of task %d leads to its port %d",
-			publish.Port, firstOf(publish.Protocol, protocolTCP), publish.Task, target(publish)))
+		line("published", fmt.Sprintf("%s/%s leads to port %d of task %d", net.JoinHostPort(addresses[publish.Task], strconv.Itoa(publish.Port)),
+			firstOf(publish.Protocol, protocolTCP), target(publish), publish.Task))
 	}
 	line("connections", job.Spec.Connections)
 	if err := table.Flush(); err != nil {

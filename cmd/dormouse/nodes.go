@@ -13,6 +13,8 @@ func (c *cli) nodesCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:   "nodes",
 		Short: "List nodes",
+		Long: `List nodes. ADDRESS is where other nodes reach a node, and where the ports are that
+its jobs publish.`,
 		Example: `  dormouse nodes
   dormouse nodes -o json`,
 		Args: exactly(),
@@ -39,8 +41,8 @@ func (c *cli) printNodes(nodes []api.Node) error {
 	for _, node := range nodes {
 		rows = append(rows, []string{
 			node.Name, node.Cloud, string(node.State), fmt.Sprintf("%v of %v", node.CPUsUsed, node.CPUs),
-			fmt.Sprintf("%s of %s", humanSize(node.MemUsed), humanSize(node.MemBytes)), strconv.Itoa(node.Tasks), node.CRIUVersion, node.Reason,
+			fmt.Sprintf("%s of %s", humanSize(node.MemUsed), humanSize(node.MemBytes)), strconv.Itoa(node.Tasks), node.CRIUVersion, node.Underlay, node.Reason,
 		})
 	}
-	return c.printTable([]string{"NAME", "CLOUD", "STATE", "CPUS", "MEMORY", "TASKS", "CRIU", "REASON"}, rows)
+	return c.printTable([]string{"NAME", "CLOUD", "STATE", "CPUS", "MEMORY", "TASKS", "CRIU", "ADDRESS", "REASON"}, rows)
 }
