@@ -97,10 +97,8 @@ func TestInspectShowsWherePublishedPortsAre(t *testing.T) {
 	job.Spec.Publish = []api.Publish{{Port: 8080, Target: 80}, {Port: 53, Protocol: "udp"}}
 	f := newFake(t, map[string]any{"GET /v1/jobs/j": job, "GET /v1/jobs/j-aaaaaaaa/checkpoints": []api.Checkpoint{}, "GET /v1/nodes": []api.Node{readyNode}})
 	got := dormouse(t, f.url, "inspect", "j")
-	got.check(t, exitDone, "100.64.0.2:8080/tcp leads to port 80 of task 0
-", "")
-	got.check(t, exitDone, "100.64.0.2:53/udp leads to port 53 of task 0
-", "")
+	got.check(t, exitDone, "100.64.0.2:8080/tcp leads to port 80 of task 0\n", "")
+	got.check(t, exitDone, "100.64.0.2:53/udp leads to port 53 of task 0\n", "")
 }
 
 func TestInspectShowsACheckpoint(t *testing.T) {
