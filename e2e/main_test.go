@@ -72,7 +72,7 @@ func missing() string {
 	if criu == "" {
 		criu = "/opt/dormouse/criu/sbin/criu"
 	}
-	for _, tool := range []string{criu, "gcc", "python3", "redis-server", "redis-cli", "node"} {
+	for _, tool := range []string{criu, "gcc", "python3", "redis-server", "redis-cli", "node", "mpirun.openmpi", "mpicc.openmpi", "mpiexec.hydra", "mpicc.mpich"} {
 		if _, err := exec.LookPath(tool); err != nil {
 			return fmt.Sprintf("%s is missing: run `make setup`", tool)
 		}
@@ -120,8 +120,16 @@ func build(dir string) error {
 		func() error { return gcc(built.programs+"/memory", "programs/memory.c") },
 		func() error { return goBuild(built.programs+"/web", "", "./programs/web") },
 		func() error {
-			return tool(nil, "cp", "programs/tree.py", "programs/terminal.py", "programs/files.py", "programs/load.py", "programs/pipeline.sh", "programs/server.js", built.programs)
+			return tool(nil, "cp", "programs/tree.py", "programs/terminal.py", "programs/files.py", "programs/load.py", "programs/pipeline.sh", "programs/server.js",
+				"programs/parallel/pair.py", "programs/parallel/redis_pair.py", "programs/parallel/workers.py", "programs/parallel/asks.sh", built.programs)
 		},
+	}
+	for _, mpi := range []string{"openmpi", "mpich"} {
+		for _, name := range []string{"stencil", "ring"} {
+			steps = append(steps, func() error {
+				return tool(nil, "mpicc."+mpi, "-O2", "-o", built.programs+"/"+name+"."+mpi, "programs/mpi/"+name+".c")
+			})
+		}
 	}
 	for _, bin := range []string{built.bin, built.killable} {
 		steps = append(steps,

@@ -46,6 +46,22 @@ link_redis_server() {
 	say "linked /usr/local/bin/redis-server to the server in package redis-tools; no service was set up"
 }
 
+# selections: which program each alternative of the MPI families stands for.
+selections() {
+	! command -v update-alternatives >/dev/null || update-alternatives --get-selections | awk '$1 ~ /^mpi/ { print $1, $3 }'
+}
+
+# keep_alternatives: has those that were chosen before the installation chosen
+# again: plain mpirun and mpicc go on to be what they were. New ones may stay.
+keep_alternatives() {
+	local name chosen
+	while read -r name chosen; do
+		grep -qxF "$name $chosen" <(selections) && continue
+		update-alternatives --set "$name" "$chosen" >/dev/null || die "cannot set the alternative $name back to $chosen"
+		say "kept $name at $chosen"
+	done <<<"$1"
+}
+
 case ${1:-test} in
 demo | test) purpose=${1:-test} ;;
 *) die "usage: setup.sh [demo|test]" ;;
@@ -58,8 +74,17 @@ command -v gcc >/dev/null || die "gcc is needed: apt-get install gcc libc6-dev"
 need ip iproute2 # CRIU saves network namespaces with it
 need python3 python3
 command -v redis-server >/dev/null && need redis-cli redis-tools || need redis-check-rdb redis-tools
-[ "$purpose" = demo ] || need node nodejs
+if [ "$purpose" = test ]; then
+	need node nodejs
+	# Both MPIs side by side; the tests call each by its full name.
+	need mpirun.openmpi openmpi-bin
+	need mpiexec.hydra mpich
+	[ -e /usr/lib/"$(gcc -print-multiarch)"/openmpi/include/mpi.h ] || missing+=(libopenmpi-dev)
+	[ -e /usr/include/"$(gcc -print-multiarch)"/mpich/mpi.h ] || missing+=(libmpich-dev)
+fi
+chosen=$(selections)
 install_missing
+[ -z "$chosen" ] || keep_alternatives "$chosen"
 link_redis_server
 
 (cd "$HERE/.." && go mod download) || die "go mod download failed: the modules in go.mod are fetched this once and need the network"

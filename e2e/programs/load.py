@@ -15,8 +15,8 @@ import time
 class Client:
     """Speaks RESP, the protocol of redis, over one connection."""
 
-    def __init__(self, port):
-        self.socket = socket.create_connection(("127.0.0.1", port))
+    def __init__(self, port, host="127.0.0.1"):
+        self.socket = socket.create_connection((host, port))
         self.input = self.socket.makefile("rb")
 
     def send(self, *commands):
@@ -78,10 +78,7 @@ def digest(client):
     return total.hexdigest()
 
 
-def main():
-    steps, pace = int(sys.argv[1]), float(sys.argv[2]) / 1000
-    server, port, client = start()
-    waiting = Client(port)
+def drive(client, waiting, steps, pace):
     for step in range(1, steps + 1):
         text = hashlib.sha256(b"%d" % step).hexdigest()
         waiting.send(("BRPOP", "queue", 0))
@@ -94,7 +91,13 @@ def main():
         time.sleep(pace)
     print("end", digest(client), flush=True)
     client.send(("SHUTDOWN", "NOSAVE"))
+
+
+def main():
+    server, port, client = start()
+    drive(client, Client(port), int(sys.argv[1]), float(sys.argv[2]) / 1000)
     print("server", server.wait(), flush=True)
 
 
-main()
+if __name__ == "__main__":
+    main()
