@@ -85,6 +85,6 @@ func (c *cli) printFindingRows(findings []finding, rows [][]string) error {
 			return err
 		}
 	}
-	_, err := fmt.Fprintln(c.out, "\nPrograms that use io_uring, userfaultfd, perf events, BPF maps, AF_VSOCK or AF_ALG sockets, devices, or\nconnections that leave the job are refused by name before anything is frozen.")
+	_, err := fmt.Fprintln(c.out, "\nPrograms that use io_uring, userfaultfd, perf events, BPF maps, AF_VSOCK or AF_ALG sockets, devices, or\n(unless the job's --connections allows it) connections that leave the job are refused by name before\nanything is frozen.")
 	return err
 }

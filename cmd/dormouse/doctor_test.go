@@ -1,6 +1,7 @@
 package main
 
 import (
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -80,5 +81,36 @@ func TestDoctorFailsWhenACheckFailed(t *testing.T) {
 	}
 	if err := c.printFindings([]finding{{"b", verdictFail, "broken", "mend"}}); err == nil || !strings.Contains(err.Error(), "1 of 1 checks failed") {
 		t.Errorf("a failure: got %v", err)
+	}
+}
+
+func TestDoctorTriesTheNetworkWithoutTouchingOurs(t *testing.T) {
+	if os.Getuid() != 0 {
+		if os.Getenv("CI") == "true" {
+			t.Fatal("this test needs root: it makes a network namespace")
+		}
+		t.Skip("needs root: it makes a network namespace")
+	}
+	before, err := net.Interfaces()
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := forged(t, nil)
+	names := []string{}
+	for _, found := range m.jobNetwork() {
+		names = append(names, found.Name)
+		if found.Status != verdictOK && found.Fix == "" {
+			t.Errorf("%s: %q says nothing to do about it", found.Name, found.Detail)
+		}
+		if found.Status == verdictFail {
+			t.Errorf("%s: %s", found.Name, found.Detail)
+		}
+	}
+	if want := "job network nf_tables WireGuard VXLAN"; strings.Join(names, " ") != want {
+		t.Errorf("found %v, want %s", names, want)
+	}
+	after, err := net.Interfaces()
+	if err != nil || len(after) != len(before) {
+		t.Errorf("there were %d network devices and are %d, %v", len(before), len(after), err)
 	}
 }

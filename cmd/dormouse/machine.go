@@ -55,6 +55,9 @@ func (m *machine) examine(ctx context.Context) []finding {
 		findings = append(findings, m.namespaces(ctx), m.overlay())
 	}
 	findings = append(findings, m.freezer(), m.limits(), m.space(), m.memory(), m.network())
+	if m.uid == 0 {
+		findings = append(findings, m.jobNetwork()...)
+	}
 	return append(findings, m.engine(ctx)...)
 }
 
