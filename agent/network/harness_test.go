@@ -445,3 +445,11 @@ func (n *node) killHolder(j job) {
 func onPort(address netip.Addr, port int) string {
 	return net.JoinHostPort(address.String(), strconv.Itoa(port))
 }
+
+// connectPair sets the two ends of a link up.
+func connectPair(near, far *namespace) error {
+	return errors.Join(
+		address(near, "near", netip.MustParsePrefix("192.0.2.1/24")),
+		address(far, "far", netip.MustParsePrefix("192.0.2.2/24")),
+		near.await("near"), far.await("far"))
+}

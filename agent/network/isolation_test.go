@@ -244,9 +244,7 @@ func link(t *testing.T, near, far *namespace) {
 	attributes := netlink.NewLinkAttrs()
 	attributes.Name = "near"
 	err := near.links.LinkAdd(&netlink.Veth{LinkAttrs: attributes, PeerName: "far", PeerNamespace: netlink.NsFd(far.file.Fd())})
-	if err := errors.Join(err,
-		address(near, "near", netip.MustParsePrefix("192.0.2.1/24")),
-		address(far, "far", netip.MustParsePrefix("192.0.2.2/24"))); err != nil {
+	if err := errors.Join(err, connectPair(near, far)); err != nil {
 		t.Fatal(err)
 	}
 }

@@ -444,20 +444,23 @@ func (m *Manager) Leave(ctx context.Context, key Key, index int) error {
 	if !known {
 		return nil
 	}
-	if err := m.leave(ctx, n, index); err != nil {
+	err := m.takeOut(n, index)
+	if err == nil && len(n.Members) == 0 {
+		err = m.remove(ctx, n)
+	}
+	if err != nil {
 		return fmt.Errorf("take task %d of job %s out of its network: %w", index, key.Job, err)
 	}
 	return nil
 }
 
-func (m *Manager) leave(ctx context.Context, n *network, index int) error {
+// takeOut removes what is there of a member alone. The last one leaves the
+// rest to remove.
+func (m *Manager) takeOut(n *network, index int) error {
 	if err := m.setMembers(n, n.without(index)); err != nil {
 		return err
 	}
 	failpoint.Hit("network.leave.recorded")
-	if len(n.Members) == 0 {
-		return m.remove(ctx, n)
-	}
 	if n.router == nil {
 		return m.filterNode()
 	}
@@ -502,12 +505,9 @@ func (m *Manager) dismantle(ctx context.Context, n *network) error {
 		m.node.deleteLink(m.tunnelDevice(n.Slot)),
 	}
 	if n.router != nil {
-		for _, member := range n.Members {
-			errs = append(errs, m.unlink(n, member.Index))
-		}
-		errs = append(errs, n.router.deleteLink(tunnelName))
+		errs = append(errs, unlinkOthers(n.router, nil), n.router.deleteLink(tunnelName))
+		failpoint.Hit("network.remove.devices")
 	}
-	failpoint.Hit("network.dismantle.devices")
 	n.letGo()
 	return errors.Join(append(errs, n.holder.remove(ctx))...)
 }
@@ -526,8 +526,11 @@ func (m *Manager) Retain(ctx context.Context, live map[Key][]int) error {
 		}
 		for _, member := range n.Members {
 			if !slices.Contains(indexes, member.Index) {
-				errs = append(errs, m.leave(ctx, n, member.Index))
+				errs = append(errs, m.takeOut(n, member.Index))
 			}
+		}
+		if n.router != nil { // an earlier manager may have died half-way through Leave
+			errs = append(errs, unlinkOthers(n.router, n.Members))
 		}
 	}
 	errs = append(errs, m.sweep(ctx))

@@ -1,6 +1,7 @@
 package network
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"os"
@@ -13,6 +14,26 @@ const taskDevice = "eth0"
 
 // portOf is the router's end of a task's link.
 func portOf(index int) string { return fmt.Sprintf("t%d", index) }
+
+// unlinkOthers removes the links of all tasks that are not members, both ends
+// of each.
+func unlinkOthers(router *namespace, members []Member) error {
+	links, err := router.links.LinkList()
+	if err != nil {
+		return fmt.Errorf("list the router's network devices: %w", err)
+	}
+	kept := map[string]bool{bridgeName: true, uplinkName: true, tunnelName: true}
+	for _, member := range members {
+		kept[portOf(member.Index)] = true
+	}
+	var errs []error
+	for _, link := range links {
+		if name := link.Attrs().Name; link.Type() == "veth" && !kept[name] {
+			errs = append(errs, router.deleteLink(name))
+		}
+	}
+	return errors.Join(errs...)
+}
 
 // linkMember joins a task's namespace to the router's bridge. Done again, it
 // keeps the link that is there.
@@ -42,7 +63,10 @@ func linkMember(router *namespace, plan Plan, member Member, netns *os.File) err
 	if err := address(task, taskDevice, netip.PrefixFrom(member.Address, plan.Subnet.Bits())); err != nil {
 		return err
 	}
-	return defaultRoute(task, taskDevice, plan.Gateway)
+	if err := defaultRoute(task, taskDevice, plan.Gateway); err != nil {
+		return err
+	}
+	return errors.Join(task.await(taskDevice), router.await(portOf(member.Index)), router.await(bridgeName))
 }
 
 // linked reports whether the task's device and the router's port are the two

@@ -8,6 +8,7 @@ import (
 	"runtime"
 
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 )
@@ -111,6 +112,44 @@ func (n *namespace) deleteLink(name string) error {
 		return fmt.Errorf("remove the network device %s: %w", name, err)
 	}
 	return nil
+}
+
+// await returns when a device carries packets: the kernel connects one that was
+// set up some time later, and until then loses what is sent, for which ARP makes
+// up only after a second.
+func (n *namespace) await(name string) error {
+	if up, err := n.carries(name); up || err != nil {
+		return err
+	}
+	changes, err := nl.SubscribeAt(netns.NsHandle(n.file.Fd()), netns.None(), unix.NETLINK_ROUTE, unix.RTNLGRP_LINK)
+	if err != nil {
+		return fmt.Errorf("watch the network device %s: %w", name, err)
+	}
+	defer changes.Close()
+	if err := changes.SetReceiveTimeout(&unix.Timeval{Sec: patience}); err != nil {
+		return fmt.Errorf("watch the network device %s: %w", name, err)
+	}
+	for {
+		up, err := n.carries(name)
+		if up || err != nil {
+			return err
+		}
+		if _, _, err := changes.Receive(); err != nil {
+			return fmt.Errorf("the network device %s did not get ready within %d s: %w", name, patience, err)
+		}
+	}
+}
+
+// patience is how long a device may take to get ready, in seconds; it is a
+// matter of milliseconds.
+const patience = 5
+
+func (n *namespace) carries(name string) (bool, error) {
+	link, err := n.links.LinkByName(name)
+	if err != nil {
+		return false, fmt.Errorf("find the network device %s: %w", name, err)
+	}
+	return link.Attrs().OperState == netlink.OperUp, nil
 }
 
 func missing(err error) bool {

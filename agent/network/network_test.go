@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/netip"
 	"testing"
+	"time"
 
 	"dormouse/agent/sandbox/cgroup"
 )
@@ -18,6 +19,32 @@ func TestTasksOnOneNodeReachEachOther(t *testing.T) {
 	at := listen(t, tasks[1].ns, onPort(tasks[1].address, 0))
 	if seen := reach(t, tasks[0].ns, at.String()); seen != tasks[0].address {
 		t.Errorf("task 1 sees a call from %v; want task 0's address %v", seen, tasks[0].address)
+	}
+}
+
+// A packet that is lost because a device was not ready costs a second or more.
+func TestTheFirstPacketArrives(t *testing.T) {
+	for _, tunnel := range []string{"", TunnelVXLAN, TunnelWireGuard} {
+		t.Run("tunnel="+tunnel, func(t *testing.T) {
+			f := newFabric(t)
+			a, b := f.node(), f.node()
+			for run := range 10 {
+				j := newJob(fmt.Sprint("j-", run), func(p *Plan) { p.Number = uint32(run + 1) })
+				tasks := []task{}
+				if tunnel == "" {
+					tasks = a.join(j, 0, 1)
+				} else {
+					over(tunnel)(&j.plan)
+					tasks = span(t, j, a, b)
+				}
+				at := listen(t, tasks[1].ns, onPort(tasks[1].address, 0))
+				began := time.Now()
+				reach(t, tasks[0].ns, at.String())
+				if took := time.Since(began); took > 700*time.Millisecond {
+					t.Errorf("in network %d the first call took %v: a packet was lost", run, took)
+				}
+			}
+		})
 	}
 }
 

@@ -1,6 +1,7 @@
 package network
 
 import (
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -107,7 +108,10 @@ func (m *Manager) buildUplink(router *namespace, slot int) error {
 	if err := address(router, uplinkName, netip.PrefixFrom(addresses.router, 31)); err != nil {
 		return err
 	}
-	return defaultRoute(router, uplinkName, addresses.node)
+	if err := defaultRoute(router, uplinkName, addresses.node); err != nil {
+		return err
+	}
+	return errors.Join(m.node.await(attributes.Name), router.await(uplinkName))
 }
 
 // address gives a device an address and sets it up.

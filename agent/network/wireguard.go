@@ -166,7 +166,7 @@ func (m *Manager) connectUserspace(ctx context.Context, n *network, peers []Peer
 func (m *Manager) configure(ctx context.Context, key Key, request ...string) ([]string, error) {
 	conn, err := m.dialControl(ctx, key)
 	if err != nil {
-		return nil, fmt.Errorf("reach the network's holder: %w", err)
+		return nil, m.holderError(ctx, key, err)
 	}
 	defer conn.Close()
 	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })

@@ -1,3 +1,0 @@
-package network
-
-func runVictim([]string) int { return 1 }
