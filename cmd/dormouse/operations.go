@@ -1,11 +1,13 @@
 package main
 
 import (
+	"context"
 	"fmt"
 
 	"github.com/spf13/cobra"
 
 	"dormouse/api"
+	"dormouse/client"
 )
 
 func (c *cli) operationsCommand() *cobra.Command {
@@ -13,7 +15,8 @@ func (c *cli) operationsCommand() *cobra.Command {
 	command := &cobra.Command{
 		Use:   "operations [OPERATION]",
 		Short: "Show operations that are under way or were done lately",
-		Long: `List operations, or show one. With --wait, wait until that one has ended, and exit
+		Long: `List operations, or show one; of a checkpoint, also what each task's part took so
+far (see ` + "`dormouse inspect --help`" + `). With --wait, wait until that one has ended, and exit
 with its status: 0 done, 1 failed, 4 refused.`,
 		Example: `  dormouse operations
   dormouse operations o-3f7k2m5q --wait`,
@@ -48,11 +51,31 @@ with its status: 0 done, 1 failed, 4 refused.`,
 			if c.json() {
 				return c.printDocument(operation)
 			}
-			return c.printOperations([]api.Operation{*operation})
+			if err := c.printOperations([]api.Operation{*operation}); err != nil {
+				return err
+			}
+			return c.printStepsOf(command.Context(), controller, operation)
 		},
 	}
 	command.Flags().BoolVar(&wait, "wait", false, "wait until the operation has ended")
 	return command
+}
+
+// printStepsOf shows what is measured so far of the checkpoint that an operation
+// takes.
+func (c *cli) printStepsOf(ctx context.Context, controller *client.Client, operation *api.Operation) error {
+	if operation.Checkpoint == "" || operation.Kind != api.OpCheckpoint && operation.Kind != api.OpSuspend {
+		return nil
+	}
+	checkpoint, err := controller.GetCheckpoint(ctx, operation.Checkpoint)
+	if client.IsNotFound(err) || err == nil && len(checkpoint.Steps) == 0 {
+		return nil // not begun, or removed since
+	}
+	if err != nil {
+		return err
+	}
+	fmt.Fprintln(c.out)
+	return c.printSteps(checkpoint)
 }
 
 func (c *cli) printOperations(operations []api.Operation) error {

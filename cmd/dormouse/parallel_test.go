@@ -101,6 +101,13 @@ func TestInspectShowsWherePublishedPortsAre(t *testing.T) {
 	got.check(t, exitDone, "100.64.0.2:53/udp leads to port 53 of task 0\n", "")
 }
 
+func TestOperationShowsTheStepsSoFar(t *testing.T) {
+	f := newFake(t, map[string]any{"GET /v1/operations/o-1": operation(api.OpCheckpoint, api.OpRunning), "GET /v1/checkpoints/c-bbbbbbbb": parallelCheckpoint()})
+	dormouse(t, f.url, "operations", "o-1").check(t, exitDone, "slowest: task 2 on east-0", "")
+	f = newFake(t, map[string]any{"GET /v1/operations/o-1": operation(api.OpCheckpoint, api.OpDone)})
+	dormouse(t, f.url, "operations", "o-1").check(t, exitDone, "done", "")
+}
+
 func TestInspectShowsACheckpoint(t *testing.T) {
 	f := newFake(t, map[string]any{"GET /v1/checkpoints/c-bb": parallelCheckpoint()})
 	dormouse(t, f.url, "inspect", "c-bb").check(t, exitDone, "slowest: task 2", "")
