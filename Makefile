@@ -8,7 +8,9 @@
 #   make setup   only the setting up
 #   make build   bin/dormouse, bin/dormouse-init, bin/libdormouse-criu.so
 #   make lint    formatting, go vet, staticcheck
-#   make bench   measure checkpoints and restores against plain CRIU
+#   make nightly the longest end-to-end test, ten rounds of it
+#   make bench   measure checkpoints and restores against plain CRIU, jobs of
+#                several tasks, their network, and MPI against plain mpirun
 #   make fuzz    every fuzz test for FUZZTIME (10s) each
 #   make generate  Go code from the .proto files
 #   make clean   remove what was built; what was set up stays
@@ -16,7 +18,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -ec
 .DEFAULT_GOAL := build
-.PHONY: setup setup-demo build demo test lint bench fuzz generate clean
+.PHONY: setup setup-demo build demo test nightly lint bench fuzz generate clean
 MAKEFLAGS += --no-builtin-rules
 
 VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
@@ -53,6 +55,10 @@ test: setup
 	setup/gotest.sh -count=1 -timeout 40m -p 1 ./e2e/... || e2e=$$?; \
 	exit $$((unit ? unit : e2e))
 
+nightly: setup
+	@$(MAKE) --no-print-directory build
+	DORMOUSE_E2E_ROUNDS=10 setup/gotest.sh -count=1 -timeout 60m -run TestTwentyCheckpoints ./e2e
+
 lint:
 	@unformatted=$$(gofmt -l .); \
 	[ -z "$$unformatted" ] || { echo "not formatted by gofmt:"; echo "$$unformatted"; exit 1; }
@@ -64,6 +70,7 @@ lint:
 bench: setup
 	@$(MAKE) --no-print-directory build
 	go run ./e2e/bench
+	go run ./e2e/bench -parallel
 
 fuzz:
 	@grep -rl '^func Fuzz' --include='*_test.go' . | xargs -r -n 1 dirname | sort -u | while read -r dir; do \

@@ -2,6 +2,10 @@
 // on the same machine and with the same program.
 //
 //	go run ./e2e/bench [-sizes 64,1024,4096] [-rounds 5] [-json bench.json] [-binary bin/dormouse]
+//	go run ./e2e/bench -parallel [-rounds 5] [-json bench-parallel.json] [-binary bin/dormouse]
+//
+// The second form measures jobs of several tasks: what is in parallel.go,
+// throughput.go and slowdown.go.
 //
 // It prints a table of medians and ratios and writes every single figure to the
 // JSON file. It asserts nothing: these are measurements, not tests.
@@ -56,13 +60,18 @@ func main() {
 	}
 	sizes := flag.String("sizes", "64,1024,4096", "sizes of the program's memory in MiB")
 	rounds := flag.Int("rounds", 5, "rounds per size; three at most above 2 GiB")
-	file := flag.String("json", "bench.json", "file for every figure")
+	file := flag.String("json", "", "file for every figure (default bench.json, or bench-parallel.json)")
 	binary := flag.String("binary", "bin/dormouse", "the dormouse to measure")
 	criu := flag.String("criu", cmp.Or(os.Getenv("DORMOUSE_CRIU"), "/opt/dormouse/criu/sbin/criu"), "the CRIU to compare with")
+	parallel := flag.Bool("parallel", false, "measure jobs of several tasks")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
-	if err := run(ctx, *sizes, *rounds, *file, *binary, *criu); err != nil {
+	measure := func() error { return run(ctx, *sizes, *rounds, cmp.Or(*file, "bench.json"), *binary, *criu) }
+	if *parallel {
+		measure = func() error { return runParallel(ctx, *rounds, cmp.Or(*file, "bench-parallel.json"), *binary, *criu) }
+	}
+	if err := measure(); err != nil {
 		fmt.Fprintln(os.Stderr, "bench: "+err.Error())
 		os.Exit(1)
 	}
