@@ -272,7 +272,7 @@ func (f *Fabric) open() error {
 	}
 	defer release()
 	if err := f.makeBridge(); err != nil {
-		return fmt.Errorf("make the network of the nodes: %w", err)
+		return fmt.Errorf("make the network of the nodes: %w; `dormouse doctor` tells what this machine lacks", err)
 	}
 	f.opened = true
 	return nil
