@@ -307,44 +307,49 @@ func (m *Manager) endpoint(n *network) (Endpoint, error) {
 
 // Connect tells the network its other nodes, all of them, each time.
 func (m *Manager) Connect(ctx context.Context, key Key, peers []Peer) error {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if err := m.connect(ctx, key, peers); err != nil {
+	secure, err := m.connect(ctx, key, peers)
+	if err == nil && secure {
+		err = m.shakeHands(ctx, key)
+	}
+	if err != nil {
 		return fmt.Errorf("connect the network of job %s: %w", key.Job, err)
 	}
 	return nil
 }
 
-func (m *Manager) connect(ctx context.Context, key Key, peers []Peer) error {
+// connect reports whether the tunnel is one whose ends shake hands.
+func (m *Manager) connect(ctx context.Context, key Key, peers []Peer) (secure bool, err error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
 	n, err := m.find(key)
 	if err != nil {
-		return err
+		return false, err
 	}
 	if n.Tunnel == tunnelNone && len(peers) > 0 {
-		return errors.New("it was planned for one node only")
+		return false, errors.New("it was planned for one node only")
 	}
 	var remote []netip.Addr
 	for _, peer := range peers {
 		for _, a := range peer.Addresses {
 			if err := n.Plan.checkAddress(a); err != nil {
-				return fmt.Errorf("node %s: %w", peer.Node, err)
+				return false, fmt.Errorf("node %s: %w", peer.Node, err)
 			}
 		}
 		remote = append(remote, peer.Addresses...)
 	}
 	switch n.Tunnel {
 	case tunnelNone:
-		return nil
+		return false, nil
 	case tunnelVXLAN:
 		err = connectVXLAN(n.router, peers)
 	default:
 		err = m.connectWireGuard(ctx, n, peers)
 	}
 	if err != nil {
-		return err
+		return false, err
 	}
 	failpoint.Hit("network.connect.peers")
-	return routeTo(n.router, remote)
+	return n.Tunnel != tunnelVXLAN, routeTo(n.router, remote)
 }
 
 // find returns a network that can be used.

@@ -117,9 +117,11 @@ func (m *Manager) buildTunnel(ctx context.Context, n *network) error {
 	case tunnelVXLAN:
 		err = m.buildVXLAN(ctx, n)
 	case tunnelKernel:
-		err = m.buildKernel(n)
+		if err = m.buildKernel(n); err == nil {
+			err = m.secureTunnel(ctx, n)
+		}
 	case tunnelUserspace:
-		err = m.buildUserspace(ctx, n)
+		err = m.secureTunnel(ctx, n) // the holder makes the device
 	}
 	if err != nil || n.Tunnel == tunnelNone {
 		return err

@@ -1,20 +1,16 @@
 package network
 
 import (
-	"bufio"
+	"bytes"
 	"context"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"net"
 	"net/netip"
-	"os"
-	"path/filepath"
-	"strconv"
-	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
+	"golang.zx2c4.com/wireguard/wgctrl"
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 )
 
@@ -25,10 +21,14 @@ const (
 	portCount = 8192
 )
 
-// keepalive makes both ends of a tunnel shake hands as soon as both are
-// connected, so that no task's packet waits for it, and keeps a NAT in between
-// from forgetting: wg(8), PersistentKeepalive.
+// keepalive makes an end of a tunnel shake hands at once, so that no task's
+// packet waits for it, and keeps a NAT in between from forgetting: wg(8),
+// PersistentKeepalive.
 const keepalive = 25 * time.Second
+
+// yield is how long the end of a tunnel that does not begin waits for the one
+// that does: see shakeHands.
+const yield = 250 * time.Millisecond
 
 // freePort finds a UDP port of the node for the tunnel of a slot.
 func (m *Manager) freePort(slot int) (uint16, error) {
@@ -45,181 +45,139 @@ func (m *Manager) freePort(slot int) (uint16, error) {
 	return 0, fmt.Errorf("no UDP port from %d to %d is free for the tunnel", firstPort, firstPort+portCount-1)
 }
 
-// hosts are prefixes of one address each: what a peer may send from and be
-// sent to.
-func hosts(addresses []netip.Addr) []netip.Prefix {
-	list := make([]netip.Prefix, 0, len(addresses))
-	for _, a := range addresses {
-		list = append(list, netip.PrefixFrom(a, a.BitLen()))
-	}
-	return list
-}
-
 // connectWireGuard makes the tunnel know exactly these peers. Sessions with
 // peers that stay are kept.
 func (m *Manager) connectWireGuard(ctx context.Context, n *network, peers []Peer) error {
+	present, err := m.tunnelPeers(ctx, n)
+	if err != nil {
+		return err
+	}
+	config := wgtypes.Config{}
+	wanted := map[wgtypes.Key]bool{}
 	for _, peer := range peers {
 		if len(peer.Endpoint.PublicKey) != wgtypes.KeyLen || !peer.Endpoint.Address.IsValid() {
 			return fmt.Errorf("node %s gave no key or no address for its tunnel: prepare the network there first", peer.Node)
 		}
+		entry := wgtypes.PeerConfig{PublicKey: wgtypes.Key(peer.Endpoint.PublicKey), Endpoint: net.UDPAddrFromAddrPort(peer.Endpoint.Address), ReplaceAllowedIPs: true}
+		for _, a := range peer.Addresses {
+			entry.AllowedIPs = append(entry.AllowedIPs, *ipNet(netip.PrefixFrom(a, a.BitLen())))
+		}
+		if n.begins(entry.PublicKey) {
+			interval := keepalive
+			entry.PersistentKeepaliveInterval = &interval
+		}
+		wanted[entry.PublicKey] = true
+		config.Peers = append(config.Peers, entry)
 	}
+	for _, peer := range present {
+		if !wanted[peer.PublicKey] {
+			config.Peers = append(config.Peers, wgtypes.PeerConfig{PublicKey: peer.PublicKey, Remove: true})
+		}
+	}
+	return m.configureTunnel(ctx, n, config)
+}
+
+// begins decides which end of a tunnel begins the handshake: the one with the
+// lower key.
+func (n *network) begins(peer wgtypes.Key) bool {
+	own := wgtypes.Key(n.PrivateKey).PublicKey()
+	return bytes.Compare(own[:], peer[:]) < 0
+}
+
+// shakeHands lets the tunnel's ends find each other, whichever is connected
+// first. A handshake begun with one that is not connected yet is lost, and two
+// that are begun at once destroy each other; WireGuard tries again, but only
+// after five seconds. So the end with the lower key begins when it is connected,
+// and the other some time later, unless it has been greeted by then: at least one
+// of these handshakes finds both connected, and they do not meet.
+func (m *Manager) shakeHands(ctx context.Context, key Key) error {
+	for deadline := time.Now().Add(yield); ; {
+		late := time.Now().After(deadline)
+		waiting, err := m.greet(ctx, key, late)
+		if err != nil || !waiting {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-time.After(yield / 25):
+		}
+	}
+}
+
+// greet reports whether there are peers to wait for. Those that have not greeted
+// by the time it is late, it greets.
+func (m *Manager) greet(ctx context.Context, key Key, late bool) (waiting bool, err error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	n, err := m.find(key)
+	if err != nil {
+		return false, err
+	}
+	peers, err := m.tunnelPeers(ctx, n)
+	if err != nil {
+		return false, err
+	}
+	config := wgtypes.Config{}
+	for _, peer := range peers {
+		if n.begins(peer.PublicKey) || peer.PersistentKeepaliveInterval != 0 {
+			continue
+		}
+		if !late && peer.LastHandshakeTime.IsZero() {
+			waiting = true
+			continue
+		}
+		interval := keepalive
+		config.Peers = append(config.Peers, wgtypes.PeerConfig{PublicKey: peer.PublicKey, UpdateOnly: true, PersistentKeepaliveInterval: &interval})
+	}
+	if len(config.Peers) == 0 {
+		return waiting, nil
+	}
+	return waiting, m.configureTunnel(ctx, n, config)
+}
+
+// configureTunnel changes the router's WireGuard device, tunnelPeers lists its
+// peers; both whether the device is the kernel's or a holder's.
+func (m *Manager) configureTunnel(ctx context.Context, n *network, config wgtypes.Config) error {
 	if n.Tunnel == tunnelKernel {
-		return n.connectKernel(peers)
+		return n.withKernel(func(client *wgctrl.Client) error { return client.ConfigureDevice(tunnelName, config) })
 	}
-	return m.connectUserspace(ctx, n, peers)
+	_, err := m.converse(ctx, n.Key, settings(config))
+	return err
 }
 
-// tunDevice is what a userspace tunnel is made of.
-const tunDevice = "/dev/net/tun"
-
-// controlSocket is where a holder listens, in the network's directory.
-const controlSocket = "wireguard.sock"
-
-// startUserspace starts a holder that runs the tunnel. It inherits the node's
-// namespace, for its UDP socket, and the socket it is configured through.
-func (m *Manager) startUserspace(ctx context.Context, n *network, log string) error {
-	mtu, err := m.tunnelMTU(wireguardOverhead)
-	if err != nil {
-		return err
+func (m *Manager) tunnelPeers(ctx context.Context, n *network) (peers []wgtypes.Peer, err error) {
+	if n.Tunnel == tunnelKernel {
+		err = n.withKernel(func(client *wgctrl.Client) error {
+			device, err := client.Device(tunnelName)
+			if err == nil {
+				peers = device.Peers
+			}
+			return err
+		})
+		return peers, err
 	}
-	listener, err := m.listenControl(ctx, n.Key)
-	if err != nil {
-		return err
-	}
-	defer listener.Close()
-	return n.holder.start(log, []string{m.options.Program, "network-holder", strconv.Itoa(mtu)}, m.node.file, listener)
-}
-
-// listenControl makes the control socket. Its path goes through a descriptor,
-// as that of a socket may have 107 bytes only: unix(7).
-func (m *Manager) listenControl(ctx context.Context, key Key) (*os.File, error) {
-	dir, err := os.Open(m.directory(key))
-	if err != nil {
-		return nil, fmt.Errorf("make the holder's control socket: %w", err)
-	}
-	defer dir.Close()
-	if err := os.Remove(filepath.Join(m.directory(key), controlSocket)); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return nil, fmt.Errorf("make the holder's control socket: %w", err)
-	}
-	listening := net.ListenConfig{}
-	listener, err := listening.Listen(ctx, "unix", throughDescriptor(dir))
-	if err != nil {
-		return nil, fmt.Errorf("make the holder's control socket: %w", err)
-	}
-	defer listener.Close()
-	unixListener := listener.(*net.UnixListener)
-	unixListener.SetUnlinkOnClose(false) // the holder goes on listening
-	return unixListener.File()
-}
-
-func throughDescriptor(dir *os.File) string {
-	return fmt.Sprintf("/proc/self/fd/%d/%s", dir.Fd(), controlSocket)
-}
-
-// buildUserspace gives the holder its key and port.
-func (m *Manager) buildUserspace(ctx context.Context, n *network) error {
-	port, err := m.freePort(n.Slot)
-	if err != nil {
-		return err
-	}
-	_, err = m.configure(ctx, n.Key, "set=1", "private_key="+hex.EncodeToString(n.PrivateKey), "listen_port="+strconv.Itoa(int(port)))
-	if err != nil {
-		return fmt.Errorf("set the tunnel up: %w", err)
-	}
-	n.Port = port
-	return nil
-}
-
-func (m *Manager) connectUserspace(ctx context.Context, n *network, peers []Peer) error {
-	present, err := m.configure(ctx, n.Key, "get=1")
-	if err != nil {
-		return fmt.Errorf("ask the tunnel for its peers: %w", err)
-	}
-	wanted := map[string]bool{}
-	for _, peer := range peers {
-		wanted[hex.EncodeToString(peer.Endpoint.PublicKey)] = true
-	}
-	request := []string{"set=1"}
-	for _, line := range present {
-		if key, ok := strings.CutPrefix(line, "public_key="); ok && !wanted[key] {
-			request = append(request, line, "remove=true")
-		}
-	}
-	for _, peer := range peers {
-		request = append(request,
-			"public_key="+hex.EncodeToString(peer.Endpoint.PublicKey),
-			"endpoint="+peer.Endpoint.Address.String(),
-			"persistent_keepalive_interval="+strconv.Itoa(int(keepalive.Seconds())),
-			"replace_allowed_ips=true")
-		for _, host := range hosts(peer.Addresses) {
-			request = append(request, "allowed_ip="+host.String())
-		}
-	}
-	if _, err := m.configure(ctx, n.Key, request...); err != nil {
-		return fmt.Errorf("tell the tunnel its peers: %w", err)
-	}
-	return nil
-}
-
-// configure speaks WireGuard's configuration protocol with a holder
-// (wireguard.com/xplatform) and returns the lines of its answer.
-func (m *Manager) configure(ctx context.Context, key Key, request ...string) ([]string, error) {
-	conn, err := m.dialControl(ctx, key)
-	if err != nil {
-		return nil, m.holderError(ctx, key, err)
-	}
-	defer conn.Close()
-	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })
-	defer stop()
-	if _, err := conn.Write([]byte(strings.Join(request, "\n") + "\n\n")); err != nil {
-		return nil, m.holderError(ctx, key, err)
-	}
-	var answer []string
-	lines := bufio.NewScanner(conn)
-	for lines.Scan() {
-		line := lines.Text()
-		if code, ok := strings.CutPrefix(line, "errno="); ok {
-			return answer, configureError(code)
-		}
-		answer = append(answer, line)
-	}
-	return nil, m.holderError(ctx, key, lines.Err())
-}
-
-func (m *Manager) dialControl(ctx context.Context, key Key) (net.Conn, error) {
-	dir, err := os.Open(m.directory(key))
+	lines, err := m.converse(ctx, n.Key, []string{"get=1"})
 	if err != nil {
 		return nil, err
 	}
-	defer dir.Close()
-	dialer := net.Dialer{}
-	return dialer.DialContext(ctx, "unix", throughDescriptor(dir))
+	return parsePeers(lines)
 }
 
-// configureError: errors come as negative numbers of errno(3).
-func configureError(code string) error {
-	number, err := strconv.Atoi(code)
+// secureTunnel gives the device its key and a port of the node.
+func (m *Manager) secureTunnel(ctx context.Context, n *network) error {
+	free, err := m.freePort(n.Slot)
 	if err != nil {
-		return fmt.Errorf("the network's holder answers %q", code)
+		return err
 	}
-	if number == 0 {
-		return nil
-	}
-	return unix.Errno(max(number, -number))
-}
-
-// holderError explains a conversation that broke off, by what the holder said
-// last.
-func (m *Manager) holderError(ctx context.Context, key Key, err error) error {
-	if ctx.Err() != nil {
-		return context.Cause(ctx)
-	}
-	said, _ := os.ReadFile(filepath.Join(m.directory(key), "holder.log"))
-	if last := strings.TrimSpace(string(said)); last != "" {
-		return fmt.Errorf("the network's holder ended: %s", last)
-	}
+	key, err := wgtypes.NewKey(n.PrivateKey)
 	if err != nil {
-		return fmt.Errorf("the network's holder does not answer: %w", err)
+		return fmt.Errorf("read the tunnel's recorded key: %w", err)
 	}
-	return errors.New("the network's holder ended without an answer")
+	port := int(free)
+	if err := m.configureTunnel(ctx, n, wgtypes.Config{PrivateKey: &key, ListenPort: &port}); err != nil {
+		return fmt.Errorf("give the tunnel its key and port %d: %w", port, err)
+	}
+	n.Port = free
+	return nil
 }
