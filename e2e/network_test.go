@@ -282,7 +282,7 @@ func TestEveryTunnel(t *testing.T) {
 		t.Run(tunnel, func(t *testing.T) {
 			t.Parallel()
 			p := onOwn(t, built.bin, nil, "--cloud", "east=2", "--cloud", "west=2", "--cpus", "1", "--mem", "1G", "--tunnel", tunnel)
-			prog := ring("mpirun.openmpi", "openmpi")
+			prog := ring(openMPI, openMPI)
 			job := p.submitParallel(prog)
 			p.moves(job)
 			p.run("suspend", job)

@@ -95,8 +95,10 @@ int main(int argc, char **argv)
 		digest = (digest ^ check(n)) * 1099511628211ULL;
 	}
 	MPI_Allreduce(&digest, &all, 1, MPI_UINT64_T, MPI_SUM, MPI_COMM_WORLD);
-	if (rank == 0)
-		printf("all %016llx\n", (unsigned long long)all);
+	if (rank == 0) {
+		printf("end %016llx\n", (unsigned long long)all);
+		fflush(stdout);
+	}
 	MPI_Finalize();
 	return 0;
 }

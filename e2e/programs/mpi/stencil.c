@@ -107,6 +107,10 @@ int main(int argc, char **argv)
 	}
 	if (rank == 0 && getenv("STENCIL_TIME"))
 		fprintf(stderr, "%.6f\n", MPI_Wtime() - begin);
+	if (rank == 0) {
+		printf("end\n");
+		fflush(stdout);
+	}
 	free(now);
 	free(next);
 	MPI_Finalize();
