@@ -100,7 +100,11 @@ func (a *Agent) rebuild(ctx context.Context, t *task, entry *repository.TaskMani
 		return err
 	}
 	r, _ := t.snapshot()
-	spool, err := a.spool.open(t.id(), "the restore", entry.SizeBytes+slack)
+	size, err := a.spool.sizeOfRestore(ctx, part)
+	if err != nil {
+		return err
+	}
+	spool, err := a.spool.open(t.id(), "the restore", size)
 	if err != nil {
 		return refusal{err}
 	}
@@ -111,17 +115,24 @@ func (a *Agent) rebuild(ctx context.Context, t *task, entry *repository.TaskMani
 	}()
 	progress(0, "fetching memory and files")
 	images := filepath.Join(spool.path, imagesDir)
-	pages := startPages(ctx, part, images)
-	defer pages.stop()
+	memory, err := openMemory(ctx, part, spool.path, images, a.spool.fuse)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, memory.close())
+		}
+	}()
 	if err := a.fetch(ctx, t, &r, part, images); err != nil {
 		return spaceError(err, spool)
 	}
 	progress(0.5, "waking processes")
 	_, box := t.snapshot()
-	if err := a.wake(ctx, t, box, images, pages); err != nil {
+	if err := a.wake(ctx, t, box, images, memory); err != nil {
 		return spaceError(err, spool)
 	}
-	a.lanes.run(t.id()+" pages", func() { a.rememberPages(part, spool, images, &r) })
+	a.lanes.run(t.id()+" pages", func() { a.rememberPages(memory, spool, &r) })
 	return nil
 }
 
@@ -149,12 +160,13 @@ func (a *Agent) fetch(ctx context.Context, t *task, r *record, part *repository.
 
 // rememberPages lets the next checkpoint of the task store only what changed
 // since this one. It runs beside the task, and removes the images.
-func (a *Agent) rememberPages(part *repository.PartReader, spool *spoolDir, images string, r *record) {
-	if err := part.BuildPageCache(a.life, images, a.pageCache(r)); err != nil {
+func (a *Agent) rememberPages(memory *memorySource, spool *spoolDir, r *record) {
+	err := errors.Join(memory.stop(), memory.remember(a.life, a.pageCache(r)))
+	if err != nil {
 		// The next checkpoint hashes all memory again, that is all.
 		a.log.Warn("cannot keep the table of pages", "job", r.Job, "task", r.Index, "error", err)
 	}
-	if err := spool.close(); err != nil {
+	if err := errors.Join(memory.close(), spool.close()); err != nil {
 		a.log.Warn("cannot remove the images of a restore", "job", r.Job, "task", r.Index, "error", err)
 	}
 }
@@ -215,7 +227,7 @@ func restoreFiles(ctx context.Context, part *repository.PartReader, box *sandbox
 // wake lets CRIU build the processes. It begins while their memory is still
 // being fetched: but for neededFirst, CRIU does not look at that before all
 // namespaces are there.
-func (a *Agent) wake(ctx context.Context, t *task, box *sandbox.Sandbox, images string, pages *pagesFetch) error {
+func (a *Agent) wake(ctx context.Context, t *task, box *sandbox.Sandbox, images string, memory *memorySource) error {
 	work := a.workDir(t.id())
 	if err := os.Mkdir(work, 0o700); err != nil {
 		return err
@@ -232,7 +244,7 @@ func (a *Agent) wake(ctx context.Context, t *task, box *sandbox.Sandbox, images 
 		ImagesDir: images, WorkDir: work, Root: target.Root, NetNS: target.NetNS, Enter: box.Enter,
 		Notify: func(ctx context.Context, event criu.Event, _ int) error {
 			if event == criu.EventPostSetupNamespaces {
-				return pages.wait(ctx)
+				return memory.wait(ctx)
 			}
 			return nil
 		},
@@ -240,18 +252,21 @@ func (a *Agent) wake(ctx context.Context, t *task, box *sandbox.Sandbox, images 
 	for _, e := range target.External {
 		request.ExternalMounts = append(request.ExternalMounts, criu.RestoreMount{Key: e.Key, Source: e.Source})
 	}
-	first, err := neededFirst(images)
+	if err := memory.attach(); err != nil {
+		return err
+	}
+	first, err := memory.neededFirst()
 	if err != nil {
 		return err
 	}
 	if first {
-		if err := pages.wait(ctx); err != nil {
+		if err := memory.wait(ctx); err != nil {
 			return err
 		}
 	}
 	failpoint.Hit("agent.restore.before-criu")
 	result, err := a.criu.Restore(ctx, request)
-	if failed := pages.failure(); failed != nil {
+	if failed := memory.failure(); failed != nil {
 		return failed // CRIU only says that it was told to give up
 	}
 	if err != nil {

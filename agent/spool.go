@@ -9,6 +9,9 @@ import (
 	"path/filepath"
 	"sync"
 
+	"dormouse/agent/pagefs"
+	"dormouse/repository"
+
 	"github.com/shirou/gopsutil/v3/mem"
 	"golang.org/x/sys/unix"
 )
@@ -29,6 +32,7 @@ type spooler struct {
 	disk   string
 	memory string
 	limit  int64 // of all in memory together; 0: what the host can spare; negative: none
+	fuse   bool  // the kernel has file systems in user space
 
 	mu   sync.Mutex
 	used int64 // promised to directories in memory
@@ -49,7 +53,30 @@ func newSpooler(c Config) (*spooler, error) {
 			return nil, fmt.Errorf("agent: spool directory: %w", err)
 		}
 	}
+	s.fuse = pagefs.Usable(s.memory)
 	return s, nil
+}
+
+// sizeOfRestore is how much room a restore needs: for all images, or for those
+// that CRIU does not read through a memorySource; and for the fingerprints of
+// pages.
+func (s *spooler) sizeOfRestore(ctx context.Context, part *repository.PartReader) (int64, error) {
+	var images, memory int64
+	for e, err := range part.Images(ctx) {
+		if err != nil {
+			return 0, err
+		}
+		if isPages(e.Path) {
+			memory += e.Size
+		} else {
+			images += e.Size
+		}
+	}
+	size := images + memory/256 + slack
+	if !s.fuse {
+		size += memory
+	}
+	return size, nil
 }
 
 // errNoRoom is wrapped by the error for a spool that has too little room.

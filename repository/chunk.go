@@ -98,14 +98,14 @@ func (c *codec) encode(p, buf []byte) (stored []byte, how byte) {
 var errChunkHash = errors.New("its content does not match its id")
 
 // decode returns the plaintext of a stored chunk after checking its hash. The
-// result is stored itself or uses buf, whose capacity must be maxChunk.
+// result is stored itself or uses buf, whose capacity must do.
 func (c *codec) decode(id ID, loc location, stored, buf []byte) ([]byte, error) {
 	plain := stored
 	switch loc.Codec {
 	case codecRaw:
 	case codecZstd:
 		var err error
-		if plain, err = c.dec.DecodeAll(stored, buf[:0:maxChunk]); err != nil {
+		if plain, err = c.dec.DecodeAll(stored, buf[:0]); err != nil {
 			return nil, fmt.Errorf("decompress: %w", err)
 		}
 	default:

@@ -48,6 +48,8 @@ type chunker struct {
 	gather  []byte // pages of several windows that changed
 	compact []byte // a window without its zero pages
 	zip     []byte
+	news    []newChunk // of the batch, not in a pack yet
+	arena   []byte     // what they hold beyond data
 
 	b       *batch
 	out     *segment
@@ -81,6 +83,7 @@ func newChunker(u *upload, seed uint64) *chunker {
 		gather:  make([]byte, 0, maxChunk),
 		compact: make([]byte, 0, maxChunk),
 		zip:     make([]byte, 0, maxChunk+maxChunk/8),
+		arena:   make([]byte, 0, batchSize),
 	}
 }
 
@@ -98,6 +101,7 @@ func newChunker(u *upload, seed uint64) *chunker {
 func (c *chunker) work(b *batch) (batchResult, error) {
 	c.b, c.out, c.known, c.stored = b, &segment{}, make(map[ID]int), 0
 	c.gather, c.waiting = c.gather[:0], c.waiting[:0]
+	c.news, c.arena = c.news[:0], c.arena[:0]
 	if b.hole {
 		c.out.add(b.length, hole, 0)
 		return batchResult{segment: *c.out}, nil
@@ -114,6 +118,9 @@ func (c *chunker) work(b *batch) (batchResult, error) {
 		from = to
 	}
 	if err := c.flush(); err != nil {
+		return batchResult{}, err
+	}
+	if err := c.upload.add(c.news); err != nil {
 		return batchResult{}, err
 	}
 	for p := range pages {
@@ -277,7 +284,7 @@ func (c *chunker) store(from, to int) error {
 			}
 		}
 	}
-	ref, err := c.put(plain)
+	ref, err := c.put(plain, !holes)
 	for p, n := first, 0; p <= last; p++ {
 		if c.kind[p] != pageZero {
 			c.where[p] = pageRef{ref, n}
@@ -292,7 +299,7 @@ func (c *chunker) flush() error {
 	if len(c.waiting) == 0 {
 		return nil
 	}
-	ref, err := c.put(c.gather)
+	ref, err := c.put(c.gather, false)
 	for n, p := range c.waiting {
 		c.where[p] = pageRef{ref, n}
 	}
@@ -300,10 +307,21 @@ func (c *chunker) flush() error {
 	return err
 }
 
-func (c *chunker) put(plain []byte) (int, error) {
-	id, stored, err := c.upload.put(plain, c.zip)
+// put makes a chunk. It is stored with the others of the batch, at its end, so
+// that they lie in order also when others work on other batches. stays says that
+// plain is left alone until then.
+func (c *chunker) put(plain []byte, stays bool) (int, error) {
+	id, stored, chunk, err := c.upload.prepare(plain, c.zip)
 	if err != nil {
 		return 0, err
+	}
+	if chunk != nil {
+		if !stays || chunk.how != codecRaw {
+			from := len(c.arena)
+			c.arena = append(c.arena, chunk.data...)
+			chunk.data = c.arena[from:]
+		}
+		c.news = append(c.news, *chunk)
 	}
 	return c.number(id, stored), nil
 }

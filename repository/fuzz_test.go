@@ -129,7 +129,7 @@ func FuzzManifest(f *testing.F) {
 
 func FuzzPageCache(f *testing.F) {
 	path := filepath.Join(f.TempDir(), "cache")
-	w, err := newPageCacheWriter(path, nil)
+	w, err := newPageCacheWriter(path, newSeed())
 	must(f, err)
 	var b pageCacheBlock
 	b.add(0x1000, fingerprintOf([]byte("x"), 1), 0, 3)

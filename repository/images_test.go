@@ -1,9 +1,12 @@
 package repository
 
 import (
+	"bytes"
 	"maps"
 	"math/rand/v2"
+	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 )
 
@@ -65,7 +68,12 @@ func TestRestoredTaskContinuesIncrementally(t *testing.T) {
 	must(t, err)
 	restored, cache := filepath.Join(dir, "restored"), filepath.Join(dir, "cache")
 	must(t, p.RestoreImages(t.Context(), restored, RestoreOptions{}))
-	must(t, p.BuildPageCache(t.Context(), restored, cache))
+	memory, err := p.OpenMemory(t.Context(), t.TempDir(), isPagesImage)
+	must(t, err)
+	wantSameMemory(t, memory, restored)
+	memory.Stop()
+	must(t, memory.SavePageCache(t.Context(), restored, cache))
+	must(t, memory.Close())
 
 	for i := range 50 {
 		m[0x7f00_0000_0000/pageSize+uint64(i*97)] = randomPage(uint64(i) + 1<<40)
@@ -78,4 +86,34 @@ func TestRestoredTaskContinuesIncrementally(t *testing.T) {
 	got, err := r.restore(t, "c-2")
 	must(t, err)
 	wantSameFiles(t, filepath.Join(dir, "two"), got)
+}
+
+func isPagesImage(e Entry) bool { return strings.HasPrefix(e.Path, "pages-") }
+
+// wantSameMemory reads all pages images to their ends, in odd steps.
+func wantSameMemory(t *testing.T, m *MemoryReader, dir string) {
+	t.Helper()
+	for name, size := range m.Sizes() {
+		want, err := os.ReadFile(filepath.Join(dir, name))
+		must(t, err)
+		if int64(len(want)) != size {
+			t.Fatalf("%s has %d bytes, expected %d", name, size, len(want))
+		}
+		var got []byte
+		for len(got) < len(want) {
+			n := len(got)
+			must(t, m.Read(name, int64(n), 300_000, func(parts [][]byte) error {
+				for _, p := range parts {
+					got = append(got, p...)
+				}
+				return nil
+			}))
+			if len(got) == n {
+				t.Fatalf("%s ends at %d of %d bytes", name, n, len(want))
+			}
+		}
+		if !bytes.Equal(got, want) {
+			t.Errorf("%s is not what was stored", name)
+		}
+	}
 }

@@ -63,6 +63,21 @@ type cachedPage struct {
 
 func fingerprintOf(page []byte, seed uint64) xxh3.Uint128 { return xxh3.Hash128Seed(page, seed) }
 
+func putFingerprint(p []byte, fp xxh3.Uint128) {
+	binary.LittleEndian.PutUint64(p, fp.Lo)
+	binary.LittleEndian.PutUint64(p[8:], fp.Hi)
+}
+
+func getFingerprint(p []byte) xxh3.Uint128 {
+	return xxh3.Uint128{Lo: binary.LittleEndian.Uint64(p), Hi: binary.LittleEndian.Uint64(p[8:])}
+}
+
+func newSeed() uint64 {
+	var seed [8]byte
+	rand.Read(seed[:])
+	return binary.LittleEndian.Uint64(seed[:])
+}
+
 // openPageCache opens a cache, or returns nil if there is none that can be used.
 func openPageCache(path string) *pageCache {
 	f, err := os.Open(path)
@@ -167,8 +182,7 @@ func (r *pageCacheReader) next() bool {
 	} else {
 		r.number += step
 	}
-	fp := r.block.bytes(16)
-	r.page.fingerprint = xxh3.Uint128{Hi: binary.LittleEndian.Uint64(fp[8:]), Lo: binary.LittleEndian.Uint64(fp)}
+	r.page.fingerprint = getFingerprint(r.block.bytes(16))
 	chunk := r.block.next(uint64(len(r.chunks) - 1))
 	r.page.page = uint8(r.block.next(windowPages - 1))
 	if r.block.err != nil {
@@ -247,19 +261,13 @@ type pageCacheWriter struct {
 	regions map[string][2]int64
 }
 
-// newPageCacheWriter begins a cache. It keeps the seed of the one before so
-// that fingerprints need to be computed once only.
-func newPageCacheWriter(path string, parent *pageCache) (*pageCacheWriter, error) {
+// newPageCacheWriter begins a cache whose fingerprints are made with seed.
+func newPageCacheWriter(path string, seed uint64) (*pageCacheWriter, error) {
 	f, err := os.CreateTemp(filepath.Dir(path), filepath.Base(path)+".new-*")
 	if err != nil {
 		return nil, fmt.Errorf("create the page cache: %w", err)
 	}
-	var seed [8]byte
-	rand.Read(seed[:])
-	w := &pageCacheWriter{path: path, f: f, out: bufio.NewWriterSize(f, 256<<10), seed: binary.LittleEndian.Uint64(seed[:]), regions: make(map[string][2]int64)}
-	if parent != nil {
-		w.seed = parent.seed
-	}
+	w := &pageCacheWriter{path: path, f: f, out: bufio.NewWriterSize(f, 256<<10), seed: seed, regions: make(map[string][2]int64)}
 	w.write(pageCacheMagic)
 	w.write(binary.LittleEndian.AppendUint64(nil, w.seed))
 	return w, nil

@@ -111,7 +111,11 @@ func (r *Repository) NewPart(ctx context.Context, opts PartOptions) (*PartWriter
 		return w, nil
 	}
 	w.parent = openPageCache(opts.PageCache)
-	if w.cache, err = newPageCacheWriter(opts.PageCache, w.parent); err != nil {
+	seed := newSeed()
+	if w.parent != nil {
+		seed = w.parent.seed // so that fingerprints need to be computed once only
+	}
+	if w.cache, err = newPageCacheWriter(opts.PageCache, seed); err != nil {
 		return nil, errors.Join(err, w.Close())
 	}
 	return w, nil

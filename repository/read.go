@@ -396,3 +396,115 @@ func (f *fetcher) place(w *wanted, stored []byte, write func(p []byte, at int64)
 	}
 	return nil
 }
+
+// fill puts the content of a segment into dst, which has its length. Where it
+// can, it reads and decompresses straight into its place; nothing counts before
+// fill has returned without an error.
+func (f *fetcher) fill(ctx context.Context, s *segment, dst []byte) error {
+	var at int64
+	for _, r := range s.Runs {
+		if r.Chunk == hole {
+			clear(dst[at : at+r.Length])
+		}
+		at += r.Length
+	}
+	err := f.tryFill(ctx, s, dst)
+	if errors.Is(err, backend.ErrNotExist) {
+		// Garbage collection has moved chunks since the last look at the index.
+		if err := f.repo.sync(ctx); err != nil {
+			return err
+		}
+		err = f.tryFill(ctx, s, dst)
+	}
+	if errors.Is(err, backend.ErrNotExist) {
+		return &DamagedError{Object: "the repository in " + f.repo.be.Location(), Err: err}
+	}
+	return err
+}
+
+func (f *fetcher) tryFill(ctx context.Context, s *segment, dst []byte) error {
+	list, err := f.locate(ctx, s, 0)
+	if err != nil {
+		return err
+	}
+	for len(list) > 0 {
+		n, end := together(list)
+		begin := int64(list[0].loc.Offset)
+		if straight(list[:n]) {
+			at := list[0].runs[0].at
+			if err := f.fillStraight(ctx, list[:n], dst[at:at+end-begin], begin); err != nil {
+				return err
+			}
+			list = list[n:]
+			continue
+		}
+		p := f.read[:end-begin]
+		if err := f.repo.readPack(ctx, list[0].loc.Pack, p, begin); err != nil {
+			return err
+		}
+		for i := range list[:n] {
+			if err := f.fillOne(&list[i], p[int64(list[i].loc.Offset)-begin:], dst); err != nil {
+				return err
+			}
+		}
+		list = list[n:]
+	}
+	return nil
+}
+
+// straight reports whether the chunks lie in their pack just as in the content.
+func straight(list []wanted) bool {
+	for i := range list {
+		w := &list[i]
+		if w.loc.Codec != codecRaw || len(w.runs) != 1 || !w.whole() {
+			return false
+		}
+		first := &list[0]
+		if w.runs[0].at-first.runs[0].at != int64(w.loc.Offset)-int64(first.loc.Offset) {
+			return false
+		}
+	}
+	return true
+}
+
+// whole reports whether the first run is all of the chunk.
+func (w *wanted) whole() bool {
+	return w.runs[0].Offset == 0 && w.runs[0].Length == int64(w.loc.Raw)
+}
+
+// fillStraight reads chunks to their place and verifies them there.
+func (f *fetcher) fillStraight(ctx context.Context, list []wanted, dst []byte, begin int64) error {
+	if err := f.repo.readPack(ctx, list[0].loc.Pack, dst, begin); err != nil {
+		return err
+	}
+	for i := range list {
+		w := &list[i]
+		if hashOf(dst[int64(w.loc.Offset)-begin:][:w.loc.Raw]) != w.id {
+			return w.damaged(errChunkHash)
+		}
+	}
+	return nil
+}
+
+func (w *wanted) damaged(err error) error {
+	return &DamagedError{Object: "pack " + w.loc.Pack.String(), Chunk: w.id.String(), Err: err}
+}
+
+// fillOne decodes a chunk, if possible in its place.
+func (f *fetcher) fillOne(w *wanted, stored, dst []byte) error {
+	buf := f.plain
+	if w.whole() && w.loc.Codec != codecRaw {
+		buf = dst[w.runs[0].at:][:0:w.loc.Raw]
+	}
+	plain, err := f.repo.codec.decode(w.id, w.loc, stored[:w.loc.Stored], buf)
+	if err != nil {
+		return w.damaged(err)
+	}
+	for _, r := range w.runs {
+		if int64(r.Offset)+r.Length > int64(len(plain)) {
+			return &DamagedError{Object: "a segment", Chunk: w.id.String(), Err: errors.New("a run goes beyond its chunk")}
+		}
+		copy(dst[r.at:r.at+r.Length], plain[r.Offset:]) // of itself where it was decoded in place
+	}
+	return nil
+}

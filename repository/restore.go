@@ -1,12 +1,9 @@
 package repository
 
 import (
-	"bufio"
 	"context"
 	"errors"
 	"fmt"
-	"io"
-	"iter"
 	"os"
 	"path"
 	"path/filepath"
@@ -397,82 +394,4 @@ func (r *restorer) dress(dir int, name string, e *Entry) error {
 func setTimes(dir int, name string, mtime int64, flags int) error {
 	ts := unix.NsecToTimespec(mtime)
 	return unix.UtimesNanoAt(dir, name, []unix.Timespec{ts, ts}, flags)
-}
-
-// BuildPageCache writes the page cache for the images that RestoreImages has
-// written to dir, so that the next checkpoint of the restored task stores only
-// what changed. It reads the images once more, and may do so while the task
-// is running already.
-func (p *PartReader) BuildPageCache(ctx context.Context, dir, file string) error {
-	images, err := findImages(dir)
-	if err != nil {
-		return fmt.Errorf("page cache: %w", err)
-	}
-	pagemaps := make(map[string]*image)
-	for i := range images {
-		if images[i].pagemap != "" {
-			pagemaps[images[i].entry.Path] = &images[i]
-		}
-	}
-	t, err := p.tree(imagesTree)
-	if err != nil {
-		return err
-	}
-	w, err := newPageCacheWriter(file, nil)
-	if err != nil {
-		return err
-	}
-	defer w.discard()
-	for record, err := range p.repo.records(ctx, t) {
-		if err != nil {
-			return err
-		}
-		im := pagemaps[string(record.Path)]
-		if im == nil || im.entry.Size != record.Size {
-			continue
-		}
-		if err := p.cacheImage(ctx, w, im, record); err != nil {
-			return fmt.Errorf("page cache of %s: %w", im.path, err)
-		}
-	}
-	return w.publish()
-}
-
-// cacheImage adds the region of one pages image.
-func (p *PartReader) cacheImage(ctx context.Context, w *pageCacheWriter, im *image, record *entryRecord) error {
-	f, err := os.Open(im.path)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	next, stop := iter.Pull2(addresses(pagemapRanges(im.pagemap)))
-	defer stop()
-	in := bufio.NewReaderSize(f, 1<<20)
-	page := make([]byte, pageSize)
-	for i := range record.Segments {
-		s, err := p.repo.segment(ctx, &record.Segments[i])
-		if err != nil {
-			return err
-		}
-		var block pageCacheBlock
-		for _, r := range s.Runs {
-			if r.Length%pageSize != 0 || r.Chunk != hole && r.Offset%pageSize != 0 {
-				return nil // not cut by pages: it stays out of the cache
-			}
-			for n := 0; n < int(r.Length/pageSize); n++ {
-				address, err, ok := next()
-				if err != nil || !ok {
-					return errors.Join(err, ErrChanged)
-				}
-				if _, err := io.ReadFull(in, page); err != nil {
-					return err
-				}
-				if r.Chunk != hole {
-					block.add(address, fingerprintOf(page, w.seed), r.Chunk, r.Offset/pageSize+n)
-				}
-			}
-		}
-		w.block(filepath.Base(im.pagemap), block.payload(s.Chunks))
-	}
-	return nil
 }

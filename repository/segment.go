@@ -61,6 +61,24 @@ func (s *segment) add(length int64, chunk, offset int) {
 	s.Runs = append(s.Runs, run{length, chunk, offset})
 }
 
+// clip is the stretch of a segment from an offset to another, of the same chunks.
+func (s *segment) clip(from, to int64) *segment {
+	part := &segment{Chunks: s.Chunks}
+	var at int64
+	for _, r := range s.Runs {
+		begin, end := max(at, from), min(at+r.Length, to)
+		if begin < end {
+			offset := r.Offset
+			if r.Chunk != hole {
+				offset += int(begin - at)
+			}
+			part.Runs = append(part.Runs, run{end - begin, r.Chunk, offset})
+		}
+		at += r.Length
+	}
+	return part
+}
+
 func (s *segment) encode() []byte {
 	p := binary.AppendUvarint(nil, uint64(len(s.Chunks)))
 	for i := range s.Chunks {

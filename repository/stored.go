@@ -34,6 +34,11 @@ func (p *PartReader) Entries(ctx context.Context, tree string) iter.Seq2[StoredE
 	}
 }
 
+// Images gives the entries of the images.
+func (p *PartReader) Images(ctx context.Context) iter.Seq2[StoredEntry, error] {
+	return p.Entries(ctx, imagesTree)
+}
+
 // SameContent reports whether the content of f is that of a stored file. It
 // reads f and no chunk of content, so it answers by hash. It may say no of a
 // file that is the same but was stored with other bounds of chunks, which none

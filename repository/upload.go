@@ -58,22 +58,40 @@ func (u *upload) has(id ID) (stored uint32, ok bool, err error) {
 	return loc.Stored, ok, err
 }
 
+// newChunk is a chunk that the repository does not have, as it is to be stored.
+type newChunk struct {
+	id   ID
+	data []byte
+	raw  int
+	how  byte
+}
+
 // put stores a chunk unless it is there, and returns its id and stored size.
 // buf is scratch space.
 func (u *upload) put(plain []byte, buf []byte) (ID, uint32, error) {
-	id := hashOf(plain)
+	id, stored, chunk, err := u.prepare(plain, buf)
+	if err == nil && chunk != nil {
+		err = u.add([]newChunk{*chunk})
+	}
+	return id, stored, err
+}
+
+// prepare is put without the storing: chunk, if not nil, must be given to add.
+// Its data is plain or uses buf.
+func (u *upload) prepare(plain []byte, buf []byte) (id ID, stored uint32, chunk *newChunk, err error) {
+	id = hashOf(plain)
 	stored, ok, err := u.has(id)
 	if ok || err != nil {
-		return id, stored, err
+		return id, stored, nil, err
 	}
 	if !u.claim(id, uint32(len(plain))) {
-		return id, uint32(len(plain)), nil
+		return id, uint32(len(plain)), nil, nil
 	}
 	data, how := u.repo.codec.encode(plain, buf)
 	u.mu.Lock()
 	u.own[id] = uint32(len(data))
 	u.mu.Unlock()
-	return id, uint32(len(data)), u.add(id, data, len(plain), how)
+	return id, uint32(len(data)), &newChunk{id, data, len(plain), how}, nil
 }
 
 // claim makes the caller the one who stores the chunk.
@@ -87,9 +105,20 @@ func (u *upload) claim(id ID, size uint32) bool {
 	return true
 }
 
-func (u *upload) add(id ID, stored []byte, raw int, how byte) error {
+// add stores new chunks, one behind the other: what is read together later
+// should lie together.
+func (u *upload) add(chunks []newChunk) error {
 	u.filling.Lock()
 	defer u.filling.Unlock()
+	for i := range chunks {
+		if err := u.addOne(&chunks[i]); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (u *upload) addOne(c *newChunk) error {
 	if u.ctx.Err() != nil {
 		return context.Cause(u.ctx)
 	}
@@ -103,7 +132,7 @@ func (u *upload) add(id ID, stored []byte, raw int, how byte) error {
 			u.current = newPackBuilder()
 		}
 	}
-	u.current.add(id, stored, raw, how)
+	u.current.add(c.id, c.data, c.raw, c.how)
 	if u.current.full() {
 		u.send()
 	}
