@@ -3,8 +3,11 @@ package main
 import (
 	"context"
 	"fmt"
+	"os"
 	"strings"
 	"time"
+
+	"golang.org/x/term"
 
 	"dormouse/api"
 	"dormouse/client"
@@ -57,8 +60,21 @@ func (b *progressBar) draw(operation *api.Operation) {
 	done := min(max(int(operation.Progress*barWidth), 0), barWidth)
 	what := firstOf(operation.Message, operation.Step, string(operation.Kind))
 	// CSI K clears what a longer line left behind.
-	fmt.Fprintf(b.cli.err, "\r[%s%s] %3.0f%% %.60s\x1b[K", strings.Repeat("=", done), strings.Repeat(" ", barWidth-done), operation.Progress*100, oneLine(what))
+	fmt.Fprintf(b.cli.err, "\r[%s%s] %3.0f%% %.*s\x1b[K", strings.Repeat("=", done), strings.Repeat(" ", barWidth-done), operation.Progress*100, b.room(), oneLine(what))
 	b.drawn = true
+}
+
+// room is how many characters fit behind the bar: a line that is longer than the
+// terminal is wide could not be drawn over.
+func (b *progressBar) room() int {
+	const bar, least, usual = barWidth + len("[] 100% ") + 1, 20, 80
+	width := usual
+	if file, ok := b.cli.err.(*os.File); ok {
+		if columns, _, err := term.GetSize(int(file.Fd())); err == nil {
+			width = columns
+		}
+	}
+	return max(width-bar, least)
 }
 
 func (b *progressBar) clear() {
