@@ -67,6 +67,11 @@ func (b *bench) dump(engine *criu.Engine, s *sandbox.Sandbox, to image) error {
 		return err
 	}
 	defer s.Thaw(b.context())
+	return b.capture(engine, s, to)
+}
+
+// capture dumps a frozen sandbox.
+func (b *bench) capture(engine *criu.Engine, s *sandbox.Sandbox, to image) error {
 	request := criu.DumpRequest{Pid: s.Pid(), ImagesDir: to.images, LeaveRunning: true, FreezeCgroup: s.CgroupPath(), ExternalNetNS: true}
 	for _, x := range s.External() {
 		request.ExternalMounts = append(request.ExternalMounts, criu.DumpMount{Key: x.Key, Mountpoint: x.Mountpoint})
@@ -118,30 +123,50 @@ func (b *bench) resume(engine *criu.Engine, saved image) *sandbox.Sandbox {
 }
 
 func (b *bench) tryResume(engine *criu.Engine, saved image) (*sandbox.Sandbox, error) {
+	s := b.create(b.again(saved))
+	return s, b.restore(engine, saved, s, nil)
+}
+
+// again is the configuration of a copy.
+func (b *bench) again(saved image) sandbox.Config {
 	fresh := b.config("")
 	cfg := saved.config
 	cfg.ID, cfg.Dir = fresh.ID, fresh.Dir
-	s := b.create(cfg)
+	return cfg
+}
+
+// restore puts an image into a sandbox that was created for it. Without an
+// error of held, which is given the sandbox's network while no process runs, it
+// goes on.
+func (b *bench) restore(engine *criu.Engine, saved image, s *sandbox.Sandbox, held func(netns *os.File) error) error {
 	if err := os.Remove(s.UpperDir()); err != nil {
-		return nil, err
+		return err
 	}
 	if out, err := exec.Command("cp", "-a", saved.upper, s.UpperDir()).CombinedOutput(); err != nil {
-		return nil, fmt.Errorf("%w: %s", err, out)
+		return fmt.Errorf("%w: %s", err, out)
 	}
 	target, err := s.PrepareRestore(b.context())
 	if err != nil {
-		return nil, err
+		return err
 	}
 	defer target.Close()
 	request := criu.RestoreRequest{ImagesDir: saved.images, WorkDir: b.t.TempDir(), Root: target.Root, NetNS: target.NetNS, Enter: s.Enter}
 	for _, x := range target.External {
 		request.ExternalMounts = append(request.ExternalMounts, criu.RestoreMount{Key: x.Key, Source: x.Source})
 	}
+	if held != nil {
+		request.Notify = func(_ context.Context, event criu.Event, _ int) error {
+			if event != criu.EventNetworkUnlock {
+				return nil
+			}
+			return held(target.NetNS)
+		}
+	}
 	result, err := engine.Restore(b.context(), request)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	return s, s.FinishRestore(b.context(), result.Pid)
+	return s.FinishRestore(b.context(), result.Pid)
 }
 
 func TestCheckpointAndRestoreOverGenerations(t *testing.T) {

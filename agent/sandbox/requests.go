@@ -3,7 +3,6 @@ package sandbox
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"net"
 
@@ -24,9 +23,6 @@ type Outcome struct {
 	Failure    string
 	Refused    bool // it may not be done, as opposed to broken
 }
-
-// errSilent means that pid 1 lives and has hung up.
-var errSilent = errors.New("pid 1 closed the connection")
 
 // listener is the connection on which pid 1 tells of requests.
 type listener struct{ conn net.Conn }
@@ -53,11 +49,8 @@ func (s *Sandbox) Listen(ctx context.Context, take func(AppRequest)) error {
 	defer func() { cancel(); <-ended }()
 	for {
 		err := s.listen(ctx, take)
-		if ctx.Err() != nil || errors.Is(err, errLost) && s.goes(ctx) {
+		if ctx.Err() != nil || err != nil && s.goes(ctx) {
 			return nil
-		}
-		if errors.Is(err, errLost) {
-			err = errSilent
 		}
 		if err != nil {
 			return fmt.Errorf("cannot listen to the programs in sandbox %s: %w", s.ID(), err)
