@@ -35,7 +35,7 @@ func (m *Manager) startUserspace(ctx context.Context, n *network, log string) er
 		return err
 	}
 	defer listener.Close()
-	return n.holder.start(log, []string{m.options.Program, "network-holder", strconv.Itoa(mtu)}, m.node.file, listener)
+	return n.holder.start(n.router, log, []string{m.options.Program, "network-holder", strconv.Itoa(mtu)}, m.node.file, listener)
 }
 
 // listenControl makes the control socket. Its path goes through a descriptor,

@@ -43,7 +43,6 @@ func filterRouter(router *namespace, plan Plan, published []forward) error {
 	rule(conn, forwarding, from(tunnelName), to(bridgeName), clampMSS())
 	rule(conn, forwarding, from(bridgeName), to(tunnelName), accept())
 	rule(conn, forwarding, from(tunnelName), to(bridgeName), sourceIn(plan.Subnet), destinationIn(plan.Subnet), accept())
-	rule(conn, forwarding, from(bridgeName), to(bridgeName), accept())
 	// Untranslated, it would show the job's addresses to the outside.
 	rule(conn, forwarding, to(uplinkName), invalid(), drop())
 	rule(conn, forwarding, from(bridgeName), to(uplinkName), accept())
@@ -99,7 +98,6 @@ func (m *Manager) writeNodeTable(published []forward, others nftables.ChainPolic
 	// Other nodes would take it for a tunnel of ours.
 	rule(conn, forwarding, from(uplinks), port("udp", vxlanPort), drop())
 	rule(conn, forwarding, to(uplinks), redirected(), accept())
-	rule(conn, forwarding, from(uplinks), to(uplinks), answers(), accept())
 	rule(conn, forwarding, from(uplinks), to(uplinks), drop())
 	rule(conn, forwarding, from(uplinks), accept())
 	rule(conn, forwarding, to(uplinks), answers(), accept())
@@ -146,8 +144,22 @@ func chains(conn *nftables.Conn, table *nftables.Table) func(string, nftables.Ch
 // forwardingSetting makes the node a router.
 const forwardingSetting = "ipv4/ip_forward"
 
-// forwardingRecord is there while the setting is ours.
+// forwardingRecord is there while the setting is ours. It names the namespace:
+// after a restart of the node the setting is somebody else's again.
 func (m *Manager) forwardingRecord() string { return filepath.Join(m.options.State, "forwarding") }
+
+// place names the node's namespace among all there ever were.
+func (m *Manager) place() (string, error) {
+	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return "", err
+	}
+	stat := unix.Stat_t{}
+	if err := unix.Fstat(int(m.node.file.Fd()), &stat); err != nil {
+		return "", err
+	}
+	return fmt.Sprintf("%s %d", strings.TrimSpace(string(boot)), stat.Ino), nil
+}
 
 // startForwarding makes the node forward packets and returns what shall become
 // of those that are none of ours: a node that was no router before must not
@@ -168,7 +180,11 @@ func (m *Manager) startForwarding() (nftables.ChainPolicy, error) {
 	if strings.TrimSpace(value) == "1" {
 		return nftables.ChainPolicyAccept, nil
 	}
-	if err := replaceFile(m.forwardingRecord(), nil); err != nil {
+	place, err := m.place()
+	if err == nil {
+		err = replaceFile(m.forwardingRecord(), []byte(place))
+	}
+	if err != nil {
 		return 0, fmt.Errorf("record that forwarding was off: %w", err)
 	}
 	return nftables.ChainPolicyDrop, m.node.apply(setting{name: forwardingSetting, value: "1"})
@@ -187,11 +203,18 @@ func (m *Manager) stopForwarding() error {
 }
 
 func (m *Manager) forwardingIsOurs() (bool, error) {
-	_, err := os.Stat(m.forwardingRecord())
+	recorded, err := os.ReadFile(m.forwardingRecord())
 	if errors.Is(err, os.ErrNotExist) {
 		return false, nil
 	}
-	return err == nil, err
+	if err != nil {
+		return false, err
+	}
+	place, err := m.place()
+	if err != nil || place == string(recorded) {
+		return err == nil, err
+	}
+	return false, os.Remove(m.forwardingRecord())
 }
 
 // checkPorts refuses what a member would publish when somebody has the port.

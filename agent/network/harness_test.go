@@ -175,7 +175,7 @@ func (f *fabric) node(change ...func(*Options)) *node {
 	for _, c := range change {
 		c(&n.options)
 	}
-	n.restart()
+	n.start()
 	f.t.Cleanup(func() {
 		if err := n.Retain(context.Background(), nil); err != nil {
 			f.t.Errorf("clear the node: %v", err)
@@ -185,12 +185,16 @@ func (f *fabric) node(change ...func(*Options)) *node {
 	return n
 }
 
-// restart is what a new agent does first.
+// restart replaces the agent.
 func (n *node) restart() {
 	n.t.Helper()
-	if n.Manager != nil {
-		n.Close()
-	}
+	n.Close()
+	n.start()
+}
+
+// start is what a new agent does first.
+func (n *node) start() {
+	n.t.Helper()
 	manager, err := New(n.options)
 	if err != nil {
 		n.t.Fatal(err)
@@ -349,7 +353,7 @@ func dial(ns *os.File, to string, timeout time.Duration) (conn net.Conn, err err
 // saw.
 func reach(t testing.TB, ns *os.File, to string) netip.Addr {
 	t.Helper()
-	conn, err := dial(ns, to, 5*time.Second)
+	conn, err := dial(ns, to, 20*time.Second)
 	if err != nil {
 		t.Fatalf("%s cannot be reached: %v", to, err)
 	}
@@ -440,6 +444,20 @@ func (n *node) killHolder(j job) {
 	if err := unix.Waitid(unix.P_PIDFD, pidfd, nil, unix.WEXITED|unix.WNOWAIT, nil); err != nil && !errors.Is(err, unix.ECHILD) {
 		n.t.Fatal(err)
 	}
+}
+
+// awaitHolder returns when a killed holder has been replaced.
+func (n *node) awaitHolder(j job) {
+	n.t.Helper()
+	for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
+		n.mu.Lock()
+		usable := n.networks[j.key].usable()
+		n.mu.Unlock()
+		if usable {
+			return
+		}
+	}
+	n.t.Fatal("the killed holder was not replaced within 10 s")
 }
 
 func onPort(address netip.Addr, port int) string {

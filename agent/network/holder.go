@@ -25,9 +25,9 @@ func (m *Manager) holderOf(key Key) *holder {
 	return &holder{group: cgroup.Group{Unified: filepath.Join(m.options.Cgroup, key.String())}}
 }
 
-// start runs argv in a new network namespace. The descriptors in files become
-// 3, 4, ... there.
-func (h *holder) start(log string, argv []string, files ...*os.File) error {
+// start runs argv in the router's namespace, a new one when there is none. The
+// descriptors in files become 3, 4, ... there.
+func (h *holder) start(router *namespace, log string, argv []string, files ...*os.File) error {
 	if err := os.MkdirAll(h.group.Unified, 0o755); err != nil {
 		return fmt.Errorf("make the holder's cgroup: %w", err)
 	}
@@ -48,15 +48,51 @@ func (h *holder) start(log string, argv []string, files ...*os.File) error {
 	child.ExtraFiles = files
 	child.SysProcAttr = &syscall.SysProcAttr{
 		Setsid:      true,
-		Cloneflags:  syscall.CLONE_NEWNET,
 		UseCgroupFD: true,
 		CgroupFD:    int(place.Fd()),
 	}
-	if err := child.Start(); err != nil {
+	if router == nil {
+		child.SysProcAttr.Cloneflags = syscall.CLONE_NEWNET
+		err = child.Start()
+	} else {
+		err = within(router.file, child.Start)
+	}
+	if err != nil {
 		return fmt.Errorf("start the network's holder: %w", err)
 	}
 	h.child = child
+	spare(child.Process.Pid)
 	return nil
+}
+
+// spare asks the kernel to end something else first when memory runs out:
+// proc_pid_oom_score_adj(5). Only who has CAP_SYS_RESOURCE may.
+func spare(pid int) {
+	_ = os.WriteFile(fmt.Sprintf("/proc/%d/oom_score_adj", pid), []byte("-900"), 0)
+}
+
+// reap takes the status of a holder that has ended, so that no zombie stays.
+func (h *holder) reap() {
+	if h.child != nil {
+		_ = h.child.Wait() // killed, as its status says
+		h.child = nil
+	}
+}
+
+// pidfd takes hold of the holder's process.
+func (h *holder) pidfd() (*os.File, error) {
+	pids, err := h.group.Pids()
+	if err != nil {
+		return nil, err
+	}
+	if len(pids) == 0 {
+		return nil, errHolderGone
+	}
+	fd, err := unix.PidfdOpen(pids[0], unix.PIDFD_NONBLOCK)
+	if err != nil {
+		return nil, fmt.Errorf("take hold of the network's holder: %w", err)
+	}
+	return os.NewFile(uintptr(fd), "pidfd"), nil
 }
 
 // namespace opens the router's namespace; errHolderGone when nothing holds it.
@@ -97,9 +133,6 @@ func (h *holder) remove(ctx context.Context) error {
 			return fmt.Errorf("end the network's holder: %w", err)
 		}
 	}
-	if h.child != nil {
-		_ = h.child.Wait() // killed, as its status says
-		h.child = nil
-	}
+	h.reap()
 	return nil
 }

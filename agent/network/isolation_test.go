@@ -1,6 +1,8 @@
 package network
 
 import (
+	"bytes"
+	"encoding/binary"
 	"errors"
 	"net"
 	"net/netip"
@@ -10,6 +12,7 @@ import (
 	"time"
 
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 )
 
 // atAll listens on all addresses of a namespace.
@@ -33,11 +36,15 @@ func TestJobsReachNoSocketOfTheirNode(t *testing.T) {
 
 func TestJobsOnOneNodeReachNothingOfEachOther(t *testing.T) {
 	n := newFabric(t).node()
-	first, second := n.join(newJob("j-first"), 0)[0], n.join(newJob("j-second"), 1)[0]
+	first := n.join(newJob("j-first"), 0)[0]
+	second := n.join(newJob("j-second", publishing(Publish{Task: 1, Port: 8080})), 1)[0]
 	atAll(t, second.ns, "7000")
+	atAll(t, second.ns, "8080")
 	for _, address := range []string{second.address.String(), uplinkOf(0).router.String(), uplinkOf(1).router.String(), n.underlay.String()} {
 		unreachable(t, first.ns, address+":7000")
 	}
+	// What is published is so at the node's address only.
+	unreachable(t, first.ns, onPort(uplinkOf(1).router, 8080))
 }
 
 func TestTheOutsideReachesOnlyWhatIsPublished(t *testing.T) {
@@ -50,7 +57,7 @@ func TestTheOutsideReachesOnlyWhatIsPublished(t *testing.T) {
 	if err := defaultRoute(f.links, "underlay", n.underlay); err != nil {
 		t.Fatal(err)
 	}
-	for _, to := range []string{onPort(n.underlay, 80), onPort(n.underlay, 81), onPort(inside.address, 80), onPort(uplinkOf(0).router, 81)} {
+	for _, to := range []string{onPort(n.underlay, 80), onPort(n.underlay, 81), onPort(inside.address, 80), onPort(uplinkOf(0).router, 8080)} {
 		unreachable(t, f.ns, to)
 	}
 	if seen := reach(t, f.ns, onPort(n.underlay, 8080)); seen != fabricAddress {
@@ -186,6 +193,34 @@ func TestJobsCannotForgeTunnels(t *testing.T) {
 	}
 	if strings.Contains(seen, "forged for port 4789") || !strings.Contains(seen, "forged for port 4790") {
 		t.Errorf("a job's VXLAN packet left the node, or no packet of it was seen")
+	}
+}
+
+// What connection tracking cannot follow it does not translate either.
+func TestNoJobsAddressIsSeenOutside(t *testing.T) {
+	f := newFabric(t)
+	inside := f.node().join(newJob("j-null"), 0)[0]
+	at := listen(t, f.ns, onPort(fabricAddress, 0))
+	reach(t, inside.ns, at.String())
+	tap := f.tap()
+	err := within(inside.ns, func() error {
+		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_TCP)
+		if err != nil {
+			return err
+		}
+		defer unix.Close(fd)
+		segment := make([]byte, 20) // no flags at all, which is no TCP
+		binary.BigEndian.PutUint16(segment[2:], at.Port())
+		segment[12] = 5 << 4
+		return unix.Sendto(fd, segment, 0, &unix.SockaddrInet4{Addr: at.Addr().As4()})
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	reach(t, inside.ns, at.String()) // has passed the same way, later
+	own := inside.address.As4()
+	if seen := tap(); len(seen) == 0 || bytes.Contains(seen, own[:]) {
+		t.Errorf("among %d bytes on the underlay the job's address is seen, or nothing is", len(seen))
 	}
 }
 

@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 
@@ -53,6 +54,10 @@ type Manager struct {
 
 	mu       sync.Mutex
 	networks map[Key]*network
+
+	living   context.Context // until Close
+	die      context.CancelFunc
+	watchers sync.WaitGroup
 }
 
 // network is one job's network on this node.
@@ -60,6 +65,9 @@ type network struct {
 	record
 	holder *holder
 	router *namespace // nil when nothing holds it
+	held   time.Time  // when the holder was started
+	// unwatch ends the watch over the holder; nil without one.
+	unwatch context.CancelFunc
 }
 
 // New reads what an earlier manager with the same State recorded and takes over
@@ -92,9 +100,9 @@ func New(options Options) (*Manager, error) {
 	if m.node, err = openNode(options.Namespace); err != nil {
 		return nil, err
 	}
+	m.living, m.die = context.WithCancel(context.Background())
 	if err := m.adopt(); err != nil {
-		m.close()
-		return nil, err
+		return nil, errors.Join(err, m.Close())
 	}
 	return m, nil
 }
@@ -124,26 +132,32 @@ func (m *Manager) adopt() error {
 		}
 		n.router = router
 		m.networks[r.Key] = n
+		if n.usable() {
+			if err := m.watch(n); err != nil {
+				return err
+			}
+		}
 	}
 	return nil
 }
 
 // Close lets go of everything; networks live on.
 func (m *Manager) Close() error {
+	m.die()
+	m.watchers.Wait()
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.close()
-	return nil
-}
-
-func (m *Manager) close() {
 	for _, n := range m.networks {
 		n.letGo()
 	}
 	m.node.close()
+	return nil
 }
 
 func (n *network) letGo() {
+	if n.unwatch != nil {
+		n.unwatch()
+	}
 	if n.router != nil {
 		n.router.close()
 		n.router = nil
@@ -267,6 +281,7 @@ func (m *Manager) rebuild(ctx context.Context, n *network) error {
 		{"rules", func() error { return filterRouter(n.router, n.Plan, nil) }},
 		{"node", func() error { return m.filterNode() }},
 		{"built", func() error { n.Built = true; return m.save(n.record) }},
+		{"watched", func() error { return m.watch(n) }},
 	} {
 		err := ctx.Err()
 		if err == nil {
@@ -328,18 +343,22 @@ func (m *Manager) connect(ctx context.Context, key Key, peers []Peer) (secure bo
 	if n.Tunnel == tunnelNone && len(peers) > 0 {
 		return false, errors.New("it was planned for one node only")
 	}
-	var remote []netip.Addr
 	for _, peer := range peers {
 		for _, a := range peer.Addresses {
 			if err := n.Plan.checkAddress(a); err != nil {
 				return false, fmt.Errorf("node %s: %w", peer.Node, err)
 			}
 		}
-		remote = append(remote, peer.Addresses...)
+	}
+	if n.Tunnel == tunnelNone {
+		return false, nil
+	}
+	changed := n.record
+	changed.Peers = peers
+	if err := m.change(n, changed); err != nil {
+		return false, err
 	}
 	switch n.Tunnel {
-	case tunnelNone:
-		return false, nil
 	case tunnelVXLAN:
 		err = connectVXLAN(n.router, peers)
 	default:
@@ -349,7 +368,15 @@ func (m *Manager) connect(ctx context.Context, key Key, peers []Peer) (secure bo
 		return false, err
 	}
 	failpoint.Hit("network.connect.peers")
-	return n.Tunnel != tunnelVXLAN, routeTo(n.router, remote)
+	return n.Tunnel != tunnelVXLAN, routeTo(n.router, addressesOf(peers))
+}
+
+func addressesOf(peers []Peer) []netip.Addr {
+	var list []netip.Addr
+	for _, peer := range peers {
+		list = append(list, peer.Addresses...)
+	}
+	return list
 }
 
 // find returns a network that can be used.
@@ -396,7 +423,7 @@ func (m *Manager) join(ctx context.Context, key Key, member Member, netns *os.Fi
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	if err := m.setMembers(n, n.with(member)); err != nil {
+	if err := m.change(n, n.with(member)); err != nil {
 		return err
 	}
 	failpoint.Hit("network.join.recorded")
@@ -406,13 +433,13 @@ func (m *Manager) join(ctx context.Context, key Key, member Member, netns *os.Fi
 		err = m.publish(n)
 	}
 	if err != nil {
-		return errors.Join(err, m.unlink(n, member.Index), m.setMembers(n, n.without(member.Index)), m.publish(n))
+		return errors.Join(err, m.unlink(n, member.Index), m.change(n, n.without(member.Index)), m.publish(n))
 	}
 	return nil
 }
 
-// setMembers records who is in the network, before anything is done about it.
-func (m *Manager) setMembers(n *network, changed record) error {
+// change records what the network shall be, before anything is done about it.
+func (m *Manager) change(n *network, changed record) error {
 	if err := m.save(changed); err != nil {
 		return err
 	}
@@ -462,7 +489,7 @@ func (m *Manager) Leave(ctx context.Context, key Key, index int) error {
 // takeOut removes what is there of a member alone. The last one leaves the
 // rest to remove.
 func (m *Manager) takeOut(n *network, index int) error {
-	if err := m.setMembers(n, n.without(index)); err != nil {
+	if err := m.change(n, n.without(index)); err != nil {
 		return err
 	}
 	failpoint.Hit("network.leave.recorded")
@@ -505,6 +532,9 @@ func (m *Manager) remove(ctx context.Context, n *network) error {
 // vanish with a namespace do so some time later, and their names and numbers may
 // be wanted at once.
 func (m *Manager) dismantle(ctx context.Context, n *network) error {
+	if n.unwatch != nil {
+		n.unwatch()
+	}
 	errs := []error{
 		m.node.deleteLink(m.uplinkDevice(n.Slot)),
 		m.node.deleteLink(m.tunnelDevice(n.Slot)),

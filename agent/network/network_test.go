@@ -2,6 +2,7 @@ package network
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
 	"testing"
@@ -28,6 +29,7 @@ func TestTheFirstPacketArrives(t *testing.T) {
 		t.Run("tunnel="+tunnel, func(t *testing.T) {
 			f := newFabric(t)
 			a, b := f.node(), f.node()
+			slow := 0
 			for run := range 10 {
 				j := newJob(fmt.Sprint("j-", run), func(p *Plan) { p.Number = uint32(run + 1) })
 				tasks := []task{}
@@ -41,8 +43,12 @@ func TestTheFirstPacketArrives(t *testing.T) {
 				began := time.Now()
 				reach(t, tasks[0].ns, at.String())
 				if took := time.Since(began); took > 700*time.Millisecond {
-					t.Errorf("in network %d the first call took %v: a packet was lost", run, took)
+					t.Logf("in network %d the first call took %v", run, took)
+					slow++
 				}
+			}
+			if slow > 2 { // a busy machine may be as slow
+				t.Errorf("in %d of 10 networks the first call took as long as if a packet had been lost", slow)
 			}
 		})
 	}
@@ -173,31 +179,67 @@ func TestRetainTakesDeadMembersOut(t *testing.T) {
 	node.nothingLeft()
 }
 
-func TestAKilledHolderIsNoHindrance(t *testing.T) {
-	for _, restarted := range []bool{false, true} {
-		for _, tunnel := range []string{"", TunnelWireGuard, TunnelVXLAN} {
-			t.Run(fmt.Sprintf("tunnel=%s/restarted=%v", tunnel, restarted), func(t *testing.T) {
-				node := newFabric(t).node()
-				j := newJob("j-killed")
-				if tunnel != "" {
-					j = newJob("j-killed", over(tunnel))
-				}
-				node.join(j, 0)
-				node.killHolder(j)
-				if restarted {
-					node.restart()
-				}
-				tasks := node.join(j, 0, 1) // prepares again
-				reach(t, tasks[0].ns, listen(t, tasks[1].ns, onPort(tasks[1].address, 0)).String())
-				node.killHolder(j)
-				for index := range 2 {
-					if err := node.Leave(background, j.key, index); err != nil {
-						t.Fatal(err)
-					}
-				}
-				node.nothingLeft()
-			})
+// While the manager lives, a killed holder is replaced, and tasks notice little.
+func TestAKilledHolderIsReplaced(t *testing.T) {
+	eachTunnel(t, func(t *testing.T, f *fabric, j job) {
+		nodes := []*node{f.node(), f.node()}
+		tasks := span(t, j, nodes...)
+		conn, err := dial(tasks[0].ns, listen(t, tasks[1].ns, onPort(tasks[1].address, 0)).String(), 5*time.Second)
+		if err != nil {
+			t.Fatal(err)
 		}
+		defer conn.Close()
+		for _, n := range nodes {
+			n.killHolder(j)
+			n.awaitHolder(j)
+		}
+		echo(t, conn)
+		for i, n := range nodes {
+			n.restart() // only the new holder keeps the network now
+			if err := n.Retain(background, map[Key][]int{j.key: {i}}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if seen := reach(t, tasks[1].ns, listen(t, tasks[0].ns, onPort(tasks[0].address, 0)).String()); seen != tasks[1].address {
+			t.Errorf("a call came from %v; want %v", seen, tasks[1].address)
+		}
+		for i, n := range nodes {
+			if err := n.Leave(background, j.key, i); err != nil {
+				t.Fatal(err)
+			}
+			n.nothingLeft()
+		}
+	})
+}
+
+// Without a manager nobody replaces it, and the router is gone.
+func TestAHolderKilledWithItsAgentIsNoHindrance(t *testing.T) {
+	for _, tunnel := range []string{"", TunnelWireGuard, TunnelVXLAN} {
+		t.Run("tunnel="+tunnel, func(t *testing.T) {
+			node := newFabric(t).node()
+			j := newJob("j-killed")
+			if tunnel != "" {
+				j = newJob("j-killed", over(tunnel))
+			}
+			node.join(j, 0)
+			node.Close()
+			node.killHolder(j)
+			node.start()
+			if err := node.Join(background, j.key, Member{Index: 1, Address: addressOf(1)}, newNamespace(t)); !errors.Is(err, errHolderGone) {
+				t.Errorf("joining a network that is gone: %v; want %v", err, errHolderGone)
+			}
+			tasks := node.join(j, 0, 1) // prepares again
+			reach(t, tasks[0].ns, listen(t, tasks[1].ns, onPort(tasks[1].address, 0)).String())
+			node.Close()
+			node.killHolder(j)
+			node.start()
+			for index := range 2 {
+				if err := node.Leave(background, j.key, index); err != nil {
+					t.Fatal(err)
+				}
+			}
+			node.nothingLeft()
+		})
 	}
 }
 
@@ -268,6 +310,7 @@ func TestCuttingTheNodesPowerEndsHolders(t *testing.T) {
 	node := newFabric(t).node()
 	j := newJob("j-power", over(TunnelWireGuard))
 	node.join(j, 0)
+	node.Close() // the agent dies as well
 	group := cgroup.Group{Unified: node.options.Cgroup}
 	if err := group.Kill(); err != nil {
 		t.Fatal(err)
@@ -275,7 +318,7 @@ func TestCuttingTheNodesPowerEndsHolders(t *testing.T) {
 	if err := group.WaitEmpty(background); err != nil {
 		t.Fatal(err)
 	}
-	node.restart()
+	node.start()
 	if err := node.Retain(background, nil); err != nil {
 		t.Fatal(err)
 	}

@@ -25,6 +25,7 @@ type record struct {
 	PrivateKey []byte
 	Tunnel     tunnelKind
 	Members    []Member
+	Peers      []Peer // as last connected
 }
 
 // recordFile is inside the network's directory.

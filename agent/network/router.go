@@ -82,6 +82,10 @@ func buildRouter(router *namespace, plan Plan) error {
 	); err != nil {
 		return err
 	}
+	// Frames between tasks of one node are nobody's packets to filter.
+	if err := router.apply(setting{name: "bridge/bridge-nf-call-iptables", value: "0", optional: true}); err != nil {
+		return err
+	}
 	return up(router, bridgeName)
 }
 

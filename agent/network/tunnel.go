@@ -6,6 +6,8 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"path/filepath"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -103,9 +105,10 @@ func hostOf(n *net.IPNet) (netip.Addr, bool) {
 // startHolder starts the process that will own the router, and with it whatever
 // part of the tunnel lives in a process.
 func (m *Manager) startHolder(ctx context.Context, n *network) error {
-	log := m.directory(n.Key) + "/holder.log"
+	n.held = time.Now()
+	log := filepath.Join(m.directory(n.Key), "holder.log")
 	if n.Tunnel != tunnelUserspace {
-		return n.holder.start(log, []string{m.options.Init, "hold", n.Key.String()})
+		return n.holder.start(n.router, log, []string{m.options.Init, "hold", n.Key.String()})
 	}
 	return m.startUserspace(ctx, n, log)
 }

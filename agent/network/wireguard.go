@@ -93,27 +93,35 @@ func (n *network) begins(peer wgtypes.Key) bool {
 func (m *Manager) shakeHands(ctx context.Context, key Key) error {
 	for deadline := time.Now().Add(yield); ; {
 		late := time.Now().After(deadline)
-		waiting, err := m.greet(ctx, key, late)
+		waiting, err := m.greetLocked(ctx, key, late)
 		if err != nil || !waiting {
 			return err
+		}
+		pause := yield / 25
+		if late {
+			pause = yield / 5 // who is told to connect only now must not hear this greeting
 		}
 		select {
 		case <-ctx.Done():
 			return context.Cause(ctx)
-		case <-time.After(yield / 25):
+		case <-time.After(pause):
 		}
 	}
 }
 
-// greet reports whether there are peers to wait for. Those that have not greeted
-// by the time it is late, it greets.
-func (m *Manager) greet(ctx context.Context, key Key, late bool) (waiting bool, err error) {
+func (m *Manager) greetLocked(ctx context.Context, key Key, late bool) (waiting bool, err error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	n, err := m.find(key)
 	if err != nil {
 		return false, err
 	}
+	return m.greet(ctx, n, late)
+}
+
+// greet reports whether there are peers that did not greet yet. When it is late,
+// it greets them.
+func (m *Manager) greet(ctx context.Context, n *network, late bool) (waiting bool, err error) {
 	peers, err := m.tunnelPeers(ctx, n)
 	if err != nil {
 		return false, err
@@ -123,8 +131,9 @@ func (m *Manager) greet(ctx context.Context, key Key, late bool) (waiting bool, 
 		if n.begins(peer.PublicKey) || peer.PersistentKeepaliveInterval != 0 {
 			continue
 		}
-		if !late && peer.LastHandshakeTime.IsZero() {
-			waiting = true
+		silent := peer.LastHandshakeTime.IsZero()
+		waiting = waiting || silent
+		if silent && !late {
 			continue
 		}
 		interval := keepalive
