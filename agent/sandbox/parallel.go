@@ -59,6 +59,9 @@ func (c *Config) launcherEnv() map[string]string {
 	rsh := inside(filepath.Join(pid1.BinDir, pid1.RemoteShell))
 	device := "eth0"
 	env := map[string]string{
+		// What remote commands are given to, also for a user whose account names no
+		// shell: launchers write for the shell they find here.
+		"SHELL": "/bin/sh",
 		// Open MPI 4: mpirun(1), "MCA parameters" by environment.
 		"OMPI_MCA_plm_rsh_agent":         rsh,
 		"OMPI_MCA_plm_rsh_no_tree_spawn": "1",
