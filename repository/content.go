@@ -7,6 +7,7 @@ import (
 	"slices"
 
 	"github.com/zeebo/xxh3"
+	"golang.org/x/sys/unix"
 )
 
 const (
@@ -24,6 +25,9 @@ type batch struct {
 	offset int64 // a multiple of pageSize
 	length int64
 	hole   bool // it has no content, and any length; else length <= batchSize
+	// mapped says that the file does not change and lies in memory, so that it
+	// can be looked at where it is.
+	mapped bool
 	// addresses and parent have one element per page of a pages image; they are
 	// nil for other files, which are cut by offset.
 	addresses []uint64
@@ -44,7 +48,9 @@ type chunker struct {
 	upload *upload
 	seed   uint64 // of the page cache
 
-	data    []byte // of the batch
+	data    []byte // of the batch: buf, or a mapping of the file
+	buf     []byte // nil until it is needed
+	mapping []byte
 	gather  []byte // pages of several windows that changed
 	compact []byte // a window without its zero pages
 	zip     []byte
@@ -79,7 +85,6 @@ func newChunker(u *upload, seed uint64) *chunker {
 	return &chunker{
 		upload:  u,
 		seed:    seed,
-		data:    make([]byte, batchSize),
 		gather:  make([]byte, 0, maxChunk),
 		compact: make([]byte, 0, maxChunk),
 		zip:     make([]byte, 0, maxChunk+maxChunk/8),
@@ -109,6 +114,7 @@ func (c *chunker) work(b *batch) (batchResult, error) {
 	if err := c.read(); err != nil {
 		return batchResult{}, err
 	}
+	defer c.unmap()
 	pages := c.pages()
 	for from := 0; from < pages; {
 		to := c.windowEnd(from, pages)
@@ -139,11 +145,35 @@ func (c *chunker) read() error {
 		return err
 	}
 	defer f.Close()
+	if c.b.mapped && c.mapFile(f) {
+		return nil
+	}
+	if c.buf == nil {
+		c.buf = make([]byte, batchSize)
+	}
+	c.data = c.buf
 	n, err := f.ReadAt(c.data[:c.b.length], c.b.offset)
 	if err == io.EOF {
 		return fmt.Errorf("%s ends at %d instead of %d bytes or more: %w", f.Name(), c.b.offset+int64(n), c.b.offset+c.b.length, ErrChanged)
 	}
 	return err
+}
+
+// mapFile makes data the file itself, and reports whether it could.
+func (c *chunker) mapFile(f *os.File) bool {
+	if fi, err := f.Stat(); err != nil || fi.Size() < c.b.offset+c.b.length {
+		return false
+	}
+	p, err := unix.Mmap(int(f.Fd()), c.b.offset, int(c.b.length), unix.PROT_READ, unix.MAP_SHARED|unix.MAP_POPULATE)
+	c.mapping, c.data = p, p
+	return err == nil
+}
+
+func (c *chunker) unmap() {
+	if c.mapping != nil {
+		unix.Munmap(c.mapping)
+	}
+	c.mapping = nil
 }
 
 func (c *chunker) pages() int { return int((c.b.length + pageSize - 1) / pageSize) }

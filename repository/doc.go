@@ -18,10 +18,11 @@
 //     copy of the index up to date;
 //  2. cut every file into batches of up to 4 MiB; pages images by the address of
 //     their pages, other files by offset; holes and unchanged files are not read;
+//     images in memory are looked at where they are;
 //  3. in parallel, for each batch, window by window of 64 KiB: drop zero pages;
 //     refer to the parent's chunks for pages whose fingerprint is that of the
 //     parent's page at the same address; make chunks of the rest: hash, look
-//     up, and if new compress and add to the pack in memory;
+//     up, and if new compress; add those of a batch to the pack in memory;
 //  4. in order, join the runs of batches to segments and segments to entries;
 //  5. store full packs in the background, and an index object for every four;
 //  6. store the part.
@@ -35,12 +36,16 @@
 // parallel, a segment at a time: look up its chunks, read them in the order they
 // lie in packs, check the hash of each, write. On any error remove all of it.
 //
+// The content of memory can be had without writing it anywhere (OpenMemory): read
+// in blocks of 4 MiB, ahead of those who ask for it, in the order of the images.
+//
 // # Bounds
 //
 // With w = Options.Workers, by default the number of CPUs, buffers take
 //
-//	an upload    51 MiB + w × 4.5 MiB     (3 packs, and one batch per worker)
+//	an upload    68 MiB + w × 8.5 MiB     (4 packs, and one batch per worker)
 //	a restore    w × 4.2 MiB
+//	memory read  96 MiB + w × 4.2 MiB     (24 blocks)
 //	verify       w × 17 MiB
 //
 // however large the job is; the Go heap may be up to twice that between two

@@ -39,7 +39,7 @@ type MemoryReader struct {
 
 const (
 	memorySpan    = batchSize
-	memoryBlocks  = 16
+	memoryBlocks  = 24
 	memoryReserve = 2 // blocks that only callers may take
 	printSize     = 16
 )
@@ -314,6 +314,7 @@ func (m *MemoryReader) fetch(ctx context.Context, f *fetcher, b *memoryBlock) er
 	file := m.files[b.key.file]
 	from := b.key.block * memorySpan
 	end := from + m.length(b)
+	var prints blockPrints
 	for i := range file.starts {
 		start := file.starts[i]
 		stop := start + file.record.Segments[i].Bytes
@@ -324,12 +325,25 @@ func (m *MemoryReader) fetch(ctx context.Context, f *fetcher, b *memoryBlock) er
 		if err != nil {
 			return err
 		}
-		part := s.clip(max(from-start, 0), min(end, stop)-start)
-		if err := f.fill(ctx, part, b.data[max(start, from)-from:min(end, stop)-from]); err != nil {
+		begin, length := max(start, from), min(end, stop)-max(start, from)
+		f.verified = func(p []byte, at int64) { prints.add(p, begin-from+at, m.seed) }
+		if err := f.fill(ctx, s.clip(begin-start, begin-start+length), b.data[begin-from:][:length]); err != nil {
 			return err
 		}
 	}
-	return m.print(file, b.data[:end-from], from/pageSize)
+	n := (end - from) / pageSize * printSize
+	_, err := m.prints.WriteAt(prints[:n], (file.first+from/pageSize)*printSize)
+	return err
+}
+
+// blockPrints are the fingerprints of the pages of a block; zero where a page is
+// a hole, or in odd pieces.
+type blockPrints [memorySpan / pageSize * printSize]byte
+
+func (b *blockPrints) add(p []byte, at int64, seed uint64) {
+	for ; at%pageSize == 0 && len(p) >= pageSize; at, p = at+pageSize, p[pageSize:] {
+		putFingerprint(b[at/pageSize*printSize:], fingerprintOf(p[:pageSize], seed))
+	}
 }
 
 func (m *MemoryReader) loadSegment(ctx context.Context, f *memoryFile, i int) (*segment, error) {
@@ -343,18 +357,6 @@ func (m *MemoryReader) loadSegment(ctx context.Context, f *memoryFile, i int) (*
 		f.loaded, f.segment = i, s
 	}
 	return s, err
-}
-
-// print notes the fingerprints of pages while they are in the processor's cache.
-func (m *MemoryReader) print(f *memoryFile, data []byte, page int64) error {
-	var prints [memorySpan / pageSize * printSize]byte
-	n := 0
-	for at := 0; at+pageSize <= len(data); at += pageSize {
-		putFingerprint(prints[n:], fingerprintOf(data[at:at+pageSize], m.seed))
-		n += printSize
-	}
-	_, err := m.prints.WriteAt(prints[:n], (f.first+page)*printSize)
-	return err
 }
 
 // Err is the first error met, also while reading ahead.

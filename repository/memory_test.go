@@ -43,7 +43,7 @@ func TestMemoryDoesNotGrowWithTheJob(t *testing.T) {
 		t.Error("memory grows with the job")
 	}
 	workers := uint64(runtime.GOMAXPROCS(0))
-	if limit := (51<<20 + workers*(9<<20/2) + slack) * 11 / 10; bigUpload > limit {
+	if limit := (68<<20 + workers*(17<<20/2) + slack) * 11 / 10; bigUpload > limit {
 		t.Errorf("an upload holds %d MiB, want at most %d MiB", bigUpload>>20, limit>>20)
 	}
 	if limit := workers*(43<<20/10) + slack; bigRestore > limit {

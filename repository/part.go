@@ -153,20 +153,22 @@ func (w *PartWriter) cached(key FileKey) ([]cachedSegment, bool) {
 	return segments, true
 }
 
-// AddImages adds the images that CRIU wrote to dir. Pages images that a
-// pagemap image describes are cut by address and compared with the page cache.
+// AddImages adds the images that CRIU wrote to dir, which must not change before
+// it has returned. Pages images that a pagemap image describes are cut by address
+// and compared with the page cache.
 func (w *PartWriter) AddImages(ctx context.Context, dir string) error {
 	images, err := findImages(dir)
 	if err != nil {
 		return fmt.Errorf("checkpoint images: %w", err)
 	}
+	mapped := inMemory(dir)
 	return w.addTree(ctx, imagesTree, func(yield func(*step, error) bool) {
 		root := &TreeEntry{Entry: Entry{Path: ".", Type: TypeDir, Mode: 0o700}}
 		if !yield(&step{entry: root, last: true}, nil) {
 			return
 		}
 		for i := range images {
-			if !images[i].steps(w.parent, yield) {
+			if !images[i].steps(w.parent, mapped, yield) {
 				return
 			}
 		}
@@ -560,10 +562,17 @@ func findImages(dir string) ([]image, error) {
 	return images, nil
 }
 
+// inMemory reports whether a directory is on a file system that has nothing but
+// memory below it.
+func inMemory(dir string) bool {
+	var st unix.Statfs_t
+	return unix.Statfs(dir, &st) == nil && st.Type == unix.TMPFS_MAGIC
+}
+
 func (im *image) open() (*os.File, error) { return os.Open(im.path) }
 
 // steps gives the steps of one image; false when yield has had enough.
-func (im *image) steps(parent *pageCache, yield func(*step, error) bool) bool {
+func (im *image) steps(parent *pageCache, mapped bool, yield func(*step, error) bool) bool {
 	e := &TreeEntry{Entry: im.entry, Open: im.open}
 	if im.entry.Size == 0 {
 		return yield(&step{entry: e, last: true}, nil)
@@ -577,6 +586,7 @@ func (im *image) steps(parent *pageCache, yield func(*step, error) bool) bool {
 		if err != nil {
 			return yield(nil, fmt.Errorf("read %s: %w", im.path, err))
 		}
+		b.mapped = mapped
 		if !yield(&step{entry: e, batch: b, region: region, last: b.offset+b.length == e.Size}, nil) {
 			return false
 		}

@@ -273,6 +273,9 @@ type fetcher struct {
 	repo  *Repository
 	read  []byte // of a pack
 	plain []byte // of a chunk
+	// verified, if set, is called by fill with each piece that is in its place,
+	// while it is in the processor's cache, and where in the segment that is.
+	verified func(p []byte, at int64)
 }
 
 const (
@@ -428,43 +431,64 @@ func (f *fetcher) tryFill(ctx context.Context, s *segment, dst []byte) error {
 		return err
 	}
 	for len(list) > 0 {
-		n, end := together(list)
-		begin := int64(list[0].loc.Offset)
-		if straight(list[:n]) {
-			at := list[0].runs[0].at
-			if err := f.fillStraight(ctx, list[:n], dst[at:at+end-begin], begin); err != nil {
-				return err
-			}
-			list = list[n:]
-			continue
-		}
-		p := f.read[:end-begin]
-		if err := f.repo.readPack(ctx, list[0].loc.Pack, p, begin); err != nil {
+		n, err := f.fillSome(ctx, list, dst)
+		if err != nil {
 			return err
-		}
-		for i := range list[:n] {
-			if err := f.fillOne(&list[i], p[int64(list[i].loc.Offset)-begin:], dst); err != nil {
-				return err
-			}
 		}
 		list = list[n:]
 	}
 	return nil
 }
 
-// straight reports whether the chunks lie in their pack just as in the content.
-func straight(list []wanted) bool {
-	for i := range list {
-		w := &list[i]
-		if w.loc.Codec != codecRaw || len(w.runs) != 1 || !w.whole() {
-			return false
-		}
-		first := &list[0]
-		if w.runs[0].at-first.runs[0].at != int64(w.loc.Offset)-int64(first.loc.Offset) {
-			return false
+// fillSome reads the first chunks of a list, once from their pack, and returns
+// how many those are.
+func (f *fetcher) fillSome(ctx context.Context, list []wanted, dst []byte) (int, error) {
+	if n := straight(list); n > 0 {
+		return n, f.fillStraight(ctx, list[:n], dst)
+	}
+	n, _ := together(list)
+	for i := 1; i < n; i++ {
+		if straight(list[i:]) > 0 {
+			n = i
 		}
 	}
-	return true
+	n, end := together(list[:n])
+	begin := int64(list[0].loc.Offset)
+	p := f.read[:end-begin]
+	if err := f.repo.readPack(ctx, list[0].loc.Pack, p, begin); err != nil {
+		return 0, err
+	}
+	for i := range list[:n] {
+		if err := f.fillOne(&list[i], p[int64(list[i].loc.Offset)-begin:], dst); err != nil {
+			return 0, err
+		}
+	}
+	return n, nil
+}
+
+// straightLeast is how much has to lie straight to be worth a read of its own.
+const straightLeast = 256 << 10
+
+// straight returns how many of the first chunks lie in their pack just as they do
+// in the content, back to back; 0 if they are few.
+func straight(list []wanted) int {
+	var bytes int64
+	n := 0
+	for ; n < len(list); n++ {
+		w := &list[n]
+		if w.loc.Codec != codecRaw || len(w.runs) != 1 || !w.whole() {
+			break
+		}
+		if first := &list[0]; w.loc.Pack != first.loc.Pack ||
+			int64(w.loc.Offset) != int64(first.loc.Offset)+bytes || w.runs[0].at != first.runs[0].at+bytes {
+			break
+		}
+		bytes += int64(w.loc.Raw)
+	}
+	if bytes < straightLeast {
+		return 0
+	}
+	return n
 }
 
 // whole reports whether the first run is all of the chunk.
@@ -473,14 +497,21 @@ func (w *wanted) whole() bool {
 }
 
 // fillStraight reads chunks to their place and verifies them there.
-func (f *fetcher) fillStraight(ctx context.Context, list []wanted, dst []byte, begin int64) error {
-	if err := f.repo.readPack(ctx, list[0].loc.Pack, dst, begin); err != nil {
+func (f *fetcher) fillStraight(ctx context.Context, list []wanted, dst []byte) error {
+	first, last := &list[0], &list[len(list)-1]
+	at := first.runs[0].at
+	p := dst[at : last.runs[0].at+int64(last.loc.Raw)]
+	if err := f.repo.readPack(ctx, first.loc.Pack, p, int64(first.loc.Offset)); err != nil {
 		return err
 	}
 	for i := range list {
 		w := &list[i]
-		if hashOf(dst[int64(w.loc.Offset)-begin:][:w.loc.Raw]) != w.id {
+		piece := dst[w.runs[0].at:][:w.loc.Raw]
+		if hashOf(piece) != w.id {
 			return w.damaged(errChunkHash)
+		}
+		if f.verified != nil {
+			f.verified(piece, w.runs[0].at)
 		}
 	}
 	return nil
@@ -504,7 +535,11 @@ func (f *fetcher) fillOne(w *wanted, stored, dst []byte) error {
 		if int64(r.Offset)+r.Length > int64(len(plain)) {
 			return &DamagedError{Object: "a segment", Chunk: w.id.String(), Err: errors.New("a run goes beyond its chunk")}
 		}
-		copy(dst[r.at:r.at+r.Length], plain[r.Offset:]) // of itself where it was decoded in place
+		piece := dst[r.at : r.at+r.Length]
+		copy(piece, plain[r.Offset:]) // of itself where it was decoded in place
+		if f.verified != nil {
+			f.verified(piece, r.at)
+		}
 	}
 	return nil
 }

@@ -35,7 +35,7 @@ type upload struct {
 	newBytes atomic.Int64
 }
 
-const packBuffers = 3
+const packBuffers = 4
 
 func (r *Repository) newUpload(ctx context.Context, l *lease) *upload {
 	u := &upload{repo: r, lease: l, own: make(map[ID]uint32), free: make(chan *packBuilder, packBuffers)}
@@ -144,24 +144,27 @@ func (u *upload) send() {
 	b := u.current
 	u.current = nil
 	u.savers.Go(func() error {
-		err := u.save(b)
+		pack, err := u.save(b)
+		b.reset()
+		u.free <- b
+		if err == nil {
+			err = u.index(pack, indexPacks)
+		}
 		if err != nil {
 			u.cancel(err)
 		}
-		b.reset()
-		u.free <- b
 		return err
 	})
 }
 
-func (u *upload) save(b *packBuilder) error {
+func (u *upload) save(b *packBuilder) (packIndex, error) {
 	name := b.finish()
 	h := backend.Handle{Kind: backend.Pack, Name: name.String()}
 	if err := u.repo.be.Save(u.ctx, h, bytes.NewReader(b.buf), int64(len(b.buf))); err != nil {
-		return fmt.Errorf("store a pack: %w", err)
+		return packIndex{}, fmt.Errorf("store a pack: %w", err)
 	}
 	u.newBytes.Add(int64(len(b.buf)))
-	return u.index(packIndex{name, append([]packChunk(nil), b.chunks...)}, indexPacks)
+	return packIndex{name, append([]packChunk(nil), b.chunks...)}, nil
 }
 
 // index notes stored packs, and writes an index object when it has atLeast.

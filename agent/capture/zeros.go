@@ -8,11 +8,14 @@ import (
 	"math"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 
 	"github.com/checkpoint-restore/go-criu/v7/crit/images/mm"
+	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
@@ -177,82 +180,103 @@ func (m *pagemap) bytes() int64 {
 	return total
 }
 
-// compactStep is how much of a pages image is looked at at once: little, so that
-// it stays in the processor's cache.
-const compactStep = 256 << 10
+// scanStep is how much of a pages image is looked at, or moved, at once: little,
+// so that it stays in the processor's cache.
+const scanStep = 256 << 10
 
 // compact moves the pages that are kept to the front of f, the pages image, and
 // returns the map of them and their size.
 func (m *pagemap) compact(f *os.File, areas []area) (*pagemap, int64, error) {
+	zero, err := zeroPages(f, m.bytes()/pageSize)
+	if err != nil {
+		return nil, 0, err
+	}
 	kept := &pagemap{head: m.head, id: m.id, wide: m.wide}
-	c := compaction{f: f, buf: make([]byte, compactStep)}
+	moves := mover{f: f}
+	var page int64
 	for _, r := range m.entries {
 		for end := r.address + r.pages*pageSize; r.address < end; r.address += pageSize {
-			page, err := c.next()
-			if err != nil {
-				return nil, 0, err
-			}
 			for len(areas) > 0 && areas[0].end <= r.address {
 				areas = areas[1:]
 			}
 			anonymous := len(areas) > 0 && areas[0].start <= r.address
-			if anonymous && bytes.Equal(page, zeroPage[:]) {
-				continue
+			if !anonymous || !zero[page] {
+				kept.add(r.address, r.flags)
+				if err := moves.keep(page * pageSize); err != nil {
+					return nil, 0, err
+				}
 			}
-			c.keep(page)
-			kept.add(r.address, r.flags)
+			page++
 		}
 	}
-	if err := c.flush(); err != nil {
-		return nil, 0, err
+	return kept, moves.to + moves.length, moves.flush()
+}
+
+// zeroPages says of each page of a file whether it is full of zeros.
+func zeroPages(f *os.File, pages int64) ([]bool, error) {
+	zero := make([]bool, pages)
+	var next atomic.Int64
+	var group errgroup.Group
+	for range runtime.GOMAXPROCS(0) {
+		group.Go(func() error {
+			buf := make([]byte, scanStep)
+			for {
+				at := next.Add(scanStep) - scanStep
+				left := pages*pageSize - at
+				if left <= 0 {
+					return nil
+				}
+				step := buf[:min(left, scanStep)]
+				if _, err := f.ReadAt(step, at); err != nil {
+					return fmt.Errorf("%s ends too early: %w", f.Name(), err)
+				}
+				for i := 0; i < len(step); i += pageSize {
+					zero[(at+int64(i))/pageSize] = bytes.Equal(step[i:i+pageSize], zeroPage[:])
+				}
+			}
+		})
 	}
-	return kept, c.to, nil
+	return zero, group.Wait()
 }
 
-// compaction reads pages of a file one after the other and writes those that
-// are kept, one after the other, to its beginning.
-type compaction struct {
-	f        *os.File
-	buf      []byte
-	at, have int   // the next page in buf, and the bytes in it
-	kept     int   // bytes at the beginning of buf that are kept
-	from, to int64 // where the next bytes are read, and written
+// mover moves stretches of a file towards its beginning.
+type mover struct {
+	f            *os.File
+	buf          []byte
+	from, length int64 // the stretch that is kept, and not moved yet
+	to           int64 // where it goes
 }
 
-func (c *compaction) next() ([]byte, error) {
-	if c.at == c.have {
-		if err := c.flush(); err != nil {
-			return nil, err
-		}
-		n, err := c.f.ReadAt(c.buf, c.from)
-		if n < pageSize {
-			return nil, fmt.Errorf("%s ends too early: %w", c.f.Name(), err)
-		}
-		c.at, c.have = 0, n/pageSize*pageSize
-		c.from += int64(c.have)
-	}
-	page := c.buf[c.at : c.at+pageSize]
-	c.at += pageSize
-	return page, nil
-}
-
-// keep keeps the page that next has returned.
-func (c *compaction) keep(page []byte) {
-	if c.kept != c.at-pageSize {
-		copy(c.buf[c.kept:], page)
-	}
-	c.kept += pageSize
-}
-
-// flush writes what is kept, unless all is where it was.
-func (c *compaction) flush() error {
-	if c.kept > 0 && (c.to != c.from-int64(c.have) || c.kept != c.have) {
-		if _, err := c.f.WriteAt(c.buf[:c.kept], c.to); err != nil {
+// keep keeps the page at an offset; offsets ascend.
+func (m *mover) keep(offset int64) error {
+	if offset != m.from+m.length {
+		if err := m.flush(); err != nil {
 			return err
 		}
+		m.to, m.from, m.length = m.to+m.length, offset, 0
 	}
-	c.to += int64(c.kept)
-	c.at, c.have, c.kept = 0, 0, 0
+	m.length += pageSize
+	return nil
+}
+
+// flush moves the present stretch.
+func (m *mover) flush() error {
+	if m.from == m.to {
+		return nil
+	}
+	if m.buf == nil {
+		m.buf = make([]byte, scanStep)
+	}
+	for done := int64(0); done < m.length; {
+		step := m.buf[:min(m.length-done, scanStep)]
+		if _, err := m.f.ReadAt(step, m.from+done); err != nil {
+			return err
+		}
+		if _, err := m.f.WriteAt(step, m.to+done); err != nil {
+			return err
+		}
+		done += int64(len(step))
+	}
 	return nil
 }
 
