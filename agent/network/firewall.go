@@ -219,10 +219,7 @@ func (m *Manager) forwardingIsOurs() (bool, error) {
 
 // checkPorts refuses what a member would publish when somebody has the port.
 func (m *Manager) checkPorts(own *network, member Member) error {
-	for _, wanted := range own.Plan.Publish {
-		if wanted.Task != member.Index {
-			continue
-		}
+	for _, wanted := range own.portsOf(member.Index) {
 		if err := m.checkPort(own, member.Index, wanted); err != nil {
 			return err
 		}

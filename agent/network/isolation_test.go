@@ -85,10 +85,9 @@ func TestPublishedPortsAreReachedFromJobs(t *testing.T) {
 	}
 }
 
-func TestPublishedUDP(t *testing.T) {
-	f := newFabric(t)
-	n := f.node()
-	inside := n.join(newJob("j-udp", publishing(Publish{Task: 0, Protocol: "udp", Port: 5353, Target: 53})), 0)[0]
+// echoDatagrams serves UDP port 53 of a task.
+func echoDatagrams(t *testing.T, inside task) {
+	t.Helper()
 	err := within(inside.ns, func() error {
 		conn, err := net.ListenPacket("udp4", ":53")
 		if err != nil {
@@ -110,21 +109,52 @@ func TestPublishedUDP(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	err = within(f.ns, func() error {
-		conn, err := net.Dial("udp4", onPort(n.underlay, 5353))
-		if err != nil {
-			return err
-		}
-		defer conn.Close()
-		_ = conn.SetDeadline(time.Now().Add(5 * time.Second))
-		if _, err := conn.Write([]byte("hello")); err != nil {
-			return err
-		}
-		_, err = conn.Read(make([]byte, 5))
+}
+
+// A client of datagrams knows nothing of starts and restores, and goes on
+// sending from one port.
+func TestPublishedUDPFollowsItsTask(t *testing.T) {
+	f := newFabric(t)
+	n := f.node()
+	var client net.Conn
+	err := within(f.ns, func() (err error) {
+		client, err = net.Dial("udp4", onPort(n.underlay, 5353))
 		return err
 	})
 	if err != nil {
-		t.Errorf("a datagram to the published port gets no answer: %v", err)
+		t.Fatal(err)
+	}
+	defer client.Close()
+	answered := func() bool {
+		_ = client.SetDeadline(time.Now().Add(blocked))
+		_, _ = client.Write([]byte("hello"))
+		for { // an earlier refusal comes as an error of a later call
+			_, err := client.Read(make([]byte, 5))
+			if !errors.Is(err, unix.ECONNREFUSED) {
+				return err == nil
+			}
+			_, _ = client.Write([]byte("hello"))
+		}
+	}
+	if answered() {
+		t.Fatal("something answers before anything is published")
+	}
+	other := n.join(newJob("j-other"), 3) // takes the slot that would be used again
+	for run := range 3 {
+		j := newJob("j-udp", publishing(Publish{Task: 0, Protocol: "udp", Port: 5353, Target: 53}))
+		j.key.Run = int64(run)
+		echoDatagrams(t, n.join(j, 0)[0])
+		if !answered() {
+			t.Errorf("run %d does not answer", run)
+		}
+		if err := n.Leave(background, j.key, 0); err != nil {
+			t.Fatal(err)
+		}
+		if run == 0 { // from here on, runs are in another slot
+			if err := n.Leave(background, newJob("j-other").key, other[0].index); err != nil {
+				t.Fatal(err)
+			}
+		}
 	}
 }
 

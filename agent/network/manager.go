@@ -432,6 +432,9 @@ func (m *Manager) join(ctx context.Context, key Key, member Member, netns *os.Fi
 	if err == nil {
 		err = m.publish(n)
 	}
+	if err == nil {
+		err = m.forgetConnections(n.portsOf(member.Index))
+	}
 	if err != nil {
 		return errors.Join(err, m.unlink(n, member.Index), m.change(n, n.without(member.Index)), m.publish(n))
 	}
@@ -453,8 +456,10 @@ func (m *Manager) publish(n *network) error {
 	if len(n.Plan.Publish) == 0 {
 		return nil
 	}
-	if err := filterRouter(n.router, n.Plan, n.published()); err != nil {
-		return err
+	if n.router != nil {
+		if err := filterRouter(n.router, n.Plan, n.published()); err != nil {
+			return err
+		}
 	}
 	return m.filterNode()
 }
@@ -493,14 +498,14 @@ func (m *Manager) takeOut(n *network, index int) error {
 		return err
 	}
 	failpoint.Hit("network.leave.recorded")
-	if n.router == nil {
-		return m.filterNode()
-	}
 	if err := m.unlink(n, index); err != nil {
 		return err
 	}
 	failpoint.Hit("network.leave.unlinked")
-	return m.publish(n)
+	if err := m.publish(n); err != nil {
+		return err
+	}
+	return m.forgetConnections(n.portsOf(index))
 }
 
 // remove takes a network away, whatever there is of it, and last its record.

@@ -131,15 +131,24 @@ func (r record) with(member Member) record {
 
 var errNoAddress = errors.New("the node has no address on a network that reaches other nodes: start its agent with one (underlay)")
 
+// portsOf lists what a task would publish.
+func (r *record) portsOf(index int) []Publish {
+	var ports []Publish
+	for _, port := range r.Plan.Publish {
+		if port.Task == index {
+			ports = append(ports, port)
+		}
+	}
+	return ports
+}
+
 // published lists what the outside reaches through this node: the ports of
 // tasks that are here.
 func (r *record) published() []forward {
 	var list []forward
 	for _, member := range r.Members {
-		for _, port := range r.Plan.Publish {
-			if port.Task == member.Index {
-				list = append(list, forward{Publish: port, To: member.Address, Via: uplinkOf(r.Slot).router})
-			}
+		for _, port := range r.portsOf(member.Index) {
+			list = append(list, forward{Publish: port, To: member.Address, Via: uplinkOf(r.Slot).router})
 		}
 	}
 	return list
