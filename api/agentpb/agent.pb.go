@@ -1564,6 +1564,7 @@ type StartTask struct {
 	Spec          []byte                 `protobuf:"bytes,1,opt,name=spec,proto3" json:"spec,omitempty"` // api.JobSpec as JSON
 	VirtualIp     string                 `protobuf:"bytes,2,opt,name=virtual_ip,json=virtualIp,proto3" json:"virtual_ip,omitempty"`
 	Hosts         []*HostEntry           `protobuf:"bytes,3,rep,name=hosts,proto3" json:"hosts,omitempty"`
+	Secret        []byte                 `protobuf:"bytes,4,opt,name=secret,proto3" json:"secret,omitempty"` // what the job's tasks know each other by
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1615,6 +1616,13 @@ func (x *StartTask) GetVirtualIp() string {
 func (x *StartTask) GetHosts() []*HostEntry {
 	if x != nil {
 		return x.Hosts
+	}
+	return nil
+}
+
+func (x *StartTask) GetSecret() []byte {
+	if x != nil {
+		return x.Secret
 	}
 	return nil
 }
@@ -3515,12 +3523,13 @@ const file_agent_proto_rawDesc = "" +
 	"\bProgress\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1a\n" +
 	"\bfraction\x18\x02 \x01(\x01R\bfraction\x12\x18\n" +
-	"\amessage\x18\x03 \x01(\tR\amessage\"r\n" +
+	"\amessage\x18\x03 \x01(\tR\amessage\"\x8a\x01\n" +
 	"\tStartTask\x12\x12\n" +
 	"\x04spec\x18\x01 \x01(\fR\x04spec\x12\x1d\n" +
 	"\n" +
 	"virtual_ip\x18\x02 \x01(\tR\tvirtualIp\x122\n" +
-	"\x05hosts\x18\x03 \x03(\v2\x1c.dormouse.agent.v1.HostEntryR\x05hosts\"/\n" +
+	"\x05hosts\x18\x03 \x03(\v2\x1c.dormouse.agent.v1.HostEntryR\x05hosts\x12\x16\n" +
+	"\x06secret\x18\x04 \x01(\fR\x06secret\"/\n" +
 	"\tHostEntry\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x0e\n" +
 	"\x02ip\x18\x02 \x01(\tR\x02ip\"+\n" +
