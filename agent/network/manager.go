@@ -553,14 +553,15 @@ func (m *Manager) dismantle(ctx context.Context, n *network) error {
 }
 
 // Retain removes all networks and members but the live ones, and whatever else
-// an earlier manager left. An agent calls it when it knows its tasks.
+// an earlier manager left. An agent calls it when it knows its tasks. A key
+// without indexes keeps a network that no task has joined yet.
 func (m *Manager) Retain(ctx context.Context, live map[Key][]int) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	var errs []error
 	for key, n := range m.networks {
 		indexes, wanted := live[key]
-		if !wanted || len(indexes) == 0 || !n.Built {
+		if !wanted || !n.Built {
 			errs = append(errs, m.remove(ctx, n))
 			continue
 		}

@@ -162,6 +162,19 @@ func TestNetworksOutliveTheAgent(t *testing.T) {
 	node.nothingLeft()
 }
 
+func TestRetainKeepsANetworkThatTasksAreAboutToJoin(t *testing.T) {
+	node := newFabric(t).node()
+	j := newJob("j-soon", over(TunnelWireGuard))
+	before := node.prepare(j)
+	node.restart()
+	if err := node.Retain(background, map[Key][]int{j.key: {}}); err != nil {
+		t.Fatal(err)
+	}
+	if after := node.prepare(j); fmt.Sprint(after) != fmt.Sprint(before) {
+		t.Errorf("the endpoint was %v, and is %v after a restart", before, after)
+	}
+}
+
 func TestRetainTakesDeadMembersOut(t *testing.T) {
 	node := newFabric(t).node()
 	j := newJob("j-part")
