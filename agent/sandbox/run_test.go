@@ -408,6 +408,7 @@ func TestExecIsHungUpWhenItsUserLeaves(t *testing.T) {
 func TestQuiesceDropsEveryConnectionAndSessionsGoOn(t *testing.T) {
 	b := newBench(t)
 	s := b.start(b.config("exec sleep 1000"))
+	b.listen(s)
 	input, typed := io.Pipe()
 	out := newWatcher()
 	done := make(chan int, 1)
@@ -507,7 +508,7 @@ func connections(t *testing.T, pid int) int {
 			sockets++
 		}
 	}
-	return sockets - 1 // the listener
+	return sockets - 2 // the listeners, for the agent and for programs of the task
 }
 
 func TestAgentRestart(t *testing.T) {

@@ -250,7 +250,7 @@ func TestUser(t *testing.T) {
 	}
 	cfg := b.config("echo $HOME $USER $PATH $PWD; umask; echo again >> /dev/stdout")
 	cfg.User = "daemon"
-	contains(t, "environment", b.output(cfg), "/usr/sbin daemon /usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin /\n0022\nagain\n")
+	contains(t, "environment", b.output(cfg), "/usr/sbin daemon /usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/.dormouse/bin /\n0022\nagain\n")
 }
 
 func TestEnvironmentAndWorkingDirectory(t *testing.T) {
