@@ -23,6 +23,18 @@
 //	PrepareRestore   overlay mounted at DIR/root, network namespace, cgroups
 //	FinishRestore    unmounted again (the tree has its own mounts), pid recorded
 //
+// Tasks of one job (parallel.go). Options.Network connects the namespaces; host
+// names, host files and the environment tell launchers such as mpirun where to
+// start what, and dormouse-rsh, through which they do, asks the pid 1 of the
+// other task. All of it lies inside the job: processes started remotely are
+// children of a pid 1 and the connections between sandboxes carry the job's own
+// addresses, so that a checkpoint of all tasks holds every end of everything.
+//
+// Requests (requests.go). Programs inside ask their pid 1 for a checkpoint of the
+// job; it keeps the request in its memory, and Listen brings it to the agent as
+// often as it takes. So the copy in a checkpoint has it too, and is told by
+// Restored what became of it there.
+//
 // The agent need not be the parent of pid 1: after an agent's restart Open finds
 // it by pid and start time and checks that it is in the sandbox's cgroup. So the
 // end of a sandbox is seen through a pidfd, and how its command ended is read

@@ -149,7 +149,7 @@ func parseRemote(payload []byte, run *pid1.Run) (*pid1.RemoteRequest, error) {
 
 // converse runs the process until it or the connection ends.
 func (r *remote) converse(link *conn, request *pid1.RemoteRequest) error {
-	s, err := startSession(r.family, r.run, &pid1.Request{Command: []string{"/bin/sh", "-c", request.Command}})
+	s, err := startSession(r.family, r.run, &pid1.Request{Command: []string{"/bin/sh", "-c", string(request.Command)}})
 	if err != nil {
 		return err
 	}

@@ -65,7 +65,7 @@ func frame(kind pid1.FrameType, payload []byte) []byte {
 }
 
 func TestAStrangerGetsNothing(t *testing.T) {
-	request, _ := json.Marshal(pid1.RemoteRequest{Command: "echo broken in"})
+	request, _ := json.Marshal(pid1.RemoteRequest{Command: []byte("echo broken in")})
 	for name, wire := range map[string][]byte{
 		"nothing":                      nil,
 		"garbage":                      []byte("GET / HTTP/1.1\r\n\r\n"),
@@ -129,21 +129,44 @@ func TestStrangersAreLimitedAndLeaveRoomWhenTheyGo(t *testing.T) {
 
 func TestRequestsAreChecked(t *testing.T) {
 	run := &pid1.Run{User: "daemon", UID: 1}
-	for payload, good := range map[string]bool{
-		`{"command":"ls"}`:                 true,
-		`{"command":"ls","user":"daemon"}`: true,
-		`{"command":"ls","user":"1"}`:      true,
-		`{"command":"ls","user":"root"}`:   false,
-		`{"command":"ls","user":"0"}`:      false,
-		`{"command":""}`:                   false,
-		`{"command":"a\u0000b"}`:           false,
-		`{"command":7}`:                    false,
-		`nonsense`:                         false,
-		`{"command":"` + strings.Repeat("a", pid1.MaxRemoteCommand+1) + `"}`: false,
+	ls := []byte("ls")
+	for _, c := range []struct {
+		request any
+		good    bool
+	}{
+		{pid1.RemoteRequest{Command: ls}, true},
+		{pid1.RemoteRequest{Command: []byte("\xe4\xff")}, true},
+		{pid1.RemoteRequest{Command: ls, User: "daemon"}, true},
+		{pid1.RemoteRequest{Command: ls, User: "1"}, true},
+		{pid1.RemoteRequest{Command: ls, User: "root"}, false},
+		{pid1.RemoteRequest{Command: ls, User: "0"}, false},
+		{pid1.RemoteRequest{}, false},
+		{pid1.RemoteRequest{Command: []byte("a\x00b")}, false},
+		{pid1.RemoteRequest{Command: bytes.Repeat([]byte("a"), pid1.MaxRemoteCommand+1)}, false},
+		{map[string]int{"command": 7}, false},
+		{"nonsense", false},
 	} {
-		if _, err := parseRemote([]byte(payload), run); (err == nil) != good {
+		payload, err := json.Marshal(c.request)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := parseRemote(payload, run); (err == nil) != c.good {
 			t.Errorf("%.60s: %v", payload, err)
 		}
+	}
+	longest, err := json.Marshal(pid1.RemoteRequest{Command: bytes.Repeat([]byte("<"), pid1.MaxRemoteCommand)})
+	if err != nil || len(longest) > pid1.MaxRemoteRequest {
+		t.Errorf("the longest command makes a request of %d bytes (%v), and %d are read", len(longest), err, pid1.MaxRemoteRequest)
+	}
+}
+
+func TestSessionsAreLimited(t *testing.T) {
+	r := newRemote()
+	for r.admit(&r.sessions, maxRemotes) {
+	}
+	err := request(dial(t, r), &shellCall{command: "true"}, secret, time.Now().Add(10*time.Second))
+	if err == nil || !strings.Contains(err.Error(), "serves 256 remote starts already") {
+		t.Errorf("one too many: %v", err)
 	}
 }
 
@@ -151,7 +174,7 @@ func TestRequestsAreChecked(t *testing.T) {
 func FuzzStranger(f *testing.F) {
 	f.Add([]byte("SSH-2.0-OpenSSH_9.2\r\n"))
 	f.Add(frame(pid1.FrameProof, make([]byte, 32)))
-	f.Add(append(frame(pid1.FrameProof, make([]byte, 32)), frame(pid1.FrameRequest, []byte(`{"command":"true"}`))...))
+	f.Add(append(frame(pid1.FrameProof, make([]byte, 32)), frame(pid1.FrameRequest, []byte(`{"command":"dHJ1ZQ=="}`))...))
 	f.Fuzz(func(t *testing.T, wire []byte) {
 		r := newRemote()
 		link := dial(t, r)
@@ -172,13 +195,13 @@ func FuzzStranger(f *testing.F) {
 // Whatever a client that knows the secret asks for, only commands that a shell
 // can be given get through.
 func FuzzRequest(f *testing.F) {
-	f.Add([]byte(`{"command":"ls -l","user":"1"}`))
+	f.Add([]byte(`{"command":"bHMgLWw=","user":"1"}`))
 	f.Fuzz(func(t *testing.T, payload []byte) {
 		r, err := parseRemote(payload, &pid1.Run{UID: 1, User: "daemon"})
 		if err != nil {
 			return
 		}
-		if r.Command == "" || len(r.Command) > pid1.MaxRemoteCommand || strings.Contains(r.Command, "\x00") || r.User != "" && r.User != "1" && r.User != "daemon" {
+		if len(r.Command) == 0 || len(r.Command) > pid1.MaxRemoteCommand || bytes.Contains(r.Command, []byte{0}) || r.User != "" && r.User != "1" && r.User != "daemon" {
 			t.Errorf("%q was understood as %+v", payload, r)
 		}
 	})

@@ -143,10 +143,10 @@ func cutLast(s, sep string) (before, after string, found bool) {
 
 func (c *shellCall) finish(command []string) error {
 	if c.host == "" {
-		return errors.New("usage: dormouse-rsh [-n] [-l USER] [-o ConnectTimeout=SECONDS] [USER@]HOST COMMAND [ARG...]")
+		return errors.New("usage: dormouse-rsh [-n] [-l USER] [-o ConnectTimeout=SECONDS] [USER@]HOST COMMAND [ARG...]; HOST is another task of the job, such as task-1")
 	}
 	c.command = strings.Join(command, " ")
-	return (&pid1.RemoteRequest{Command: c.command}).Check()
+	return (&pid1.RemoteRequest{Command: []byte(c.command)}).Check()
 }
 
 // options takes one argument of options, and the values that follow it.
@@ -328,7 +328,7 @@ func request(link *conn, call *shellCall, secret []byte, deadline time.Time) err
 		err = link.send(pid1.FrameProof, pid1.Proof(secret, challenge))
 	}
 	if err == nil {
-		err = link.sendJSON(pid1.FrameRequest, pid1.RemoteRequest{Command: call.command, User: call.user})
+		err = link.sendJSON(pid1.FrameRequest, pid1.RemoteRequest{Command: []byte(call.command), User: call.user})
 	}
 	if err == nil {
 		err = answered(link)
@@ -381,7 +381,11 @@ func newRelay(link *conn) *relay {
 // it leaves running ends with this program.
 func (r *relay) converse(noInput bool) (int, error) {
 	signals := make(chan os.Signal, 16)
-	signal.Notify(signals, syscall.SIGHUP, syscall.SIGINT, syscall.SIGQUIT, syscall.SIGTERM, syscall.SIGUSR1, syscall.SIGUSR2)
+	for _, s := range []os.Signal{syscall.SIGHUP, syscall.SIGINT, syscall.SIGQUIT, syscall.SIGTERM, syscall.SIGUSR1, syscall.SIGUSR2} {
+		if !signal.Ignored(s) { // as nohup and a shell's background do
+			signal.Notify(signals, s)
+		}
+	}
 	go func() {
 		for s := range signals {
 			_ = r.link.send(pid1.FrameSignal, []byte{byte(s.(syscall.Signal))})

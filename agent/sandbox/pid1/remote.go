@@ -1,10 +1,10 @@
 package pid1
 
 import (
+	"bytes"
 	"crypto/hmac"
 	"crypto/sha256"
 	"fmt"
-	"strings"
 )
 
 // A remote start: dormouse-rsh in one task connects to the pid 1 of another by
@@ -27,7 +27,7 @@ const (
 	// MaxProof is for frames of those who have not proved anything.
 	MaxProof = sha256.Size
 	// MaxRemoteRequest and MaxRemoteFrame are for frames of those who have.
-	MaxRemoteRequest = MaxRemoteCommand*2 + 4096
+	MaxRemoteRequest = MaxRemoteCommand*3/2 + 4096
 	MaxRemoteFrame   = Window
 	// MaxRemoteCommand is execve(2)'s limit of one argument (MAX_ARG_STRLEN).
 	MaxRemoteCommand = 128<<10 - 1
@@ -35,18 +35,18 @@ const (
 
 // RemoteRequest asks for a process.
 type RemoteRequest struct {
-	Command string `json:"command"`        // for sh -c
+	Command []byte `json:"command"`        // for sh -c, in whatever encoding
 	User    string `json:"user,omitempty"` // if given, it has to be the job's
 }
 
 // Check finds what no request may hold.
 func (r *RemoteRequest) Check() error {
 	switch {
-	case r.Command == "":
+	case len(r.Command) == 0:
 		return Refuse("no command was given, and a remote start has no terminal for a shell")
 	case len(r.Command) > MaxRemoteCommand:
 		return Refuse("a command of %d bytes is longer than the %d allowed", len(r.Command), MaxRemoteCommand)
-	case strings.ContainsRune(r.Command, 0):
+	case bytes.IndexByte(r.Command, 0) >= 0:
 		return Refuse("the command holds a zero byte")
 	}
 	return nil
