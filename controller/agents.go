@@ -254,6 +254,8 @@ func (s *agentService) receive(ctx context.Context, stream grpc.BidiStreamingSer
 			c.fleet.progress(se.node, body.Progress)
 		case *agentpb.FromAgent_TaskEvent:
 			err = c.taskEvent(ctx, se.node, body.TaskEvent.GetState())
+		case *agentpb.FromAgent_AppRequest:
+			c.fromInside(c.run, se.node, body.AppRequest)
 		}
 		if err != nil {
 			return err

@@ -35,6 +35,7 @@ type Cloud struct {
 	Name       string
 	DriverName string
 	Driver     drivers.Driver
+	Tunnel     string             // TunnelVXLAN where the network between the nodes is trusted
 	Nodes      []drivers.NodeSpec // to provision at the start
 }
 

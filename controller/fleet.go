@@ -189,6 +189,33 @@ func (f *fleet) site(node, id string) *callSite {
 	return f.link(node).calls[id]
 }
 
+// tell sends a message to a node, on the stream it has now or next.
+func (f *fleet) tell(ctx context.Context, node string, message *agentpb.ToAgent) {
+	for {
+		f.mu.Lock()
+		l := f.link(node)
+		current, lost, changed := l.session, l.lost, l.changed
+		f.mu.Unlock()
+		if lost {
+			return
+		}
+		if current != nil {
+			select {
+			case current.out <- message:
+				return
+			case <-current.done:
+			case <-ctx.Done():
+				return
+			}
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
 // call sends a command to a node and returns the agent's answer. It fails with
 // what the agent says, with a *nodeLostError, or with the context's error.
 func (f *fleet) call(ctx context.Context, node string, command *agentpb.Command, progress func(float64, string)) (*agentpb.Reply, error) {

@@ -22,21 +22,26 @@ type flow struct {
 
 // The steps. "Take a step" is what the methods of Controller of the same name do.
 const (
+	stepNetwork   = "network" // every node makes the job's network
+	stepConnect   = "connect" // and learns of the others
 	stepStart     = "start"
 	stepPreflight = "preflight"
 	stepFreeze    = "freeze"
-	stepCapture   = "capture"
+	stepCapture   = "capture" // which cuts the tasks off the network
+	stepOpen      = "open"    // and this reconnects them
 	stepThaw      = "thaw"
 	stepUpload    = "upload"
 	stepPublish   = "publish"
 	stepDiscard   = "discard"
 	stepDestroy   = "destroy"
 	stepRetention = "retention"
+	stepReopen    = "reopen"
 	stepAbort     = "abort"
 	stepLook      = "look" // choose the checkpoint and check its manifest
 	stepStop      = "stop"
 	stepPlace     = "place"
 	stepRestore   = "restore"
+	stepRelease   = "release"
 	stepUnplace   = "unplace"
 	stepSignal    = "signal"
 	stepGrace     = "grace"
@@ -47,21 +52,23 @@ func flowOf(kind api.OperationKind, r request) flow {
 	switch kind {
 	case api.OpStart:
 		// A job that could not be started is pending again: placing is the reconciler's.
-		return flow{steps: []string{stepStart}, undo: []string{stepUnplace}, once: true}
+		return flow{steps: []string{stepNetwork, stepConnect, stepStart}, undo: []string{stepUnplace}, once: true}
 	case api.OpCheckpoint:
 		return flow{
-			steps: []string{stepPreflight, stepFreeze, stepCapture, stepThaw, stepUpload, stepPublish, stepDiscard, stepRetention},
-			undo:  []string{stepAbort}, commit: stepPublish,
+			steps: join(
+				[]string{stepPreflight, stepFreeze, stepCapture}, severally(r, stepOpen),
+				[]string{stepThaw, stepUpload, stepPublish, stepDiscard, stepRetention}),
+			undo: append(severally(r, stepReopen), stepAbort), commit: stepPublish,
 		}
 	case api.OpSuspend:
 		return flow{
 			steps: []string{stepPreflight, stepFreeze, stepCapture, stepUpload, stepPublish, stepDestroy, stepRetention},
-			undo:  []string{stepAbort}, commit: stepPublish,
+			undo:  append(severally(r, stepReopen), stepAbort), commit: stepPublish,
 		}
 	case api.OpResume, api.OpClone:
-		return flow{steps: []string{stepLook, stepPlace, stepRestore}, undo: []string{stepUnplace}}
+		return flow{steps: join([]string{stepLook, stepPlace}, restoring(r)), undo: []string{stepUnplace}}
 	case api.OpRestart, api.OpRecover:
-		return flow{steps: []string{stepLook, stepStop, stepPlace, stepRestore}, undo: []string{stepUnplace}}
+		return flow{steps: join([]string{stepLook, stepStop, stepPlace}, restoring(r)), undo: []string{stepUnplace}}
 	case api.OpKill:
 		if r.Signal != 0 {
 			return flow{steps: []string{stepSignal}}
@@ -72,6 +79,23 @@ func flowOf(kind api.OperationKind, r request) flow {
 	}
 	return flow{}
 }
+
+// severally is for jobs of several tasks only. What is between two steps is a
+// barrier, and a single task needs none: its agent reconnects it and lets it go
+// on at once.
+func severally(r request, steps ...string) []string {
+	if r.Tasks > 1 {
+		return steps
+	}
+	return nil
+}
+
+// restoring are the steps that wake a placed job.
+func restoring(r request) []string {
+	return join([]string{stepNetwork, stepConnect, stepRestore}, severally(r, stepOpen, stepRelease))
+}
+
+func join(parts ...[]string) []string { return slices.Concat(parts...) }
 
 // maxAttempts bounds how often an operation begins anew after failures that
 // are worth it.

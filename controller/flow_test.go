@@ -16,7 +16,7 @@ var kinds = []api.OperationKind{api.OpStart, api.OpCheckpoint, api.OpSuspend, ap
 func TestFlowsAlwaysEnd(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		kind := rapid.SampledFrom(kinds).Draw(t, "kind")
-		f := flowOf(kind, request{})
+		f := flowOf(kind, request{Tasks: 4})
 		at := f.begin()
 		failures := rapid.IntRange(0, 30).Draw(t, "failures")
 		committed := false
@@ -56,7 +56,7 @@ func TestFlowsAlwaysEnd(t *testing.T) {
 
 func TestUndisturbedFlowTakesEachStepOnce(t *testing.T) {
 	for _, kind := range kinds {
-		f := flowOf(kind, request{})
+		f := flowOf(kind, request{Tasks: 4})
 		at, taken, last := f.begin(), []string{}, -1.0
 		for {
 			taken = append(taken, at.Step)
@@ -97,7 +97,7 @@ func TestJudge(t *testing.T) {
 		{"a lost task", []api.TaskStatus{running, gone}, lost, 0},
 		{"a failure counts before a loss", []api.TaskStatus{gone, bad}, broke, 1},
 	} {
-		got, task := judge(c.tasks)
+		got, task := judge(c.tasks, "")
 		if got != c.want || (task == nil) != (c.index < 0) || (task != nil && task.Index != c.index) {
 			t.Errorf("%s: want %v of task %d, got %v of %+v", c.name, c.want, c.index, got, task)
 		}

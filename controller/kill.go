@@ -36,7 +36,11 @@ func (d *doing) grace(ctx context.Context) (effect, error) {
 		if err != nil {
 			return false, err
 		}
-		for _, t := range job.TaskStatus {
+		tasks := job.TaskStatus
+		if job.Spec.Launch == api.LaunchFirst {
+			tasks = tasks[:1] // the others serve until they are destroyed
+		}
+		for _, t := range tasks {
 			if t.ExitCode == nil && t.Phase != api.PhaseFailed && t.Node != "" {
 				return false, nil
 			}

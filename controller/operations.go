@@ -38,6 +38,9 @@ type doing struct {
 // beginOperation writes a new operation of job, which may be nil, into the
 // store. The reconciler drives it from there.
 func (c *Controller) beginOperation(tx store.Tx, kind api.OperationKind, job *jobRecord, ask request) (*opRecord, error) {
+	if job != nil {
+		ask.Tasks = job.Tasks
+	}
 	input, err := json.Marshal(ask)
 	if err != nil {
 		return nil, err
@@ -137,6 +140,16 @@ func (c *Controller) load(ctx context.Context, id string) (*doing, error) {
 // take does the present step.
 func (d *doing) take(ctx context.Context) (effect, error) {
 	switch d.op.Step {
+	case stepNetwork:
+		return d.prepareNetwork(ctx)
+	case stepConnect:
+		return d.connectNetwork(ctx)
+	case stepOpen:
+		return d.openNetwork(ctx)
+	case stepReopen:
+		return d.reopen(ctx)
+	case stepRelease:
+		return d.releaseTasks(ctx)
 	case stepStart:
 		return d.start(ctx)
 	case stepPreflight:
@@ -283,9 +296,16 @@ func (d *doing) each(ctx context.Context, build command) ([]*agentpb.Reply, erro
 	refs := d.job.refs()
 	replies := make([]*agentpb.Reply, len(refs))
 	errs := make([]error, len(refs))
+	awaited := newAwaited(refs)
+	watching, stop := context.WithCancel(ctx)
+	defer stop()
+	if len(refs) > 1 {
+		go d.nameStragglers(watching, awaited)
+	}
 	var group errgroup.Group
 	for i, ref := range refs {
 		group.Go(func() error {
+			defer awaited.arrived(i)
 			order := build(ref)
 			order.Id = d.commandID(ref.Index)
 			order.Task = ref.proto()

@@ -98,7 +98,7 @@ func TestBarriersHoldBetweenTheTasksOfAJob(t *testing.T) {
 	mu.Lock()
 	defer mu.Unlock()
 	want := []string{}
-	for _, step := range []string{stepPreflight, stepFreeze, stepCapture, stepThaw, stepUpload, stepDiscard} {
+	for _, step := range []string{stepPreflight, stepFreeze, stepCapture, stepOpen, stepThaw, stepUpload, stepDiscard} {
 		want = append(want, step, step)
 	}
 	if !slices.Equal(order, want) {

@@ -71,7 +71,7 @@ func (c *Controller) startPending(ctx context.Context) error {
 			return err
 		}
 		for i := range pending {
-			if err := c.startOne(tx, &pending[i], nodes); err != nil {
+			if err := c.startOne(tx, &pending[i], jobs, nodes); err != nil {
 				return err
 			}
 		}
@@ -94,8 +94,9 @@ func pendingJobs(tx store.Tx) (pending, all []jobRecord, err error) {
 }
 
 // startOne begins to start a pending job if nodes have room, and takes that from nodes.
-func (c *Controller) startOne(tx store.Tx, job *jobRecord, nodes []scheduler.Node) error {
+func (c *Controller) startOne(tx store.Tx, job *jobRecord, jobs []jobRecord, nodes []scheduler.Node) error {
 	ask := requestFor(job, job.Spec.Cloud)
+	ask.Unfit = portsTaken(jobs, job)
 	placement, err := scheduler.Place(nodes, ask)
 	if err != nil {
 		if reason := "waits for room: " + err.Error(); job.Reason != reason {
@@ -108,6 +109,9 @@ func (c *Controller) startOne(tx store.Tx, job *jobRecord, nodes []scheduler.Nod
 		i := slices.IndexFunc(nodes, func(n scheduler.Node) bool { return n.ID == id })
 		nodes[i].CPUsUsed += ask.CPUs
 		nodes[i].MemUsed += ask.MemBytes
+	}
+	if err := numberNetwork(tx, job); err != nil {
+		return err
 	}
 	job.settleOn(placement, nodes, api.PhaseStarting)
 	op, err := c.beginOperation(tx, api.OpStart, job, request{})

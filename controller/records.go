@@ -21,6 +21,11 @@ type jobRecord struct {
 	Recoveries int `json:"recoveries,omitempty"`
 	// Starts counts failed tries to start the job that were worth another.
 	Starts int `json:"starts,omitempty"`
+	// Network is the number of the present run's network.
+	Network uint32 `json:"network,omitempty"`
+	// Secret is what the job's tasks know each other by. It leaves the
+	// controller only to the job's own agents.
+	Secret []byte `json:"secret,omitempty"`
 	// Kept are ended tasks whose logs are still on their nodes.
 	Kept []taskRef `json:"kept,omitempty"`
 }
@@ -56,6 +61,8 @@ type request struct {
 	Cloud       string      `json:"cloud,omitempty"`
 	Signal      int         `json:"signal,omitempty"`
 	Checkpoints []string    `json:"checkpoints,omitempty"` // to verify; empty: all
+	Tasks       int         `json:"tasks,omitempty"`       // of the job
+	Request     string      `json:"request,omitempty"`     // of a program inside the job
 }
 
 // opRecord is an operation as it is stored.
@@ -75,6 +82,8 @@ type opRecord struct {
 	Parts map[int]json.RawMessage `json:"parts,omitempty"`
 	// Steps are the measured parts of the capture.
 	Steps map[int]api.CaptureSteps `json:"steps,omitempty"`
+	// Endpoints are the ways to the job's network, by node.
+	Endpoints map[string]endpoint `json:"endpoints,omitempty"`
 	// Frozen is when the freeze was ordered.
 	Frozen time.Time `json:"frozen,omitzero"`
 }

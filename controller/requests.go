@@ -19,7 +19,7 @@ func (c *Controller) submit(ctx context.Context, spec api.JobSpec) (*jobRecord, 
 	if err := c.checkCloud(spec.Cloud); err != nil {
 		return nil, err
 	}
-	job := &jobRecord{JobDetail: api.JobDetail{
+	job := &jobRecord{Secret: newSecret(), JobDetail: api.JobDetail{
 		Spec: spec, TaskStatus: make([]api.TaskStatus, spec.Tasks),
 		Job: api.Job{
 			ID: newID("j"), Name: spec.Name, Phase: api.PhasePending, Tasks: spec.Tasks, Priority: spec.Priority,
@@ -48,14 +48,6 @@ func (c *Controller) submit(ctx context.Context, spec api.JobSpec) (*jobRecord, 
 	})
 	c.log.Info("job pending", "job", job.ID, "command", spec.Command[0])
 	return job, err
-}
-
-// virtualIP is a task's address for life, in 10.64.0.0/10, the part of 10/8
-// that is least in use. Jobs get consecutive /20 networks of up to 4094 tasks.
-func virtualIP(job uint64, task int) string {
-	const networks = 1 << 10
-	n := 10<<24 | 64<<16 | uint32(job%networks)<<12 | uint32(task+1)
-	return fmt.Sprintf("%d.%d.%d.%d", n>>24, n>>16&255, n>>8&255, n&255)
 }
 
 func (c *Controller) checkCloud(name string) error {
@@ -256,7 +248,7 @@ func (c *Controller) jobFromCheckpoint(ctx context.Context, id, name string) (*j
 		return nil, refused("the network in checkpoint %s cannot be read", id)
 	}
 	spec.Name = name // the original's would mean two jobs from now on
-	job := &jobRecord{JobDetail: api.JobDetail{
+	job := &jobRecord{Secret: newSecret(), JobDetail: api.JobDetail{
 		Spec: spec, From: id,
 		Job: api.Job{
 			ID: newID("j"), Name: name, Phase: api.PhaseRestoring, Tasks: len(manifest.Tasks), Priority: spec.Priority, Created: c.clock.Now().UTC(),

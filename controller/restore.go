@@ -120,6 +120,9 @@ func (d *doing) place(ctx context.Context) (effect, error) {
 		if op.Kind == api.OpRecover {
 			phase = api.PhaseRecovering
 		}
+		if err := numberNetwork(tx, job); err != nil {
+			return err
+		}
 		job.settleOn(placement, nodes, phase)
 		op.Run = job.Run
 		return d.emit(tx, api.Event{Job: job.ID, Type: "placed", Message: "placed on " + placementText(placement), Node: placement[0]})
@@ -192,7 +195,7 @@ func (c *Controller) choose(tx store.Tx, job *jobRecord, op *opRecord, unfit fun
 		cloud = job.Spec.Cloud
 	}
 	request := requestFor(job, cloud)
-	request.Unfit, request.Avoid = unfit, op.Avoid
+	request.Unfit, request.Avoid = eitherUnfit(unfit, portsTaken(jobs, job)), op.Avoid
 	placement, err := scheduler.Place(nodes, request)
 	return placement, nodes, err
 }
@@ -260,6 +263,7 @@ func (d *doing) restore(ctx context.Context) (effect, error) {
 	replies, err := d.each(ctx, func(ref taskRef) *agentpb.Command {
 		return &agentpb.Command{Body: &agentpb.Command_Restore{Restore: &agentpb.RestoreTask{
 			Checkpoint: d.op.Checkpoint, Spec: spec, VirtualIp: d.job.TaskStatus[ref.Index].VirtualIP, Hosts: d.job.hosts(),
+			Hold: d.job.Tasks > 1,
 		}}}
 	})
 	if err != nil {

@@ -20,8 +20,15 @@ const (
 )
 
 // judge looks at the tasks of a running job. It is a pure function. A failed
-// task counts before a lost one: it would have failed the job anyway.
-func judge(tasks []api.TaskStatus) (verdict, *api.TaskStatus) {
+// task counts before a lost one: it would have failed the job anyway. Where the
+// first task launches the others, the job ends with it.
+func judge(tasks []api.TaskStatus, launch string) (verdict, *api.TaskStatus) {
+	if launch == api.LaunchFirst && tasks[0].ExitCode != nil {
+		if *tasks[0].ExitCode == 0 {
+			return succeeded, &tasks[0]
+		}
+		return broke, &tasks[0]
+	}
 	var first *api.TaskStatus
 	state, ended := goesOn, 0
 	for i := range tasks {
@@ -79,7 +86,7 @@ func (c *Controller) beingEnded(tx store.Tx, job *jobRecord) (bool, error) {
 }
 
 func (c *Controller) settleRunning(tx store.Tx, job *jobRecord) error {
-	state, task := judge(job.TaskStatus)
+	state, task := judge(job.TaskStatus, job.Spec.Launch)
 	switch state {
 	case succeeded:
 		return c.finish(tx, job, api.PhaseCompleted, "", task.ExitCode)

@@ -348,7 +348,7 @@ func (w *world) stopAgents() {
 // join makes a node whose agent joins.
 func (s *simulation) join(node string) *simAgent {
 	cloud, _, _ := strings.Cut(node, "-")
-	a := &simAgent{world: s.world, node: node, cloud: cloud, tasks: make(map[taskRef]*simTask), answers: make(map[string]*agentpb.Reply)}
+	a := &simAgent{world: s.world, node: node, cloud: cloud, tasks: make(map[taskRef]*simTask), answers: make(map[string]*agentpb.Reply), appAnswers: make(chan *agentpb.AppAnswer, 16)}
 	s.mu.Lock()
 	s.agents[node] = a
 	s.mu.Unlock()
@@ -376,6 +376,8 @@ func (w *world) checkOneCopy(job string, index int) {
 type simTask struct {
 	alive    bool
 	frozen   string // for this checkpoint
+	shut     bool   // cut off the job's network
+	held     bool   // restored and waiting for its release
 	captured string
 	fenced   bool // by the end of the lease
 	code     int32
@@ -394,6 +396,8 @@ type simAgent struct {
 	tasks   map[taskRef]*simTask
 	answers map[string]*agentpb.Reply
 	seen    []string // steps of commands, in order of arrival
+
+	appAnswers chan *agentpb.AppAnswer
 
 	certificate *tls.Certificate
 	cancel      context.CancelFunc
@@ -524,6 +528,9 @@ func (a *simAgent) connect(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
+		if answer := message.GetAppAnswer(); answer != nil {
+			a.appAnswers <- answer
+		}
 		if command := message.GetCommand(); command != nil {
 			go a.handle(ctx, client, cancel, command)
 		}
@@ -651,6 +658,29 @@ func (a *simAgent) carryOut(ctx context.Context, client agentpb.AgentServiceClie
 	steps := []byte(`{"pause_ms":12.5,"dump_ms":10}`)
 	needsTask := func() bool { return t != nil && t.alive }
 	switch body := c.GetBody().(type) {
+	case *agentpb.Command_PrepareNetwork:
+		reply.Result = &agentpb.Reply_Network{Network: &agentpb.NetworkEndpoint{Address: a.node + ":51820", PublicKey: []byte(a.node)}}
+	case *agentpb.Command_ConnectNetwork:
+		for _, peer := range body.ConnectNetwork.GetPeers() {
+			if string(peer.GetEndpoint().GetPublicKey()) != peer.GetNode() || peer.GetNode() == a.node || len(peer.GetVirtualIps()) == 0 {
+				return broken(c, "peer %v makes no sense", peer)
+			}
+		}
+	case *agentpb.Command_OpenNetwork:
+		if t == nil || !t.alive {
+			return broken(c, "no such task")
+		}
+		if t.shut { // opening what is open does nothing
+			a.mustStandStill(ref, "opened")
+		}
+		t.shut = false
+	case *agentpb.Command_Release:
+		if t == nil || !t.held && !t.alive {
+			return broken(c, "the task is not held")
+		}
+		a.mustBeOpen(ref)
+		t.held = false
+		reply.Result = &agentpb.Reply_Restored{Restored: stateOf(ref, t)}
 	case *agentpb.Command_Start:
 		t = a.create(ref, "")
 		reply.Result = &agentpb.Reply_Started{Started: stateOf(ref, t)}
@@ -659,6 +689,8 @@ func (a *simAgent) carryOut(ctx context.Context, client agentpb.AgentServiceClie
 			return broken(c, "%v", err)
 		}
 		t = a.create(ref, "restored from "+body.Restore.GetCheckpoint()+"\n")
+		t.held = body.Restore.GetHold()
+		t.shut = t.held
 		reply.Result = &agentpb.Reply_Restored{Restored: stateOf(ref, t)}
 	case *agentpb.Command_Preflight:
 		if !needsTask() {
@@ -674,11 +706,16 @@ func (a *simAgent) carryOut(ctx context.Context, client agentpb.AgentServiceClie
 		if !needsTask() || t.frozen != body.Capture.GetCheckpoint() {
 			return broken(c, "the task is not frozen for checkpoint %s", body.Capture.GetCheckpoint())
 		}
-		t.captured = t.frozen
+		a.mustStandStill(ref, "captured")
+		t.captured, t.shut = t.frozen, true
 		reply.Result = &agentpb.Reply_Captured{Captured: &agentpb.CaptureResult{Steps: steps}}
 	case *agentpb.Command_Thaw:
 		if t != nil {
-			t.frozen = ""
+			if !body.Thaw.GetAbort() {
+				t.shut = t.shut && len(a.tasksOf(ref.Job)) > 1 // a single task is reconnected by its thaw
+				a.mustBeOpen(ref)
+			}
+			t.frozen, t.shut = "", false
 			if body.Thaw.GetAbort() {
 				t.captured = ""
 			}
@@ -714,6 +751,39 @@ func (a *simAgent) carryOut(ctx context.Context, client agentpb.AgentServiceClie
 		go a.attach(ctx, client, t.log, body.OpenStream)
 	}
 	return reply
+}
+
+// tasksOf are the living tasks of a job's present run on all nodes. The caller
+// holds the lock.
+func (w *world) tasksOf(job string) map[taskRef]*simTask {
+	tasks := map[taskRef]*simTask{}
+	for _, a := range w.agents {
+		for ref, t := range a.tasks {
+			if ref.Job == job && t.alive {
+				tasks[ref] = t
+			}
+		}
+	}
+	return tasks
+}
+
+// mustStandStill checks that no task of the job runs while one is captured or
+// reconnected.
+func (w *world) mustStandStill(of taskRef, what string) {
+	for ref, t := range w.tasksOf(of.Job) {
+		if ref.Run == of.Run && t.frozen == "" && !t.held {
+			w.t.Errorf("task %d of job %s is %s while task %d runs", of.Index, of.Job, what, ref.Index)
+		}
+	}
+}
+
+// mustBeOpen checks that every task of the job is reconnected before one goes on.
+func (w *world) mustBeOpen(of taskRef) {
+	for ref, t := range w.tasksOf(of.Job) {
+		if ref.Run == of.Run && t.shut {
+			w.t.Errorf("task %d of job %s goes on while task %d is cut off", of.Index, of.Job, ref.Index)
+		}
+	}
 }
 
 // create makes a task. The caller holds the lock.

@@ -26,7 +26,7 @@ func (d *doing) startTasks(ctx context.Context) ([]*agentpb.Reply, error) {
 	}
 	return d.each(ctx, func(ref taskRef) *agentpb.Command {
 		return &agentpb.Command{Body: &agentpb.Command_Start{Start: &agentpb.StartTask{
-			Spec: spec, VirtualIp: d.job.TaskStatus[ref.Index].VirtualIP, Hosts: d.job.hosts(),
+			Spec: spec, VirtualIp: d.job.TaskStatus[ref.Index].VirtualIP, Hosts: d.job.hosts(), Secret: d.job.Secret,
 		}}}
 	})
 }

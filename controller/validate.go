@@ -18,8 +18,8 @@ import (
 const (
 	defaultCPUs = 1
 	defaultMem  = 512 << 20
-	leastMem    = 4 << 20 // less than any process tree needs
-	mostTasks   = 4096
+	leastMem    = 4 << 20                 // less than any process tree needs
+	mostTasks   = 1<<(32-networkBits) - 3 // the addresses of a job's subnet, less those of networkBits
 )
 
 var (
@@ -45,7 +45,7 @@ func completeSpec(spec api.JobSpec, raw []byte) (api.JobSpec, error) {
 	if spec.MemBytes == 0 {
 		spec.MemBytes = defaultMem
 	}
-	for _, check := range []func(*api.JobSpec) error{checkCommand, checkResources, checkRoot, checkPlaces, checkNames} {
+	for _, check := range []func(*api.JobSpec) error{checkCommand, checkResources, checkRoot, checkPlaces, checkNames, checkLaunch, checkNetwork} {
 		if err := check(&spec); err != nil {
 			return spec, err
 		}
@@ -143,6 +143,54 @@ func checkNames(s *api.JobSpec) error {
 	}
 	if !slices.Contains(baselines, s.CPUBaseline) {
 		return invalid("cpu_baseline must be native, x86-64-v2, x86-64-v3 or x86-64-v4, got %q", s.CPUBaseline)
+	}
+	return nil
+}
+
+// checkLaunch settles where the command runs.
+func checkLaunch(s *api.JobSpec) error {
+	switch s.Launch {
+	case api.LaunchEach, api.LaunchFirst:
+	case "", api.LaunchAuto:
+		s.Launch = api.LaunchEach
+		if s.Tasks > 1 && launcher.MatchString(path.Base(s.Command[0])) {
+			s.Launch = api.LaunchFirst
+		}
+	default:
+		return invalid("launch must be auto, each or first, got %q", s.Launch)
+	}
+	return nil
+}
+
+// launcher are the programs of the MPIs that start the others themselves.
+var launcher = regexp.MustCompile(`^(mpirun|mpiexec|orterun|oshrun|prterun)([.-][a-z0-9.]+)?$`)
+
+// checkNetwork checks what the job's network lets in and out.
+func checkNetwork(s *api.JobSpec) error {
+	if !slices.Contains([]string{"", api.ConnectionsRefuse, api.ConnectionsClose, api.ConnectionsKeep}, s.Connections) {
+		return invalid("connections must be refuse, close or keep, got %q", s.Connections)
+	}
+	for i := range s.Publish {
+		p := &s.Publish[i]
+		if p.Protocol == "" {
+			p.Protocol = "tcp"
+		}
+		if p.Target == 0 {
+			p.Target = p.Port
+		}
+		switch {
+		case p.Protocol != "tcp" && p.Protocol != "udp":
+			return invalid("a published port is tcp or udp, got %q", p.Protocol)
+		case p.Task < 0 || p.Task >= s.Tasks:
+			return invalid("there is no task %d to publish a port of: the job has %d, counted from 0", p.Task, s.Tasks)
+		case p.Port < 1 || p.Port > 65535 || p.Target < 1 || p.Target > 65535:
+			return invalid("a published port is from 1 to 65535, got %d:%d", p.Port, p.Target)
+		}
+		for _, q := range s.Publish[:i] {
+			if p.Port == q.Port && p.Protocol == q.Protocol {
+				return invalid("port %d/%s is published twice", p.Port, p.Protocol)
+			}
+		}
 	}
 	return nil
 }
