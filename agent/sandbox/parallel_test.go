@@ -291,9 +291,10 @@ dormouse-rsh task-1 'trap "echo got it; exit 3" TERM; echo ready > /tmp/ready; w
 until dormouse-rsh task-1 test -e /tmp/ready; do sleep 0.05; done
 kill -TERM $rsh; wait $rsh; echo $?
 dormouse-rsh task-1 'exec sleep 12345' & rsh=$!
-until dormouse-rsh task-1 pgrep -f "'sleep [1]2345'" > /dev/null; do sleep 0.05; done
+sleeps="grep -qsz '^12345$' /proc/[0-9]*/cmdline"
+until dormouse-rsh task-1 "$sleeps"; do sleep 0.05; done
 kill -KILL $rsh; wait $rsh
-while dormouse-rsh task-1 pgrep -f "'sleep [1]2345'" > /dev/null; do sleep 0.05; done
+while dormouse-rsh task-1 "$sleeps"; do sleep 0.05; done
 echo hung up
 `, nil)
 	expect(t, "stdout", p.result(tasks), "got it\n3\nhung up\n")
@@ -315,8 +316,8 @@ func TestDaemonsStartedRemotelyStay(t *testing.T) {
 	p := newParallel(t)
 	tasks := p.job(2, `dormouse-rsh task-1 'setsid sleep 12345 > /dev/null 2>&1 < /dev/null & exit 0'; echo $?`, nil)
 	expect(t, "stdout", p.result(tasks), "0\n")
-	code, out, _ := p.exec(tasks[1], "pgrep -f '^sleep 12345' > /dev/null && ps -o ppid= -C sleep")
-	if code != 0 || strings.TrimSpace(out) != "1" {
+	code, out, _ := p.exec(tasks[1], "grep -h PPid $(dirname $(grep -lsz '^12345$' /proc/[0-9]*/cmdline))/status")
+	if code != 0 || out != "PPid:\t1\n" {
 		t.Errorf("the daemon's parent: %d %q, want pid 1", code, out)
 	}
 }

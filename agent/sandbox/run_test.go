@@ -400,7 +400,7 @@ func TestExecIsHungUpWhenItsUserLeaves(t *testing.T) {
 		t.Errorf("got %v", err)
 	}
 	b.eventually("the process is gone", func() bool {
-		code, _, _ := b.exec(s, "grep -q '^sleep.999' /proc/[0-9]*/cmdline")
+		code, _, _ := b.exec(s, "grep -qsz '^999$' /proc/[0-9]*/cmdline")
 		return code != 0
 	})
 }
