@@ -9,7 +9,6 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
-	"runtime"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -66,30 +65,23 @@ func needsRoot(t testing.TB) {
 // newNamespace is a network namespace with lo up that ends with the test.
 func newNamespace(t testing.TB) *os.File {
 	t.Helper()
-	type outcome struct {
-		file *os.File
-		err  error
-	}
-	made := make(chan outcome)
-	go func() {
-		runtime.LockOSThread() // the thread ends with the goroutine
+	var file *os.File
+	err := onSpareThread(func() (err error) {
 		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
-			made <- outcome{err: err}
-			return
+			return err
 		}
-		file, err := os.Open("/proc/thread-self/ns/net")
-		made <- outcome{file, err}
-	}()
-	out := <-made
-	if out.err != nil {
-		t.Fatalf("make a network namespace: %v", out.err)
+		file, err = os.Open("/proc/thread-self/ns/net")
+		return err
+	})
+	if err != nil {
+		t.Fatalf("make a network namespace: %v", err)
 	}
-	t.Cleanup(func() { out.file.Close() })
-	ns := open(t, out.file)
+	t.Cleanup(func() { file.Close() })
+	ns := open(t, file)
 	if err := up(ns, "lo"); err != nil {
 		t.Fatal(err)
 	}
-	return out.file
+	return file
 }
 
 func open(t testing.TB, file *os.File) *namespace {
@@ -146,6 +138,10 @@ func (f *fabric) node(change ...func(*Options)) *node {
 	f.nodes++
 	n := &node{t: f.t, ns: newNamespace(f.t), underlay: netip.AddrFrom4([4]byte{100, 64, 7, byte(f.nodes + 1)})}
 	n.links = open(f.t, n.ns)
+	// A new namespace has this setting from the machine's.
+	if err := n.links.apply(setting{name: forwardingSetting, value: "0"}); err != nil {
+		f.t.Fatal(err)
+	}
 	attributes := netlink.NewLinkAttrs()
 	attributes.Name = fmt.Sprintf("n%d", f.nodes)
 	pair := &netlink.Veth{LinkAttrs: attributes, PeerName: "under0", PeerNamespace: netlink.NsFd(n.ns.Fd())}

@@ -125,8 +125,8 @@ func TestPublishedUDPFollowsItsTask(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer client.Close()
-	answered := func() bool {
-		_ = client.SetDeadline(time.Now().Add(blocked))
+	answered := func(wait time.Duration) bool {
+		_ = client.SetDeadline(time.Now().Add(wait))
 		_, _ = client.Write([]byte("hello"))
 		for { // an earlier refusal comes as an error of a later call
 			_, err := client.Read(make([]byte, 5))
@@ -136,7 +136,7 @@ func TestPublishedUDPFollowsItsTask(t *testing.T) {
 			_, _ = client.Write([]byte("hello"))
 		}
 	}
-	if answered() {
+	if answered(blocked) {
 		t.Fatal("something answers before anything is published")
 	}
 	other := n.join(newJob("j-other"), 3) // takes the slot that would be used again
@@ -144,7 +144,7 @@ func TestPublishedUDPFollowsItsTask(t *testing.T) {
 		j := newJob("j-udp", publishing(Publish{Task: 0, Protocol: "udp", Port: 5353, Target: 53}))
 		j.key.Run = int64(run)
 		echoDatagrams(t, n.join(j, 0)[0])
-		if !answered() {
+		if !answered(5 * time.Second) {
 			t.Errorf("run %d does not answer", run)
 		}
 		if err := n.Leave(background, j.key, 0); err != nil {

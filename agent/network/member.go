@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"strconv"
+	"strings"
 
 	"github.com/vishvananda/netlink"
 )
@@ -15,20 +17,26 @@ const taskDevice = "eth0"
 // portOf is the router's end of a task's link.
 func portOf(index int) string { return fmt.Sprintf("t%d", index) }
 
+func isPort(name string) bool {
+	number, ok := strings.CutPrefix(name, "t")
+	_, err := strconv.Atoi(number)
+	return ok && err == nil
+}
+
 // unlinkOthers removes the links of all tasks that are not members, both ends
 // of each.
 func unlinkOthers(router *namespace, members []Member) error {
-	links, err := router.links.LinkList()
+	links, err := complete(router.links.LinkList)
 	if err != nil {
 		return fmt.Errorf("list the router's network devices: %w", err)
 	}
-	kept := map[string]bool{bridgeName: true, uplinkName: true, tunnelName: true}
+	kept := map[string]bool{}
 	for _, member := range members {
 		kept[portOf(member.Index)] = true
 	}
 	var errs []error
 	for _, link := range links {
-		if name := link.Attrs().Name; link.Type() == "veth" && !kept[name] {
+		if name := link.Attrs().Name; isPort(name) && !kept[name] {
 			errs = append(errs, router.deleteLink(name))
 		}
 	}

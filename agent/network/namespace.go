@@ -52,16 +52,29 @@ func OfProcess(pid int) (*os.File, error) {
 
 // within runs work on a thread in the namespace of file.
 func within(file *os.File, work func() error) error {
+	return onSpareThread(func() error {
+		if err := unix.Setns(int(file.Fd()), unix.CLONE_NEWNET); err != nil {
+			return fmt.Errorf("enter a network namespace: %w", err)
+		}
+		return work()
+	})
+}
+
+// onSpareThread runs work on a thread that ends with it, and never on the main
+// one: that cannot end, and its namespace is what others take for that of the
+// whole process, in /proc/PID/ns.
+func onSpareThread(work func() error) error {
 	done := make(chan error)
 	go func() {
-		// Never unlocked: the thread is in another namespace and ends with this
-		// goroutine.
 		runtime.LockOSThread()
-		if err := unix.Setns(int(file.Fd()), unix.CLONE_NEWNET); err != nil {
-			done <- fmt.Errorf("enter a network namespace: %w", err)
+		if unix.Gettid() == unix.Getpid() {
+			// While this goroutine occupies the main thread, others run elsewhere.
+			err := onSpareThread(work)
+			runtime.UnlockOSThread()
+			done <- err
 			return
 		}
-		done <- work()
+		done <- work() // never unlocked: the thread ends with the goroutine
 	}()
 	return <-done
 }
@@ -97,6 +110,23 @@ func (n *namespace) value(name string) (value string, err error) {
 		return err
 	})
 	return value, err
+}
+
+// complete lists until nothing changed meanwhile: rtnetlink tells when a list is
+// a mixture of before and after (NLM_F_DUMP_INTR, netlink(7)).
+func complete[T any](list func() ([]T, error)) (all []T, err error) {
+	for range 100 {
+		all, err = list()
+		if !errors.Is(err, netlink.ErrDumpInterrupted) {
+			break
+		}
+	}
+	return all, err
+}
+
+// addresses lists those of all devices.
+func (n *namespace) addresses() ([]netlink.Addr, error) {
+	return complete(func() ([]netlink.Addr, error) { return n.links.AddrList(nil, unix.AF_UNSPEC) })
 }
 
 // deleteLink removes a device; one that is gone already is no error.
@@ -157,9 +187,9 @@ func missing(err error) bool {
 	return errors.As(err, &notFound) || errors.Is(err, unix.ENODEV)
 }
 
-// sameNamespace compares what two files of nsfs(5) stand for.
-func sameNamespace(a, b *os.File) bool {
-	x, errX := a.Stat()
-	y, errY := b.Stat()
-	return errX == nil && errY == nil && os.SameFile(x, y)
+// same reports whether two namespaces are one.
+func (n *namespace) same(other *namespace) bool {
+	a, errA := n.file.Stat()
+	b, errB := other.file.Stat()
+	return errA == nil && errB == nil && os.SameFile(a, b)
 }

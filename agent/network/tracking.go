@@ -18,7 +18,7 @@ func (m *Manager) forgetConnections(ports []Publish) error {
 	if len(ports) == 0 {
 		return nil
 	}
-	addresses, err := m.node.links.AddrList(nil, unix.AF_INET)
+	addresses, err := m.node.addresses()
 	if err != nil {
 		return fmt.Errorf("list the node's addresses: %w", err)
 	}
@@ -36,7 +36,10 @@ func (m *Manager) forgetConnections(ports []Publish) error {
 		return fmt.Errorf("reach the node's connection tracking: %w", err)
 	}
 	defer handle.Close()
-	_, err = handle.ConntrackDeleteFilters(netlink.ConntrackTable, unix.AF_INET, match)
+	_, err = complete(func() ([]struct{}, error) {
+		_, err := handle.ConntrackDeleteFilters(netlink.ConntrackTable, unix.AF_INET, match)
+		return nil, err
+	})
 	// A flow may end by itself meanwhile, and a kernel may not let its table be read.
 	if err != nil && !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.EOPNOTSUPP) {
 		return fmt.Errorf("forget the connections of published ports: %w", err)

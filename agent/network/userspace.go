@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"net"
 	"os"
-	"runtime"
 	"strconv"
 
 	"golang.org/x/sys/unix"
@@ -38,16 +37,11 @@ func RunHolder(args []string) error {
 		return fmt.Errorf("network-holder: no control socket: %w", err)
 	}
 	defer listener.Close()
-	router, err := os.Open("/proc/self/ns/net")
-	if err != nil {
-		return fmt.Errorf("network-holder: %w", err)
-	}
-	defer router.Close()
 	made, err := tun.CreateTUN(tunnelName, mtu)
 	if err != nil {
 		return fmt.Errorf("network-holder: make the TUN device: %w", err)
 	}
-	bind := &nodeBind{Bind: conn.NewStdNetBind(), node: holderNode, router: int(router.Fd())}
+	bind := &nodeBind{Bind: conn.NewStdNetBind(), node: os.NewFile(holderNode, "node")}
 	tunnel := device.NewDevice(made, bind, device.NewLogger(device.LogLevelSilent, ""))
 	defer tunnel.Close()
 	if err := tunnel.Up(); err != nil {
@@ -70,22 +64,15 @@ func RunHolder(args []string) error {
 // node's namespace.
 type nodeBind struct {
 	conn.Bind
-	node, router int
+	node *os.File
 }
 
-// Open makes the sockets on a thread that is in the node's namespace meanwhile:
-// a socket belongs to the namespace of the thread that made it, for ever.
-func (b *nodeBind) Open(port uint16) ([]conn.ReceiveFunc, uint16, error) {
-	runtime.LockOSThread()
-	if err := unix.Setns(b.node, unix.CLONE_NEWNET); err != nil {
-		runtime.UnlockOSThread()
-		return nil, 0, fmt.Errorf("enter the node's network namespace: %w", err)
-	}
-	receivers, actual, err := b.Bind.Open(port)
-	if back := unix.Setns(b.router, unix.CLONE_NEWNET); back != nil {
-		// The thread stays locked, and so ends with this goroutine.
-		return nil, 0, errors.Join(err, fmt.Errorf("return to the router's network namespace: %w", back))
-	}
-	runtime.UnlockOSThread()
+// Open makes the sockets on a thread of the node's namespace: a socket belongs to
+// the namespace of the thread that made it, for ever.
+func (b *nodeBind) Open(port uint16) (receivers []conn.ReceiveFunc, actual uint16, err error) {
+	err = within(b.node, func() (err error) {
+		receivers, actual, err = b.Bind.Open(port)
+		return err
+	})
 	return receivers, actual, err
 }

@@ -97,7 +97,7 @@ func connectVXLAN(router *namespace, peers []Peer) error {
 
 // forgetOthers removes the static entries that are not wanted.
 func forgetOthers(router *namespace, index, family int, wanted map[string]bool) error {
-	entries, err := router.links.NeighList(index, family)
+	entries, err := complete(func() ([]netlink.Neigh, error) { return router.links.NeighList(index, family) })
 	if err != nil {
 		return fmt.Errorf("list the neighbours of the VXLAN device: %w", err)
 	}
