@@ -172,6 +172,17 @@ func (n *network) letGo() {
 // usable reports whether everything of the network is there.
 func (n *network) usable() bool { return n.Built && n.router != nil && n.holder.alive() }
 
+// Subnet returns the subnet of a network that was prepared here.
+func (m *Manager) Subnet(key Key) (subnet netip.Prefix, known bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	n, known := m.networks[key]
+	if !known {
+		return netip.Prefix{}, false
+	}
+	return n.Plan.Subnet, true
+}
+
 // find returns a network that can be used.
 func (m *Manager) find(key Key) (*network, error) {
 	n, known := m.networks[key]
