@@ -140,6 +140,9 @@ func TestATaskMayJoinAnewFromAnotherNamespace(t *testing.T) {
 func TestNetworksOutliveTheAgent(t *testing.T) {
 	node := newFabric(t).node()
 	j := newJob("j-live")
+	if subnet, known := node.Subnet(j.key); known {
+		t.Errorf("a network that was not prepared has the subnet %v", subnet)
+	}
 	gone := newJob("j-gone")
 	tasks := node.join(j, 0, 1)
 	left := node.join(gone, 0)
@@ -147,6 +150,9 @@ func TestNetworksOutliveTheAgent(t *testing.T) {
 	node.restart()
 	if err := node.Retain(background, map[Key][]int{j.key: {0, 1}}); err != nil {
 		t.Fatal(err)
+	}
+	if subnet, known := node.Subnet(j.key); !known || subnet != j.plan.Subnet {
+		t.Errorf("the network has the subnet %v, %v; want %v", subnet, known, j.plan.Subnet)
 	}
 	reach(t, tasks[0].ns, at.String())
 	if _, err := open(t, left[0].ns).links.LinkByName("eth0"); !missing(err) {
