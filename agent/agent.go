@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"dormouse/agent/criu"
+	"dormouse/agent/network"
 	"dormouse/agent/sandbox"
 	"dormouse/api/agentpb"
 	"dormouse/repository"
@@ -29,6 +30,9 @@ type Agent struct {
 	criu     *criu.Engine
 	criuErr  error // why there is no engine; tasks run, checkpoints are refused
 	boxes    *sandbox.Runtime
+	networks *network.Manager
+	requests requests
+	restores sync.WaitGroup // restores under way
 	known    *repository.FileCache
 	spool    *spooler
 	lanes    *lanes
@@ -67,6 +71,7 @@ func New(config Config) (_ *Agent, err error) {
 		config: config, log: config.Logger, life: context.Background(),
 		lanes: newLanes(), answers: newAnswers(),
 		tasks: map[string]*task{}, captures: map[string]*capturing{},
+		requests: requests{waiting: map[string]*agentpb.AppRequest{}},
 	}
 	defer func() {
 		if err != nil {
@@ -92,7 +97,7 @@ func New(config Config) (_ *Agent, err error) {
 	}
 	a.boxes, err = sandbox.New(sandbox.Options{
 		Init: config.Init, Cgroup: config.Cgroup, Images: filepath.Join(config.State, "images"),
-		Hide: append([]string{config.State, config.Spool}, config.Hide...), Log: a.log,
+		Hide: append([]string{config.State, config.Spool}, config.Hide...), Network: taskNetworks{a}, Log: a.log,
 	})
 	if err != nil {
 		return nil, err
@@ -106,6 +111,10 @@ func New(config Config) (_ *Agent, err error) {
 // Close gives up what New took. Tasks live on.
 func (a *Agent) Close() error {
 	var errs []error
+	if a.networks != nil {
+		errs = append(errs, a.networks.Close())
+		a.networks = nil
+	}
 	if a.repo != nil {
 		errs = append(errs, a.repo.Close())
 		a.repo = nil
@@ -166,6 +175,9 @@ func (a *Agent) Run(ctx context.Context) error {
 	if a.criuErr != nil {
 		a.log.Warn("no checkpoints on this node", "error", a.criuErr)
 	}
+	if err := a.openNetworks(); err != nil {
+		return err
+	}
 	if err := a.recover(ctx); err != nil {
 		return fmt.Errorf("find the tasks of an earlier agent: %w", err)
 	}
@@ -177,6 +189,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	err := a.joinAndServe(ctx)
 	cancel()
 	leasing.Wait()
+	a.restores.Wait()
 	a.lanes.wait()
 	a.streams.Wait()
 	for _, t := range a.allTasks() {

@@ -14,6 +14,8 @@ import (
 
 	"dormouse/agent/capture"
 	"dormouse/agent/criu"
+	"dormouse/agent/network"
+	"dormouse/agent/plugins/tcp"
 	"dormouse/agent/sandbox"
 	"dormouse/api"
 	"dormouse/api/agentpb"
@@ -103,8 +105,10 @@ func (a *Agent) preflight(ctx context.Context, ref *agentpb.TaskRef, checkpoint 
 	if err := a.discard(ref, checkpoint); err != nil { // of an earlier attempt
 		return nil, err
 	}
+	r, _ := t.snapshot()
 	report, err := a.criu.Preflight(ctx, criu.PreflightRequest{
 		Pid: box.Pid(), Cgroup: box.CgroupPath(), ExternalMounts: dumpMounts(box),
+		ControlledInit: true, JobNetworks: a.jobNetworks(&r), AllowLeaving: allowsLeaving(&r.Spec),
 	})
 	if err != nil {
 		return nil, err
@@ -133,7 +137,7 @@ func (a *Agent) prepare(ctx context.Context, t *task, box *sandbox.Sandbox, chec
 	r, _ := t.snapshot()
 	key := captureKey(r.ref(), checkpoint)
 	c := &capturing{key: key, work: a.workDir(key)}
-	c.sockets = len(report.Connections) > 0
+	c.sockets = len(report.Connections) > 0 || r.Spec.Tasks > 1
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, c.close())
@@ -247,13 +251,6 @@ func (a *Agent) freeze(ctx context.Context, ref *agentpb.TaskRef, checkpoint str
 	if err := t.hold(ctx, holdCheckpoint); err != nil {
 		return err
 	}
-	if c.sockets {
-		select {
-		case <-time.After(drain):
-		case <-ctx.Done():
-			return ctx.Err()
-		}
-	}
 	c.frozen = true
 	c.result.Frozen = c.begun
 	c.result.Steps.FreezeMS = milliseconds(time.Since(c.begun))
@@ -265,10 +262,17 @@ func (a *Agent) freeze(ctx context.Context, ref *agentpb.TaskRef, checkpoint str
 // the agent is being stopped.
 func (a *Agent) goOn(t *task) error {
 	ctx := context.WithoutCancel(a.life)
+	r, box := t.snapshot()
+	if r.Checkpoint != "" && box != nil {
+		if err := reconnect(box); err != nil {
+			return err
+		}
+	}
 	if err := t.release(ctx, holdCheckpoint); err != nil {
 		return err
 	}
-	if r, _ := t.snapshot(); r.Checkpoint == "" {
+	r, _ = t.snapshot()
+	if r.Checkpoint == "" {
 		return nil
 	}
 	return t.note(func(r *record) { r.Checkpoint, r.Work = "", "" })
@@ -280,7 +284,8 @@ func (a *Agent) capture(ctx context.Context, ref *agentpb.TaskRef, checkpoint st
 	if err != nil {
 		return nil, err
 	}
-	if _, err := t.live(); err != nil {
+	box, err := t.live()
+	if err != nil {
 		return nil, err
 	}
 	c := a.findCapture(ref, checkpoint)
@@ -288,7 +293,7 @@ func (a *Agent) capture(ctx context.Context, ref *agentpb.TaskRef, checkpoint st
 		return nil, retry{fmt.Errorf("the task is not frozen for checkpoint %s: the agent was restarted since", checkpoint)}
 	}
 	if !c.complete {
-		if err := a.dump(ctx, t, c, checkpoint); err != nil {
+		if err := a.dump(ctx, t, box, c, checkpoint); err != nil {
 			return nil, errors.Join(err, a.abort(t, c))
 		}
 	}
@@ -320,7 +325,10 @@ func (a *Agent) prepareDump(box *sandbox.Sandbox, c *capturing) (*criu.PendingDu
 	})
 }
 
-func (a *Agent) dump(ctx context.Context, t *task, c *capturing, checkpoint string) error {
+func (a *Agent) dump(ctx context.Context, t *task, box *sandbox.Sandbox, c *capturing, checkpoint string) error {
+	if err := a.cutOff(ctx, t, box, c); err != nil {
+		return err
+	}
 	failpoint.Hit("agent.capture.dumping")
 	begun := time.Now()
 	result, err := c.pending.Dump(ctx)
@@ -347,6 +355,33 @@ func (c *capturing) finishStreams() error {
 	bytes, err := c.streams.finish()
 	c.result.Steps.SizeBytes += bytes
 	return err
+}
+
+// cutOff takes the task off its network: by now every task of its job stands
+// still, and what they have sent gets the time to arrive.
+func (a *Agent) cutOff(ctx context.Context, t *task, box *sandbox.Sandbox, c *capturing) error {
+	if c.sockets {
+		select {
+		case <-time.After(drain):
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+	r, _ := t.snapshot()
+	return inNetwork(box, func(netns *os.File) error {
+		if r.Spec.Connections == api.ConnectionsClose {
+			if err := tcp.EndLeaving(netns, a.jobNetworks(&r)); err != nil {
+				return err
+			}
+		}
+		return network.Cut(netns)
+	})
+}
+
+// allowsLeaving reports whether connections that leave the job are no reason to
+// refuse a checkpoint: they are ended, or kept as they are.
+func allowsLeaving(spec *api.JobSpec) bool {
+	return spec.Connections == api.ConnectionsClose || spec.Connections == api.ConnectionsKeep
 }
 
 // captureFiles takes the files of a task that stands still.

@@ -71,6 +71,18 @@ func (a *Agent) perform(ctx context.Context, command *agentpb.Command, reply *ag
 		state, err := a.start(ctx, ref, body.Start)
 		reply.Result = &agentpb.Reply_Started{Started: state}
 		return err
+	case *agentpb.Command_PrepareNetwork:
+		endpoint, err := a.prepareNetwork(ctx, ref, body.PrepareNetwork.GetPlan())
+		reply.Result = &agentpb.Reply_Network{Network: endpoint}
+		return err
+	case *agentpb.Command_ConnectNetwork:
+		return a.connectNetwork(ctx, ref, body.ConnectNetwork)
+	case *agentpb.Command_OpenNetwork:
+		return a.openNetwork(ref)
+	case *agentpb.Command_Release:
+		state, err := a.release(ctx, ref)
+		reply.Result = &agentpb.Reply_Restored{Restored: state}
+		return err
 	case *agentpb.Command_Preflight:
 		result, err := a.preflight(ctx, ref, body.Preflight.GetCheckpoint(), progress)
 		reply.Result = &agentpb.Reply_Preflight{Preflight: result}

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/ed25519"
 	"crypto/rand"
@@ -33,6 +34,7 @@ import (
 	"dormouse/agent/criu"
 	"dormouse/api"
 	"dormouse/api/agentpb"
+	"dormouse/internal/ownnet"
 	"dormouse/repository"
 	"dormouse/repository/backend/local"
 )
@@ -51,6 +53,10 @@ func TestMain(m *testing.M) {
 			os.Exit(1)
 		}
 		os.Exit(0)
+	}
+	if err := ownnet.EnterIfRoot(); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
 	}
 	if err := buildTools(); err != nil {
 		tools.why = err.Error()
@@ -346,9 +352,22 @@ func (c *controller) await(what string, f func() bool) {
 	}
 }
 
+// plan is the network of every job in these tests: each has its own.
+var plan = &agentpb.NetworkPlan{Subnet: "10.77.0.0/20", Gateway: "10.77.15.254", Number: 7, Tasks: 2}
+
+const firstAddress = "10.77.0.1"
+
 // do sends a command, again after each reconnection, and returns its reply.
 func (c *controller) do(node string, ref *agentpb.TaskRef, body any) *agentpb.Reply {
 	c.t.Helper()
+	switch b := body.(type) { // as the real controller does
+	case *agentpb.StartTask:
+		b.VirtualIp = cmp.Or(b.VirtualIp, firstAddress)
+		c.mustDo(node, ref, &agentpb.PrepareNetwork{Plan: plan})
+	case *agentpb.RestoreTask:
+		b.VirtualIp = cmp.Or(b.VirtualIp, firstAddress)
+		c.mustDo(node, ref, &agentpb.PrepareNetwork{Plan: plan})
+	}
 	c.mu.Lock()
 	c.next++
 	command := &agentpb.Command{Id: fmt.Sprintf("c%d", c.next), Task: ref}
@@ -374,6 +393,14 @@ func (c *controller) do(node string, ref *agentpb.TaskRef, body any) *agentpb.Re
 		command.Body = &agentpb.Command_Signal{Signal: b}
 	case *agentpb.DestroyTask:
 		command.Body = &agentpb.Command_Destroy{Destroy: b}
+	case *agentpb.PrepareNetwork:
+		command.Body = &agentpb.Command_PrepareNetwork{PrepareNetwork: b}
+	case *agentpb.ConnectNetwork:
+		command.Body = &agentpb.Command_ConnectNetwork{ConnectNetwork: b}
+	case *agentpb.OpenNetwork:
+		command.Body = &agentpb.Command_OpenNetwork{OpenNetwork: b}
+	case *agentpb.ReleaseTask:
+		command.Body = &agentpb.Command_Release{Release: b}
 	case *agentpb.OpenStream:
 		command.Body = &agentpb.Command_OpenStream{OpenStream: b}
 	default:
@@ -509,7 +536,7 @@ func (c *controller) finish(node string, ref *agentpb.TaskRef, id string, upload
 func (c *controller) start(node, job string, spec api.JobSpec) *agentpb.TaskRef {
 	c.t.Helper()
 	ref := &agentpb.TaskRef{Job: job, Run: 1}
-	c.mustDo(node, ref, &agentpb.StartTask{Spec: specJSON(c.t, spec), VirtualIp: "10.77.0.1"})
+	c.mustDo(node, ref, &agentpb.StartTask{Spec: specJSON(c.t, spec)})
 	return ref
 }
 
@@ -517,7 +544,7 @@ func (c *controller) start(node, job string, spec api.JobSpec) *agentpb.TaskRef 
 func (c *controller) restore(node string, ref *agentpb.TaskRef, id string, spec api.JobSpec) *agentpb.TaskRef {
 	c.t.Helper()
 	next := &agentpb.TaskRef{Job: ref.GetJob(), Index: ref.GetIndex(), Run: ref.GetRun() + 1}
-	c.mustDo(node, next, &agentpb.RestoreTask{Checkpoint: id, Spec: specJSON(c.t, spec), VirtualIp: "10.77.0.1"})
+	c.mustDo(node, next, &agentpb.RestoreTask{Checkpoint: id, Spec: specJSON(c.t, spec)})
 	return next
 }
 

@@ -113,7 +113,8 @@ func TestAgentKilledWhileItBuildsATask(t *testing.T) {
 		t.Run(point, func(t *testing.T) {
 			c := newController(t)
 			n := c.killedAtWith("east-0", point, func(*Config) {})
-			ref := c.start("east-0", "j-start", counter())
+			ref := &agentpb.TaskRef{Job: "j-start", Run: 1}
+			c.again("east-0", ref, func() any { return &agentpb.StartTask{Spec: specJSON(t, counter())} })
 			c.awaitLog("east-0", ref, "10 lines", counted(10))
 			c.mustDo("east-0", ref, &agentpb.DestroyTask{})
 			n.nothingSpooled(t)
@@ -123,7 +124,7 @@ func TestAgentKilledWhileItBuildsATask(t *testing.T) {
 
 func TestAgentKilledDuringARestore(t *testing.T) {
 	for _, point := range []string{
-		"agent.restore.images", "agent.restore.files", "agent.restore.before-criu", "agent.restore.after-criu",
+		"agent.restore.files", "agent.restore.before-criu", "agent.restore.unlock", "agent.restore.after-criu",
 		"agent.destroy.before", "agent.destroy.after",
 	} {
 		t.Run(point, func(t *testing.T) {
@@ -135,12 +136,26 @@ func TestAgentKilledDuringARestore(t *testing.T) {
 			c.mustDo("west-0", ref, &agentpb.DestroyTask{})
 
 			c.killedAtWith("east-0", point, func(*Config) {})
-			again := c.restore("east-0", ref, "c-wake", counter())
+			again := &agentpb.TaskRef{Job: ref.GetJob(), Run: 2}
+			c.again("east-0", again, func() any { return &agentpb.RestoreTask{Checkpoint: "c-wake", Spec: specJSON(t, counter())} })
 			last, err := countsUp(c.logs("east-0", again, false))
 			must(t, err)
 			c.awaitLog("east-0", again, "more lines", counted(last+10))
 			c.mustDo("east-0", again, &agentpb.DestroyTask{})
 		})
+	}
+}
+
+// again sends a command that an agent is killed at. The network went with what
+// was half made, so one retry is due.
+func (c *controller) again(node string, ref *agentpb.TaskRef, body func() any) {
+	c.t.Helper()
+	f := c.do(node, ref, body()).GetFailure()
+	if f != nil && !f.GetRetryable() {
+		c.t.Fatalf("%T on %s failed for good: %s", body(), node, f.GetMessage())
+	}
+	if f != nil {
+		c.mustDo(node, ref, body())
 	}
 }
 

@@ -70,7 +70,7 @@ func (a *Agent) recover(ctx context.Context) error {
 			return err
 		}
 	}
-	return nil
+	return a.retainNetworks(ctx)
 }
 
 // recoverCaptures finds the complete captures on disk and returns the other

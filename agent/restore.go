@@ -12,6 +12,7 @@ import (
 
 	"dormouse/agent/capture"
 	"dormouse/agent/criu"
+	"dormouse/agent/network"
 	"dormouse/agent/sandbox"
 	"dormouse/api"
 	"dormouse/api/agentpb"
@@ -23,7 +24,7 @@ import (
 // new task is left; the checkpoint is not touched.
 func (a *Agent) restore(ctx context.Context, ref *agentpb.TaskRef, request *agentpb.RestoreTask, progress func(float64, string)) (*agentpb.TaskState, error) {
 	if t, err := a.find(ref); err == nil {
-		return t.state(), nil
+		return t.state(), nil // it was restored, and may be held
 	}
 	if a.criuErr != nil {
 		return nil, a.criuErr
@@ -39,15 +40,45 @@ func (a *Agent) restore(ctx context.Context, ref *agentpb.TaskRef, request *agen
 	if err := a.canRun(entry); err != nil {
 		return nil, refusal{fmt.Errorf("checkpoint %s cannot be restored on node %s: %w", request.GetCheckpoint(), a.config.Node, err)}
 	}
-	t, err := a.newTask(ref, spec, request.GetVirtualIp(), request.GetHosts(), stageRestoring)
+	t, err := a.newTask(record{
+		Job: ref.GetJob(), Index: ref.GetIndex(), Run: ref.GetRun(), Spec: spec, Stage: stageRestoring,
+		VirtualIP: request.GetVirtualIp(), Hosts: hosts(request.GetHosts()), From: request.GetCheckpoint(),
+	})
 	if err != nil {
 		return nil, err
 	}
-	defer os.RemoveAll(a.workDir(t.id()))
-	if err := a.rebuild(ctx, t, entry, progress); err != nil {
-		return nil, errors.Join(fmt.Errorf("restore checkpoint %s: %w", request.GetCheckpoint(), err), a.undo(t))
+	running, cancel := context.WithCancel(a.life)
+	h := newRestoring(request.GetHold(), cancel)
+	t.mu.Lock()
+	t.restore = h
+	t.mu.Unlock()
+	a.restores.Go(func() {
+		defer close(h.done)
+		defer cancel()
+		h.err = a.finishRestore(running, t, h, entry, progress)
+	})
+	select {
+	case <-h.reached:
+		return t.state(), nil
+	case <-h.done:
+	case <-ctx.Done():
+		h.abandon()
 	}
-	return a.begin(ctx, t)
+	if h.err != nil {
+		return nil, h.err
+	}
+	return t.state(), nil
+}
+
+// finishRestore is the whole of a restore.
+func (a *Agent) finishRestore(ctx context.Context, t *task, h *restoring, entry *repository.TaskManifest, progress func(float64, string)) error {
+	defer os.RemoveAll(a.workDir(t.id()))
+	if err := a.rebuild(ctx, t, h, entry, progress); err != nil {
+		r, _ := t.snapshot()
+		return errors.Join(fmt.Errorf("restore checkpoint %s: %w", r.From, err), a.undo(t))
+	}
+	_, err := a.begin(ctx, t)
+	return err
 }
 
 // manifestEntry verifies the checkpoint's manifest and returns this task's part
@@ -90,7 +121,7 @@ func (a *Agent) canRun(entry *repository.TaskManifest) error {
 }
 
 // rebuild fetches the task's part and wakes the task.
-func (a *Agent) rebuild(ctx context.Context, t *task, entry *repository.TaskManifest, progress func(float64, string)) (err error) {
+func (a *Agent) rebuild(ctx context.Context, t *task, h *restoring, entry *repository.TaskManifest, progress func(float64, string)) (err error) {
 	repo, err := a.repository()
 	if err != nil {
 		return err
@@ -129,7 +160,7 @@ func (a *Agent) rebuild(ctx context.Context, t *task, entry *repository.TaskMani
 	}
 	progress(0.5, "waking processes")
 	_, box := t.snapshot()
-	if err := a.wake(ctx, t, box, images, memory); err != nil {
+	if err := a.wake(ctx, t, h, box, images, memory); err != nil {
 		return spaceError(err, spool)
 	}
 	a.lanes.run(t.id()+" pages", func() { a.rememberPages(memory, spool, &r) })
@@ -227,7 +258,7 @@ func restoreFiles(ctx context.Context, part *repository.PartReader, box *sandbox
 // wake lets CRIU build the processes. It begins while their memory is still
 // being fetched: but for neededFirst, CRIU does not look at that before all
 // namespaces are there.
-func (a *Agent) wake(ctx context.Context, t *task, box *sandbox.Sandbox, images string, memory *memorySource) error {
+func (a *Agent) wake(ctx context.Context, t *task, h *restoring, box *sandbox.Sandbox, images string, memory *memorySource) error {
 	work := a.workDir(t.id())
 	if err := os.Mkdir(work, 0o700); err != nil {
 		return err
@@ -243,8 +274,16 @@ func (a *Agent) wake(ctx context.Context, t *task, box *sandbox.Sandbox, images 
 	request := criu.RestoreRequest{
 		ImagesDir: images, WorkDir: work, Root: target.Root, NetNS: target.NetNS, Enter: box.Enter,
 		Notify: func(ctx context.Context, event criu.Event, _ int) error {
-			if event == criu.EventPostSetupNamespaces {
+			switch event {
+			case criu.EventPostSetupNamespaces:
 				return memory.wait(ctx)
+			case criu.EventNetworkUnlock:
+				// Every connection is there, and none sends before CRIU goes on.
+				failpoint.Hit("agent.restore.unlock")
+				if h.hold {
+					return h.wait(ctx, target.NetNS)
+				}
+				return network.Open(target.NetNS)
 			}
 			return nil
 		},

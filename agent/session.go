@@ -100,6 +100,7 @@ func (a *Agent) session(parent context.Context) (welcomed bool, err error) {
 	defer writing.Wait()
 	defer end(nil)
 	a.reportTasks()
+	a.repeatRequests()
 	for {
 		message, err := stream.Recv()
 		if err != nil {
@@ -184,6 +185,8 @@ func (s *session) receive(ctx context.Context, message *agentpb.ToAgent) {
 		if err := s.agent.lease.renew(sent); err != nil {
 			s.agent.log.Error("cannot store the lease", "error", err)
 		}
+	case *agentpb.ToAgent_AppAnswer:
+		s.agent.answered(ctx, body.AppAnswer)
 	case *agentpb.ToAgent_Command:
 		s.agent.accept(ctx, body.Command)
 	case *agentpb.ToAgent_Welcome:

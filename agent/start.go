@@ -22,7 +22,10 @@ func (a *Agent) start(ctx context.Context, ref *agentpb.TaskRef, request *agentp
 	if err != nil {
 		return nil, err
 	}
-	t, err := a.newTask(ref, spec, request.GetVirtualIp(), request.GetHosts(), stageStarting)
+	t, err := a.newTask(record{
+		Job: ref.GetJob(), Index: ref.GetIndex(), Run: ref.GetRun(), Spec: spec, Stage: stageStarting,
+		VirtualIP: request.GetVirtualIp(), Hosts: hosts(request.GetHosts()), Secret: request.GetSecret(),
+	})
 	if err != nil {
 		return nil, err
 	}
@@ -49,13 +52,10 @@ func (a *Agent) startBox(ctx context.Context, t *task) error {
 }
 
 // newTask writes down that a task is about to be built.
-func (a *Agent) newTask(ref *agentpb.TaskRef, spec api.JobSpec, ip string, hosts []*agentpb.HostEntry, s stage) (*task, error) {
+func (a *Agent) newTask(r record) (*task, error) {
+	ref := r.ref()
 	if !validID.MatchString(taskID(ref)) {
 		return nil, refuse("%q is no usable name of a task", taskID(ref))
-	}
-	r := record{Job: ref.GetJob(), Index: ref.GetIndex(), Run: ref.GetRun(), Spec: spec, VirtualIP: ip, Stage: s}
-	for _, host := range hosts {
-		r.Hosts = append(r.Hosts, sandbox.Host{Name: host.GetName(), IP: host.GetIp()})
 	}
 	t := newTask(a.taskDir(ref), r)
 	if err := t.update(func(*record) {}); err != nil {
@@ -65,11 +65,20 @@ func (a *Agent) newTask(ref *agentpb.TaskRef, spec api.JobSpec, ip string, hosts
 	return t, nil
 }
 
+func hosts(entries []*agentpb.HostEntry) (list []sandbox.Host) {
+	for _, e := range entries {
+		list = append(list, sandbox.Host{Name: e.GetName(), IP: e.GetIp()})
+	}
+	return list
+}
+
 func boxConfig(t *task, r *record) sandbox.Config {
 	s := &r.Spec
 	return sandbox.Config{
 		ID: t.id(), Dir: t.boxDir(), Root: s.Root, Command: s.Command, Env: s.Env, WorkDir: s.Dir, User: s.User,
 		CapAdd: s.CapAdd, Volumes: s.Volumes, Hostname: fmt.Sprintf("task-%d", r.Index), Hosts: r.Hosts,
+		Job: r.Job, Task: int(r.Index), Tasks: s.Tasks, Run: r.Run, Secret: r.Secret,
+		Serve:     s.Launch == api.LaunchFirst && r.Index > 0,
 		VirtualIP: r.VirtualIP, CPUs: s.CPUs, MemBytes: s.MemBytes, CPUBaseline: s.CPUBaseline,
 	}
 }
@@ -110,6 +119,10 @@ func (a *Agent) undo(t *task) error {
 		}
 		t.setBox(nil)
 	}
+	r, _ := t.snapshot()
+	if err := a.leaveNetwork(r.ref()); err != nil {
+		return fmt.Errorf("tear down task %s: %w", t.id(), err)
+	}
 	return a.forget(t)
 }
 
@@ -135,8 +148,14 @@ func (a *Agent) signal(ctx context.Context, ref *agentpb.TaskRef, number int32) 
 // what is not there is a success.
 func (a *Agent) destroy(ctx context.Context, ref *agentpb.TaskRef, keepLogs bool) error {
 	t, err := a.find(ref)
+	if err == nil {
+		if h := t.underway(); h != nil {
+			h.abandon()
+			t, err = a.find(ref) // an abandoned restore leaves nothing
+		}
+	}
 	if err != nil {
-		return nil
+		return a.leaveNetwork(ref) // it may have been prepared
 	}
 	t.unwatch()
 	r, box := t.snapshot()
@@ -151,6 +170,9 @@ func (a *Agent) destroy(ctx context.Context, ref *agentpb.TaskRef, keepLogs bool
 		if err := box.Destroy(ctx, sandbox.DestroyOptions{KeepLogs: keepLogs}); err != nil {
 			return fmt.Errorf("destroy task %s: %w", t.id(), err)
 		}
+	}
+	if err := a.leaveNetwork(ref); err != nil {
+		return fmt.Errorf("destroy task %s: %w", t.id(), err)
 	}
 	failpoint.Hit("agent.destroy.after")
 	t.finish()

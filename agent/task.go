@@ -47,7 +47,10 @@ type record struct {
 	// Checkpoint is the one being taken, from before the freeze until the thaw.
 	Checkpoint string `json:"checkpoint,omitempty"`
 	// Work is where CRIU takes its notes while it dumps or restores the task.
-	Work   string              `json:"work,omitempty"`
+	Work string `json:"work,omitempty"`
+	// From is the checkpoint that the task was restored from.
+	From   string              `json:"from,omitempty"`
+	Secret []byte              `json:"secret,omitempty"` // of the job
 	Exit   *sandbox.ExitStatus `json:"exit,omitempty"`
 	Reason string              `json:"reason,omitempty"`
 }
@@ -66,6 +69,8 @@ type task struct {
 	record record
 	box    *sandbox.Sandbox // nil before it was created and after it was destroyed
 	over   bool             // ended is closed
+	// restore is the one that makes the task, or made it.
+	restore *restoring
 }
 
 const stateFile = "state.json"
@@ -239,6 +244,11 @@ func (t *task) finish() {
 func (a *Agent) watch(t *task) {
 	ctx, cancel := context.WithCancel(a.life)
 	t.watcher = cancel
+	t.watched.Go(func() {
+		if _, box := t.snapshot(); box != nil {
+			a.attend(ctx, t, box)
+		}
+	})
 	t.watched.Go(func() {
 		defer cancel()
 		_, box := t.snapshot()

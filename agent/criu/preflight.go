@@ -25,6 +25,12 @@ type PreflightRequest struct {
 	// JobNetworks are addresses of the job's other tasks: connections to them
 	// stay inside the job.
 	JobNetworks []netip.Prefix
+	// ControlledInit: unix sockets from outside that the tree's init holds are
+	// its connections to the caller, who closes them before the dump.
+	ControlledInit bool
+	// AllowLeaving: TCP connections that leave the job are reported, but are no
+	// reason to refuse.
+	AllowLeaving bool
 	// AllowDevices are paths, inside the task, of device files that may be open
 	// beyond the default set (null zero full random urandom tty ptmx pts).
 	AllowDevices []string
