@@ -48,11 +48,13 @@ func (h *holder) start(router *namespace, log string, argv []string, files ...*o
 	child.ExtraFiles = files
 	child.SysProcAttr = &syscall.SysProcAttr{
 		Setsid:      true,
+		// Its own mounts, which it drops: the agent's would outlive the agent in it.
+		Cloneflags:  syscall.CLONE_NEWNS,
 		UseCgroupFD: true,
 		CgroupFD:    int(place.Fd()),
 	}
 	if router == nil {
-		child.SysProcAttr.Cloneflags = syscall.CLONE_NEWNET
+		child.SysProcAttr.Cloneflags |= syscall.CLONE_NEWNET
 		err = child.Start()
 	} else {
 		err = within(router.file, child.Start)

@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"os"
+	"strings"
 	"testing"
 	"time"
 
@@ -322,6 +324,29 @@ func TestUplinksNeverOverlap(t *testing.T) {
 			seen[a] = slot
 		}
 	}
+}
+
+// The agent's mounts, its spool in memory for one, are to end with the agent.
+func TestHoldersKeepNothingMounted(t *testing.T) {
+	eachTunnel(t, func(t *testing.T, f *fabric, j job) {
+		n := f.node()
+		n.join(j, 0)
+		pids, err := n.holderOf(j.key).group.Pids()
+		if err != nil || len(pids) != 1 {
+			t.Fatalf("the holder's processes are %v, %v; want one", pids, err)
+		}
+		mounts := ""
+		for deadline := time.Now().Add(5 * time.Second); time.Now().Before(deadline) && strings.Count(mounts, "\n") != 1; {
+			raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/mountinfo", pids[0]))
+			if err != nil {
+				t.Fatal(err)
+			}
+			mounts = string(raw)
+		}
+		if strings.Count(mounts, "\n") != 1 {
+			t.Errorf("the holder keeps mounted:\n%s", mounts)
+		}
+	})
 }
 
 // A holder must end with its node: its cgroup is below the node's.

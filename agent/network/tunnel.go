@@ -108,7 +108,7 @@ func (m *Manager) startHolder(ctx context.Context, n *network) error {
 	n.held = time.Now()
 	log := filepath.Join(m.directory(n.Key), "holder.log")
 	if n.Tunnel != tunnelUserspace {
-		return n.holder.start(n.router, log, []string{m.options.Init, "hold", n.Key.String()})
+		return n.holder.start(n.router, log, []string{m.options.Init, "hold", "--bare", n.Key.String()})
 	}
 	return m.startUserspace(ctx, n, log)
 }

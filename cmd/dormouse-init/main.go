@@ -53,7 +53,7 @@ func main() {
 	}
 	switch stage {
 	case "hold":
-		hold()
+		hold(os.Args[2:])
 	case "setup":
 		setup()
 	case "run":
