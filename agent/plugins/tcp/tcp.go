@@ -11,6 +11,7 @@
 package tcp
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"net"
@@ -19,6 +20,7 @@ import (
 	"slices"
 
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 )
@@ -39,6 +41,11 @@ func EndLeaving(namespace *os.File, job []netip.Prefix) error {
 		return fmt.Errorf("reach the task's network namespace: %w", err)
 	}
 	defer handle.Close()
+	diag, err := diagnose(namespace)
+	if err != nil {
+		return err
+	}
+	defer diag.Close()
 	own, err := addresses(handle)
 	if err != nil {
 		return err
@@ -52,7 +59,7 @@ func EndLeaving(namespace *os.File, job []netip.Prefix) error {
 			if !slices.Contains(connected, s.State) || stays(s.ID.Destination, own, job) {
 				continue
 			}
-			if err := end(handle, s.ID); err != nil {
+			if err := end(diag, s); err != nil {
 				return err
 			}
 		}
@@ -84,12 +91,56 @@ func stays(remote net.IP, own map[netip.Addr]bool, job []netip.Prefix) bool {
 	return ip.IsLoopback() || own[ip] || slices.ContainsFunc(job, func(p netip.Prefix) bool { return p.Contains(ip) })
 }
 
-// end resets one connection. One that ended by itself meanwhile is no error.
-func end(handle *netlink.Handle, id netlink.SocketID) error {
-	local := &net.TCPAddr{IP: id.Source, Port: int(id.SourcePort)}
-	remote := &net.TCPAddr{IP: id.Destination, Port: int(id.DestinationPort)}
-	if err := handle.SocketDestroy(local, remote); err != nil && !errors.Is(err, unix.ENOENT) {
-		return fmt.Errorf("end the connection from %v to %v: %w", local, remote, err)
+// diagnose opens a socket with which to ask about others in a namespace.
+func diagnose(namespace *os.File) (*nl.NetlinkSocket, error) {
+	diag, err := nl.GetNetlinkSocketAt(netns.NsHandle(namespace.Fd()), netns.None(), unix.NETLINK_INET_DIAG)
+	if err != nil {
+		return nil, fmt.Errorf("reach the task's network namespace: %w", err)
 	}
-	return nil
+	return diag, nil
+}
+
+// end resets one connection. One that ended by itself meanwhile is no error.
+func end(diag *nl.NetlinkSocket, s *netlink.Socket) error {
+	request := nl.NewNetlinkRequest(nl.SOCK_DESTROY, unix.NLM_F_ACK)
+	request.Sockets = map[int]*nl.SocketHandle{unix.NETLINK_INET_DIAG: {Socket: diag}}
+	request.AddData((*destroyed)(s))
+	_, err := request.Execute(unix.NETLINK_INET_DIAG, 0)
+	if err == nil || errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ESTALE) {
+		return nil
+	}
+	local, remote := address(s.ID.Source, s.ID.SourcePort), address(s.ID.Destination, s.ID.DestinationPort)
+	if errors.Is(err, unix.EOPNOTSUPP) {
+		return fmt.Errorf("end the connection from %v to %v: the kernel cannot (it has no CONFIG_INET_DIAG_DESTROY); "+
+			"close it in the program, or use the policy keep", local, remote)
+	}
+	return fmt.Errorf("end the connection from %v to %v: %w", local, remote, err)
+}
+
+func address(ip net.IP, port uint16) *net.TCPAddr { return &net.TCPAddr{IP: ip, Port: int(port)} }
+
+// destroyed is a socket as SOCK_DESTROY names it: struct inet_diag_req_v2 of
+// linux/inet_diag.h. It carries the socket's cookie: the kernel looks for
+// addresses and ports alone otherwise, and ends the listener instead when the
+// connection is gone.
+type destroyed netlink.Socket
+
+func (s *destroyed) Len() int { return 56 }
+
+func (s *destroyed) Serialize() []byte {
+	source, destination := s.ID.Source.To16(), s.ID.Destination.To16()
+	if s.Family == unix.AF_INET {
+		source, destination = s.ID.Source.To4(), s.ID.Destination.To4()
+	}
+	b := make([]byte, s.Len())
+	b[0], b[1] = s.Family, unix.IPPROTO_TCP
+	binary.NativeEndian.PutUint32(b[4:], ^uint32(0)) // in any state
+	binary.BigEndian.PutUint16(b[8:], s.ID.SourcePort)
+	binary.BigEndian.PutUint16(b[10:], s.ID.DestinationPort)
+	copy(b[12:28], source)
+	copy(b[28:44], destination)
+	binary.NativeEndian.PutUint32(b[44:], s.ID.Interface)
+	binary.NativeEndian.PutUint32(b[48:], s.ID.Cookie[0])
+	binary.NativeEndian.PutUint32(b[52:], s.ID.Cookie[1])
+	return b
 }
