@@ -418,6 +418,7 @@ func TestAllTasksOrNone(t *testing.T) {
 	t.Parallel()
 	p := onOwn(t, built.bin, nil, "--cloud", "east=2", "--cpus", "2", "--mem", "1G")
 	first := p.submit("--mem", "64M", "--", "sleep", "600")
+	p.waitFor(first, api.PhaseRunning)
 	gang := p.submit("--tasks", "4", "--mem", "64M", "--", "sh", "-c", "echo here; sleep 600")
 	p.moves0(gang, api.PhasePending)
 	p.run("kill", first)
