@@ -20,18 +20,21 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"syscall"
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/status"
 
 	"dormouse/agent/criu"
+	"dormouse/agent/network"
 	"dormouse/api"
 	"dormouse/api/agentpb"
 	"dormouse/internal/ownnet"
@@ -50,6 +53,13 @@ func TestMain(m *testing.M) {
 	if path := os.Getenv(agentConfigVariable); path != "" {
 		if err := runAgent(path); err != nil {
 			fmt.Fprintln(os.Stderr, "agent:", err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
+	if len(os.Args) > 1 && os.Args[1] == "network-holder" { // an agent under test starts its own program for this
+		if err := network.RunHolder(os.Args[2:]); err != nil {
+			fmt.Fprintln(os.Stderr, "network-holder:", err)
 			os.Exit(1)
 		}
 		os.Exit(0)
@@ -133,6 +143,7 @@ type controller struct {
 	ca     *x509.Certificate
 	caKey  ed25519.PrivateKey
 	lease  time.Duration
+	plan   *agentpb.NetworkPlan // of every job: each has a network of its own
 
 	mu      sync.Mutex
 	nodes   map[string]*connection
@@ -162,6 +173,7 @@ func newController(t *testing.T) *controller {
 	c := &controller{
 		t: t, dir: dir, lease: 30 * time.Second, nodes: map[string]*connection{}, changed: make(chan struct{}),
 		replies: map[string]*agentpb.Reply{}, streams: map[string]chan agentpb.AgentService_AttachServer{},
+		plan: &agentpb.NetworkPlan{Subnet: "10.77.0.0/20", Gateway: "10.77.15.254", Number: 7, Tasks: 1},
 	}
 	c.openRepository()
 	c.listen()
@@ -352,9 +364,6 @@ func (c *controller) await(what string, f func() bool) {
 	}
 }
 
-// plan is the network of every job in these tests: each has its own.
-var plan = &agentpb.NetworkPlan{Subnet: "10.77.0.0/20", Gateway: "10.77.15.254", Number: 7, Tasks: 2}
-
 const firstAddress = "10.77.0.1"
 
 // do sends a command, again after each reconnection, and returns its reply.
@@ -363,10 +372,10 @@ func (c *controller) do(node string, ref *agentpb.TaskRef, body any) *agentpb.Re
 	switch b := body.(type) { // as the real controller does
 	case *agentpb.StartTask:
 		b.VirtualIp = cmp.Or(b.VirtualIp, firstAddress)
-		c.mustDo(node, ref, &agentpb.PrepareNetwork{Plan: plan})
+		c.mustDo(node, ref, &agentpb.PrepareNetwork{Plan: c.plan})
 	case *agentpb.RestoreTask:
 		b.VirtualIp = cmp.Or(b.VirtualIp, firstAddress)
-		c.mustDo(node, ref, &agentpb.PrepareNetwork{Plan: plan})
+		c.mustDo(node, ref, &agentpb.PrepareNetwork{Plan: c.plan})
 	}
 	c.mu.Lock()
 	c.next++
@@ -569,6 +578,7 @@ type node struct {
 	c       *controller
 	name    string
 	state   string
+	netns   *os.File // that the agent starts in; nil: a new one each time
 	command *exec.Cmd
 	mu      sync.Mutex
 	log     bytes.Buffer
@@ -583,7 +593,13 @@ func (n *node) Write(p []byte) (int, error) {
 // addNode starts a node; change may alter its configuration.
 func (c *controller) addNode(name string, change ...func(*Config)) *node {
 	c.t.Helper()
-	n := &node{c: c, name: name, state: filepath.Join(c.dir, name)}
+	return c.addNodeIn(nil, name, change...)
+}
+
+// addNodeIn starts a node whose network namespace outlives its agent.
+func (c *controller) addNodeIn(netns *os.File, name string, change ...func(*Config)) *node {
+	c.t.Helper()
+	n := &node{c: c, name: name, state: filepath.Join(c.dir, name), netns: netns}
 	config := Config{
 		Node: name, Cloud: "test", Join: "unix://" + c.socket(), Token: "open sesame", CA: filepath.Join(c.dir, "ca.pem"),
 		State: n.state, Cgroup: fmt.Sprintf("dormouse-%s/%s/jobs", filepath.Base(c.dir), name),
@@ -616,7 +632,27 @@ func (n *node) spawn(env ...string) {
 	n.command.SysProcAttr = &syscall.SysProcAttr{
 		Setsid: true, Cloneflags: syscall.CLONE_NEWNS | syscall.CLONE_NEWNET, Unshareflags: syscall.CLONE_NEWNS,
 	}
-	must(n.c.t, n.command.Start())
+	if n.netns == nil {
+		must(n.c.t, n.command.Start())
+		return
+	}
+	n.command.SysProcAttr.Cloneflags &^= syscall.CLONE_NEWNET
+	must(n.c.t, inNamespace(n.netns, n.command.Start))
+}
+
+// inNamespace calls f in a network namespace.
+func inNamespace(netns *os.File, f func() error) error {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	own, err := os.Open("/proc/thread-self/ns/net")
+	if err != nil {
+		return err
+	}
+	defer own.Close()
+	if err := unix.Setns(int(netns.Fd()), unix.CLONE_NEWNET); err != nil {
+		return err
+	}
+	return errors.Join(f(), unix.Setns(int(own.Fd()), unix.CLONE_NEWNET))
 }
 
 // kill ends the agent's process as a crash does.
@@ -641,6 +677,17 @@ func (n *node) remove() {
 	}
 	if n.c.t.Failed() {
 		n.c.t.Logf("log of node %s:\n%s", n.name, n.log.String())
+	}
+}
+
+// nothingSpooled checks that no images and no notes are left.
+func (n *node) nothingSpooled(t *testing.T) {
+	t.Helper()
+	for _, dir := range []string{"spool", "memory", "work", "uploads"} {
+		left, err := os.ReadDir(filepath.Join(n.state, dir))
+		if err != nil || len(left) > 0 {
+			t.Errorf("left in %s: %v, %v", dir, left, err)
+		}
 	}
 }
 

@@ -169,14 +169,3 @@ func (n *node) respawn(ctx context.Context) {
 		n.spawn()
 	}
 }
-
-// nothingSpooled checks that no images and no notes are left.
-func (n *node) nothingSpooled(t *testing.T) {
-	t.Helper()
-	for _, dir := range []string{"spool", "memory", "work", "uploads"} {
-		left, err := os.ReadDir(filepath.Join(n.state, dir))
-		if err != nil || len(left) > 0 {
-			t.Errorf("left in %s: %v, %v", dir, left, err)
-		}
-	}
-}
