@@ -59,6 +59,9 @@ type Config struct {
 	// SpoolMemBytes bounds the images kept in memory at any time. 0: as much as
 	// the host can spare, asked anew for each capture; negative: none.
 	SpoolMemBytes int64 `yaml:"spool_mem_bytes" json:"spool_mem_bytes,omitempty"`
+	// RestoreFromSpool has restores fetch all memory into the spool before CRIU
+	// reads any, as they do by themselves where the kernel has no FUSE.
+	RestoreFromSpool bool `yaml:"restore_from_spool" json:"restore_from_spool,omitempty"`
 
 	// Virtual says that whoever started the agent gave it a mount and a network
 	// namespace of its own.

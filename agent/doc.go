@@ -22,23 +22,36 @@
 //
 // # The life of a checkpoint here
 //
-//	Preflight  what cannot be captured is named; room is made in the spool;
-//	           files are copied ahead
+//	Preflight  what cannot be captured is named; room is made in the spool, and
+//	           memory in it made ready; files are copied ahead
 //	Freeze     connections to pid 1 are closed, the cgroup is frozen
-//	Capture    CRIU dumps into the spool; at its end the files follow
+//	Capture    CRIU dumps into the spool, memory through pipes of ours
+//	           (streams.go); at its end the files follow
 //	Thaw       the task goes on
 //	Upload     the spool is stored, beside the running task
 //	Discard    the spool is removed
 //
 // A restore is the mirror: small images and files are fetched, CRIU starts, and
-// waits once all namespaces are there until the memory is fetched and verified.
-// What the node lacks of the task's closure is put into its upper layer. Whatever
-// fails, nothing of the new task is left.
+// reads memory from a file system of ours, which fetches and verifies it ahead of
+// CRIU and never holds all of it (pages.go; where the kernel has no FUSE, CRIU
+// waits until all memory is in the spool). What the node lacks of the task's
+// closure is put into its upper layer. Whatever fails, nothing of the new task is
+// left: a task runs only after all of its memory was verified.
 //
 // From Freeze to Thaw the state file names the checkpoint. An agent that comes
 // up and finds it there either holds the complete capture, and then keeps the
 // task frozen until the controller decides, or rolls back: it waits for what
 // CRIU left to undo itself and thaws the task.
+//
+// # Memory
+//
+// What the agent itself holds does not grow with the size of a task: besides
+// some 40 MiB, the buffers that package repository states for each upload and
+// each restore under way, up to twice as the garbage collector goes, and of
+// images in the spool two windows of 16 MiB at a time. The spool is memory, too,
+// but the node's and not the agent's: as large as the images of the tasks that
+// are being captured, and bounded by spool_mem_bytes, or else by half of what the
+// node has free. A restore needs spool for small images only.
 //
 // # The lease
 //

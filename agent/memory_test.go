@@ -48,11 +48,17 @@ while True:
 `
 
 func TestMemoryIsTheSameAfterARestoreWithoutItsZeros(t *testing.T) {
+	t.Run("read as it is fetched", func(t *testing.T) { testMemory(t, func(*Config) {}) })
+	t.Run("fetched first", func(t *testing.T) { testMemory(t, func(c *Config) { c.RestoreFromSpool = true }) })
+	t.Run("spool on disk", func(t *testing.T) { testMemory(t, func(c *Config) { c.SpoolMemBytes = -1 }) })
+}
+
+func testMemory(t *testing.T, change func(*Config)) {
 	if _, err := exec.LookPath("python3"); err != nil {
 		t.Skip("needs python3")
 	}
 	c := newController(t)
-	c.addNode("east-0")
+	c.addNode("east-0", change)
 	spec := api.JobSpec{Command: []string{"python3", "-c", memory}, CPUs: 1, MemBytes: 256 << 20}
 	ref := c.start("east-0", "j-memory", spec)
 	for i := range 3 {

@@ -34,6 +34,9 @@ type memorySource struct {
 	err     error         // valid after fetched
 }
 
+// memoryDir is where the content of memory is, beside the images.
+func memoryDir(images string) string { return images + ".pages" }
+
 // openMemory begins to fetch the content of memory for the images in a
 // directory of the spool. stop and close must be called.
 func openMemory(ctx context.Context, part *repository.PartReader, spool, images string, fuse bool) (*memorySource, error) {
@@ -41,7 +44,7 @@ func openMemory(ctx context.Context, part *repository.PartReader, spool, images 
 	if err != nil {
 		return nil, err
 	}
-	s := &memorySource{images: images, aside: images + ".pages", reader: reader, fetched: make(chan struct{})}
+	s := &memorySource{images: images, aside: memoryDir(images), reader: reader, fetched: make(chan struct{})}
 	if err := os.Mkdir(s.aside, 0o700); err != nil {
 		return nil, errors.Join(err, reader.Close())
 	}

@@ -256,14 +256,14 @@ func restoreFiles(ctx context.Context, part *repository.PartReader, box *sandbox
 }
 
 // wake lets CRIU build the processes. It begins while their memory is still
-// being fetched: but for neededFirst, CRIU does not look at that before all
+// being fetched: CRIU waits where it reads it or, without FUSE, once all
 // namespaces are there.
 func (a *Agent) wake(ctx context.Context, t *task, h *restoring, box *sandbox.Sandbox, images string, memory *memorySource) error {
 	work := a.workDir(t.id())
 	if err := os.Mkdir(work, 0o700); err != nil {
 		return err
 	}
-	if err := t.update(func(r *record) { r.Work = work }); err != nil {
+	if err := t.note(func(r *record) { r.Work = work }); err != nil {
 		return err
 	}
 	target, err := box.PrepareRestore(ctx)

@@ -53,7 +53,7 @@ func newSpooler(c Config) (*spooler, error) {
 			return nil, fmt.Errorf("agent: spool directory: %w", err)
 		}
 	}
-	s.fuse = pagefs.Usable(s.memory)
+	s.fuse = !c.RestoreFromSpool && pagefs.Usable(s.memory)
 	return s, nil
 }
 
@@ -185,6 +185,8 @@ func populate(f *os.File, at int64, size int) error {
 // close removes the directory and its contents. It may be called again.
 func (d *spoolDir) close() error {
 	if !d.inMemory {
+		// Of an agent that died within a restore; as a rule there is none.
+		_ = unix.Unmount(memoryDir(filepath.Join(d.path, imagesDir)), unix.MNT_DETACH)
 		return os.RemoveAll(d.path)
 	}
 	if err := unix.Unmount(d.path, unix.MNT_DETACH); err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bufio"
 	"context"
 	"fmt"
 	"os"
@@ -30,7 +29,7 @@ type dormouseResult struct {
 	pause2   time.Duration
 	newBytes int64 // of the second
 	changed  int64 // bytes really rewritten before the second
-	peak     int64 // the agent's, so far
+	peak     memory
 }
 
 func (d *dormouse) round(ctx context.Context, s scenario, scratch string) (result dormouseResult, err error) {
@@ -49,6 +48,11 @@ func (d *dormouse) round(ctx context.Context, s scenario, scratch string) (resul
 	if err := waitTicking(ctx, tickFile); err != nil {
 		return result, err
 	}
+	watch, err := d.watchAgents(ctx)
+	if err != nil {
+		return result, err
+	}
+	defer watch.stop()
 	first, pause, err := d.checkpoint(ctx, job, tickFile)
 	if err != nil {
 		return result, err
@@ -76,7 +80,7 @@ func (d *dormouse) round(ctx context.Context, s scenario, scratch string) (resul
 		return result, err
 	}
 	result.restore = tick.Sub(begin)
-	result.peak, err = d.agentPeak(ctx)
+	result.peak, err = watch.stop()
 	return result, err
 }
 
@@ -100,43 +104,6 @@ func (d *dormouse) remove(job string) {
 			fmt.Fprintln(os.Stderr, "bench:", err)
 		}
 	}
-}
-
-// agentPeak returns the largest peak of resident memory of any agent.
-func (d *dormouse) agentPeak(ctx context.Context) (int64, error) {
-	var nodes []api.Node
-	if err := d.c.JSON(ctx, &nodes, "nodes"); err != nil {
-		return 0, err
-	}
-	var peak int64
-	for _, node := range nodes {
-		if node.AgentPid == 0 {
-			continue
-		}
-		bytes, err := peakResident(node.AgentPid)
-		if err != nil {
-			return 0, err
-		}
-		peak = max(peak, bytes)
-	}
-	return peak, nil
-}
-
-// peakResident reads VmHWM, proc(5).
-func peakResident(pid int) (int64, error) {
-	f, err := os.Open(fmt.Sprintf("/proc/%d/status", pid))
-	if err != nil {
-		return 0, err
-	}
-	defer f.Close()
-	lines := bufio.NewScanner(f)
-	for lines.Scan() {
-		if value, ok := strings.CutPrefix(lines.Text(), "VmHWM:"); ok {
-			kib, err := strconv.ParseInt(strings.TrimSpace(strings.TrimSuffix(value, "kB")), 10, 64)
-			return kib << 10, err
-		}
-	}
-	return 0, fmt.Errorf("/proc/%d/status has no VmHWM", pid)
 }
 
 func milliseconds(ms float64) time.Duration { return time.Duration(ms * float64(time.Millisecond)) }

@@ -170,12 +170,15 @@ type row struct {
 	DurableMS   []float64 `json:"durable_ms"`
 	CopySyncMS  []float64 `json:"copy_sync_ms"`
 	Pause2MS    []float64 `json:"second_pause_ms"`
+	RawPause2MS []float64 `json:"raw_second_pause_ms"`
 	SecondMS    []float64 `json:"second_durable_ms"`
 	NewBytes    []float64 `json:"second_new_bytes"`
 	Changed     []float64 `json:"changed_bytes"`
 	Stored      []float64 `json:"stored_bytes"`
 	ImageBytes  []float64 `json:"raw_image_bytes"`
 	AgentMemory []float64 `json:"agent_peak_bytes"`
+	AgentAnon   []float64 `json:"agent_peak_anonymous_bytes"`
+	AgentShared []float64 `json:"agent_peak_shared_bytes"`
 }
 
 // measure alternates between plain CRIU and Dormouse.
@@ -205,12 +208,15 @@ func (r *row) add(plain rawResult, ours dormouseResult) {
 	r.DurableMS = append(r.DurableMS, ms(ours.durable))
 	r.CopySyncMS = append(r.CopySyncMS, ms(plain.copied))
 	r.Pause2MS = append(r.Pause2MS, ms(ours.pause2))
+	r.RawPause2MS = append(r.RawPause2MS, ms(plain.pause2))
 	r.SecondMS = append(r.SecondMS, ms(ours.second))
 	r.NewBytes = append(r.NewBytes, float64(ours.newBytes))
 	r.Changed = append(r.Changed, float64(ours.changed))
 	r.Stored = append(r.Stored, float64(ours.stored))
 	r.ImageBytes = append(r.ImageBytes, float64(plain.bytes))
-	r.AgentMemory = append(r.AgentMemory, float64(ours.peak))
+	r.AgentMemory = append(r.AgentMemory, float64(ours.peak.resident))
+	r.AgentAnon = append(r.AgentAnon, float64(ours.peak.anonymous))
+	r.AgentShared = append(r.AgentShared, float64(ours.peak.shared))
 }
 
 func printTable(rows []row) {
@@ -229,10 +235,12 @@ func printTable(rows []row) {
 		both("restore to first instruction, ms", r.RestoreMS, r.RawRestore, 1, "%.0f")
 		both("durable (plain: cp and sync of the images), ms", r.DurableMS, r.CopySyncMS, 1, "%.0f")
 		both("stored (plain: images), MiB", r.Stored, r.ImageBytes, mib, "%.1f")
-		one("second checkpoint, 1 % rewritten: pause, ms", r.Pause2MS, 1, "%.0f")
+		both("second checkpoint, 1 % rewritten: pause (plain: a second dump), ms", r.Pause2MS, r.RawPause2MS, 1, "%.0f")
 		one("second checkpoint, 1 % rewritten: durable, ms", r.SecondMS, 1, "%.0f")
 		both("second checkpoint: new (plain: bytes rewritten), MiB", r.NewBytes, r.Changed, mib, "%.2f")
 		one("peak resident memory of the agent, MiB", r.AgentMemory, mib, "%.0f")
+		one("  of it anonymous", r.AgentAnon, mib, "%.0f")
+		one("  of it shared (windows of files in memory)", r.AgentShared, mib, "%.0f")
 	}
 	table.Flush()
 }

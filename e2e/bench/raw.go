@@ -21,6 +21,7 @@ type raw struct {
 // rawResult is one round of plain CRIU.
 type rawResult struct {
 	pause   time.Duration
+	pause2  time.Duration // of a second dump, after 1 % was rewritten; it is as complete as the first
 	restore time.Duration // to the first instruction
 	copied  time.Duration // cp and sync of the images to disk
 	bytes   int64
@@ -54,17 +55,16 @@ func (r *raw) round(ctx context.Context, s scenario, scratch string) (result raw
 	if err := waitTicking(ctx, tickFile); err != nil {
 		return result, err
 	}
-	begin := time.Now()
-	if err := r.run(ctx, images, "dump", "-t", strconv.Itoa(pid), "--leave-running"); err != nil {
-		return result, err
-	}
-	if _, err := firstTick(ctx, tickFile, time.Now()); err != nil {
-		return result, err
-	}
-	if result.pause, err = longestGap(tickFile, begin); err != nil {
+	if result.pause, err = r.dump(ctx, pid, images, tickFile); err != nil {
 		return result, err
 	}
 	if result.bytes, err = treeSize(images); err != nil {
+		return result, err
+	}
+	if err := rewrite(ctx, dirty, perMille); err != nil {
+		return result, err
+	}
+	if result.pause2, err = r.second(ctx, pid, tickFile); err != nil {
 		return result, err
 	}
 	subject.Process.Kill()
@@ -72,7 +72,7 @@ func (r *raw) round(ctx context.Context, s scenario, scratch string) (result raw
 	if result.copied, err = copyAndSync(ctx, images, filepath.Join(scratch, "copy")); err != nil {
 		return result, err
 	}
-	begin = time.Now()
+	begin := time.Now()
 	if err := r.run(ctx, images, "restore", "--restore-detached"); err != nil {
 		return result, err
 	}
@@ -80,6 +80,28 @@ func (r *raw) round(ctx context.Context, s scenario, scratch string) (result raw
 	first, err := firstTick(ctx, tickFile, begin)
 	result.restore = first.Sub(begin)
 	return result, err
+}
+
+// dump dumps to the directory images and returns the pause of the subject.
+func (r *raw) dump(ctx context.Context, pid int, images, tickFile string) (time.Duration, error) {
+	begin := time.Now()
+	if err := r.run(ctx, images, "dump", "-t", strconv.Itoa(pid), "--leave-running"); err != nil {
+		return 0, err
+	}
+	if _, err := firstTick(ctx, tickFile, time.Now()); err != nil {
+		return 0, err
+	}
+	return longestGap(tickFile, begin)
+}
+
+// second is another dump, whose images are not kept.
+func (r *raw) second(ctx context.Context, pid int, tickFile string) (time.Duration, error) {
+	images := filepath.Join(r.images, "raw-second")
+	if err := os.Mkdir(images, 0o700); err != nil {
+		return 0, err
+	}
+	defer os.RemoveAll(images)
+	return r.dump(ctx, pid, images, tickFile)
 }
 
 func (r *raw) run(ctx context.Context, images, verb string, args ...string) error {
