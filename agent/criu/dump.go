@@ -94,9 +94,10 @@ func (e *Engine) Dump(ctx context.Context, r DumpRequest) (*DumpResult, error) {
 	notes := &notes{}
 	defer notes.close()
 	s, err := e.start(sessionOptions{
-		grace: r.Grace,
-		abort: func(pid int) { failLargeWrites(pid, r.WorkDir) },
-		dying: notes.hold,
+		helpers: dumpHelpers,
+		grace:   r.Grace,
+		abort:   func(pid int) { failLargeWrites(pid, r.WorkDir) },
+		dying:   notes.hold,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("criu dump: start %s: %w", e.path, err)

@@ -112,21 +112,45 @@ func locate(explicit string) (string, error) {
 	return filepath.Abs(path)
 }
 
+// dumpHelpers is where, in the directory of helpers, those are that only dumps use.
+const dumpHelpers = "dump"
+
 // writeHelpers writes a `gzip` that does not compress. CRIU packs the contents
 // of tmpfs mounts with `tar --gzip` while the tree stands still; measured, that
 // is 37 MB/s with gzip and more than 1 GB/s without. Images written so must be
 // restored so, hence both directions use it; chunks are compressed later.
+//
+// A dump runs it without arguments, so there cat itself will do: it starts 1 ms
+// sooner, once for every tmpfs, in the pause.
 func writeHelpers(dir string) error {
-	if err := os.MkdirAll(dir, 0o755); err != nil {
+	if err := os.MkdirAll(filepath.Join(dir, dumpHelpers), 0o755); err != nil {
 		return err
 	}
-	path := filepath.Join(dir, "gzip")
-	const script = "#!/bin/sh\nexec cat\n"
-	if have, err := os.ReadFile(path); err == nil && string(have) == script {
+	if err := writeScript(filepath.Join(dir, "gzip"), "#!/bin/sh\nexec cat\n"); err != nil {
+		return err
+	}
+	cat := "/bin/cat"
+	if unix.Access(cat, unix.X_OK) != nil {
+		cat = "../gzip"
+	}
+	link := filepath.Join(dir, dumpHelpers, "gzip")
+	if have, err := os.Readlink(link); err == nil && have == cat {
+		return nil
+	}
+	tmp := fmt.Sprintf("%s.%d", link, os.Getpid())
+	if err := os.Symlink(cat, tmp); err != nil {
+		return err
+	}
+	return os.Rename(tmp, link)
+}
+
+// writeScript makes a program of a text.
+func writeScript(path, text string) error {
+	if have, err := os.ReadFile(path); err == nil && string(have) == text {
 		return nil
 	}
 	tmp := fmt.Sprintf("%s.%d", path, os.Getpid())
-	if err := os.WriteFile(tmp, []byte(script), 0o755); err != nil {
+	if err := os.WriteFile(tmp, []byte(text), 0o755); err != nil {
 		return err
 	}
 	return os.Rename(tmp, path)

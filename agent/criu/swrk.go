@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -67,6 +68,7 @@ type session struct {
 }
 
 type sessionOptions struct {
+	helpers string        // directory of helper programs, inside that of all
 	inherit []*os.File    // become descriptors swrkFD+1, ...
 	grace   time.Duration // zero: defaultGrace
 	// abort makes CRIU fail soon and in order; may be nil.
@@ -90,7 +92,7 @@ func (e *Engine) start(o sessionOptions) (*session, error) {
 	// SIGXFSZ stays ignored across exec, for failLargeWrites; so does SIGPIPE, for
 	// callers who read images through pipes and may die.
 	cmd := exec.Command("/bin/sh", "-c", `trap "" XFSZ PIPE; exec "$0" "$@"`, e.path, "swrk", strconv.Itoa(swrkFD))
-	cmd.Env = e.environ()
+	cmd.Env = e.environ(o.helpers)
 	cmd.Dir = "/"
 	cmd.ExtraFiles = append([]*os.File{remote}, o.inherit...)
 	// Its own process group: a terminal's ^C must not reach it.
@@ -115,9 +117,9 @@ func (e *Engine) start(o sessionOptions) (*session, error) {
 }
 
 // environ is CRIU's environment: nothing of ours but the helpers in PATH.
-func (e *Engine) environ() []string {
+func (e *Engine) environ(helpers string) []string {
 	env := []string{
-		"PATH=" + e.libexec + ":/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+		"PATH=" + filepath.Join(e.libexec, helpers) + ":/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
 		"HOME=/nonexistent", // no ~/.criu/default.conf
 		"LC_ALL=C",
 	}
