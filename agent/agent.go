@@ -189,8 +189,9 @@ func (a *Agent) Run(ctx context.Context) error {
 	err := a.joinAndServe(ctx)
 	cancel()
 	leasing.Wait()
-	a.restores.Wait()
 	a.lanes.wait()
+	a.restores.Wait()
+	a.lanes.wait() // for what restores left to them
 	a.streams.Wait()
 	for _, t := range a.allTasks() {
 		t.unwatch()

@@ -150,6 +150,7 @@ type controller struct {
 	changed chan struct{} // closed and replaced at each change
 	replies map[string]*agentpb.Reply
 	events  []*agentpb.TaskState
+	asked   []*agentpb.AppRequest
 	streams map[string]chan agentpb.AgentService_AttachServer
 	deaf    bool // heartbeats are not acknowledged
 	destroy []*agentpb.TaskRef
@@ -304,6 +305,8 @@ func (c *controller) receive(n *connection) error {
 			c.change(func() { c.replies[body.Reply.GetId()] = body.Reply })
 		case *agentpb.FromAgent_TaskEvent:
 			c.change(func() { c.events = append(c.events, body.TaskEvent.GetState()) })
+		case *agentpb.FromAgent_AppRequest:
+			c.change(func() { c.asked = append(c.asked, body.AppRequest) })
 		}
 	}
 }

@@ -47,7 +47,7 @@ func (l *lanes) work(key string) {
 	}
 }
 
-// wait returns when nothing runs any more. No run may follow.
+// wait returns when nothing runs any more.
 func (l *lanes) wait() { l.wg.Wait() }
 
 // answered is how many replies are remembered. The controller repeats only

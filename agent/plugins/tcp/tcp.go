@@ -6,8 +6,9 @@
 // still at once, and while they do no packet passes (package network). A
 // connection that leaves the job has an end that no checkpoint holds. By the
 // job's policy such a one makes the checkpoint refuse itself, or is kept as it
-// is, or is ended here, so that the program sees its end, in the job that runs on
-// and in each restored copy alike.
+// is, or is ended here, so that the program sees its end: an error (ECONNABORTED)
+// in the job that runs on, the end of the data in each restored copy, because CRIU
+// restores an aborted connection as one that was shut down.
 package tcp
 
 import (
