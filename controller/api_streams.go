@@ -20,6 +20,7 @@ import (
 
 	"dormouse/api"
 	"dormouse/api/agentpb"
+	"dormouse/controller/protocol"
 	"dormouse/controller/store"
 )
 
@@ -283,10 +284,10 @@ func (c *Controller) taskLogs(ctx context.Context, id string, task int, follow b
 				broken, complete = 0, ref.Run
 				continue // the job may be over by now
 			}
-			if broken++; !follow || broken > maxAttempts || ctx.Err() != nil {
+			if broken++; !follow || broken > protocol.MaxAttempts || ctx.Err() != nil {
 				return err
 			}
-			if err := c.pause(ctx, backoff(broken)); err != nil {
+			if err := c.pause(ctx, protocol.Backoff(broken)); err != nil {
 				return err
 			}
 			continue // the node may be lost by now, and the job elsewhere

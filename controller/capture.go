@@ -241,9 +241,6 @@ func (d *doing) discard(ctx context.Context) (effect, error) {
 	_, err := d.each(ctx, func(taskRef) *agentpb.Command {
 		return &agentpb.Command{Body: &agentpb.Command_Discard{Discard: &agentpb.Discard{Checkpoint: d.op.Checkpoint}}}
 	})
-	if isNodeLost(err) {
-		return nil, nil
-	}
 	return nil, err
 }
 
@@ -252,9 +249,6 @@ func (d *doing) abort(ctx context.Context) (effect, error) {
 	_, err := d.each(ctx, func(taskRef) *agentpb.Command {
 		return &agentpb.Command{Body: &agentpb.Command_Thaw{Thaw: &agentpb.Thaw{Checkpoint: d.op.Checkpoint, Abort: true}}}
 	})
-	if isNodeLost(err) {
-		err = nil
-	}
 	if err != nil {
 		return nil, err
 	}

@@ -9,6 +9,7 @@ import (
 
 	"dormouse/api"
 	"dormouse/api/agentpb"
+	"dormouse/controller/protocol"
 	"dormouse/controller/store"
 )
 
@@ -92,7 +93,7 @@ func (s *simulation) idleJob(id string) {
 			return job.Phase != api.PhaseStarting, err
 		}
 		op, err := getOperation(tx, job.Operation)
-		return err == nil && op.Step == stepPlace, err
+		return err == nil && op.Step == protocol.StepPlace, err
 	})
 }
 

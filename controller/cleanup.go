@@ -7,6 +7,7 @@ import (
 
 	"dormouse/api"
 	"dormouse/api/agentpb"
+	"dormouse/controller/protocol"
 	"dormouse/controller/store"
 )
 
@@ -84,7 +85,7 @@ func (c *Controller) cleanUp(ctx context.Context, order cleanup) {
 			return
 		}
 		c.log.Warn("a task was not destroyed: trying again", "node", order.Task.Node, "job", order.Task.Job, "task", order.Task.Index, "error", err)
-		if c.pause(ctx, backoff(try)) != nil {
+		if c.pause(ctx, protocol.Backoff(try)) != nil {
 			return
 		}
 	}

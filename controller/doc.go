@@ -6,7 +6,7 @@
 //
 //	api*.go         REST: requests are checked, become one transaction each, and are answered
 //	operations.go   drives operations: take the step that is written, write the next, repeat
-//	flow.go         the pure part of it: which step follows which, what happens after a failure
+//	protocol/       the pure part of it: what follows what, whom a step awaits, what a failure means
 //	start, capture, restore, kill, verify: the steps themselves, applied to all tasks of a job
 //	settle.go       what becomes of a job when its tasks end or its nodes are lost
 //	cleanup.go      tasks that must not exist any more, remembered until their nodes confirm it

@@ -11,6 +11,7 @@ import (
 
 	"dormouse/api"
 	"dormouse/api/agentpb"
+	"dormouse/controller/protocol"
 	"dormouse/controller/store"
 )
 
@@ -56,15 +57,8 @@ func asProblem(err error) *problem {
 	return newProblem(http.StatusInternalServerError, "%v", err)
 }
 
-// failure is why a step of an operation did not succeed; it is stored with the
-// operation.
-type failure struct {
-	Message   string `json:"message"`
-	Refused   bool   `json:"refused,omitempty"`   // may not be done, as opposed to broken
-	Retryable bool   `json:"retryable,omitempty"` // worth another attempt after undoing
-}
-
-func (f *failure) Error() string { return f.Message }
+// failure is why a step of an operation did not succeed.
+type failure = protocol.Failure
 
 // asFailure makes a failure of any error.
 func asFailure(err error) *failure {

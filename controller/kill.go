@@ -15,16 +15,12 @@ import (
 // signal sends the asked signal, or SIGTERM to a job that is to end.
 func (d *doing) signal(ctx context.Context) (effect, error) {
 	number := d.ask.Signal
-	ending := number == 0
-	if ending {
+	if number == 0 {
 		number = int(syscall.SIGTERM)
 	}
 	_, err := d.each(ctx, func(taskRef) *agentpb.Command {
 		return &agentpb.Command{Body: &agentpb.Command_Signal{Signal: &agentpb.SignalTask{Signal: int32(number)}}}
 	})
-	if ending {
-		return nil, nil // destroyed in the end, whatever came of the signal
-	}
 	return nil, err
 }
 

@@ -7,7 +7,6 @@ import (
 	"net/netip"
 	"slices"
 
-	"dormouse/api"
 	"dormouse/api/agentpb"
 	"dormouse/controller/scheduler"
 	"dormouse/controller/store"
@@ -108,7 +107,7 @@ func (d *doing) prepareNetwork(ctx context.Context) (effect, error) {
 		return &agentpb.Command{Body: &agentpb.Command_PrepareNetwork{PrepareNetwork: &agentpb.PrepareNetwork{Plan: plan}}}
 	})
 	if err != nil {
-		return nil, worthAnotherTry(err)
+		return nil, err
 	}
 	return func(_ store.Tx, op *opRecord, job *jobRecord) error {
 		op.Endpoints = make(map[string]endpoint)
@@ -145,7 +144,7 @@ func (d *doing) connectNetwork(ctx context.Context) (effect, error) {
 		others := slices.DeleteFunc(slices.Clone(all), func(p *agentpb.NetworkPeer) bool { return p.GetNode() == ref.Node })
 		return &agentpb.Command{Body: &agentpb.Command_ConnectNetwork{ConnectNetwork: &agentpb.ConnectNetwork{Peers: others}}}
 	})
-	return nil, worthAnotherTry(err)
+	return nil, err
 }
 
 // openNetwork reconnects all tasks, none of which runs.
@@ -156,17 +155,7 @@ func (d *doing) openNetwork(ctx context.Context) (effect, error) {
 	_, err := d.each(ctx, func(taskRef) *agentpb.Command {
 		return &agentpb.Command{Body: &agentpb.Command_OpenNetwork{OpenNetwork: &agentpb.OpenNetwork{Checkpoint: d.op.Checkpoint}}}
 	})
-	if restores(d.op.Kind) {
-		err = worthAnotherTry(err)
-	}
 	return nil, err
-}
-
-// reopen reconnects the tasks of a checkpoint that failed before they are
-// thawed. It only spares them retransmissions: thawing opens what is still cut.
-func (d *doing) reopen(ctx context.Context) (effect, error) {
-	_, _ = d.openNetwork(ctx)
-	return nil, ctx.Err()
 }
 
 // releaseTasks lets the restored and held tasks go on.
@@ -178,17 +167,9 @@ func (d *doing) releaseTasks(ctx context.Context) (effect, error) {
 		return &agentpb.Command{Body: &agentpb.Command_Release{Release: &agentpb.ReleaseTask{Checkpoint: d.op.Checkpoint}}}
 	})
 	if err != nil {
-		return nil, worthAnotherTry(err)
+		return nil, err
 	}
 	return applyStates(replies, (*agentpb.Reply).GetRestored), nil
-}
-
-func restores(kind api.OperationKind) bool {
-	switch kind {
-	case api.OpResume, api.OpRestart, api.OpRecover, api.OpClone:
-		return true
-	}
-	return false
 }
 
 // newSecret makes what the tasks of one job know each other by.

@@ -5,16 +5,15 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"log/slog"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"time"
 
-	"golang.org/x/sync/errgroup"
-
 	"dormouse/api"
 	"dormouse/api/agentpb"
+	"dormouse/controller/protocol"
 	"dormouse/controller/store"
 	"dormouse/internal/failpoint"
 )
@@ -26,9 +25,10 @@ type effect func(tx store.Tx, op *opRecord, job *jobRecord) error
 // doing is an operation while one of its steps is taken.
 type doing struct {
 	*Controller
-	op  *opRecord
-	job *jobRecord // nil for operations without one
-	ask request
+	op   *opRecord
+	job  *jobRecord // nil for operations without one
+	ask  request
+	core *protocol.Operation
 
 	mu        sync.Mutex
 	fractions []float64 // per task, of the present step
@@ -48,7 +48,7 @@ func (c *Controller) beginOperation(tx store.Tx, kind api.OperationKind, job *jo
 	op := &opRecord{Operation: api.Operation{
 		ID: newID("o"), Kind: kind, Phase: api.OpRunning, Started: c.clock.Now().UTC(), Input: input,
 	}}
-	op.Position = flowOf(kind, ask).begin()
+	op.Position = ask.flow(kind).Begin()
 	op.Step = op.Position.Step
 	if job != nil {
 		op.Job, job.Operation = job.ID, op.ID
@@ -59,39 +59,53 @@ func (c *Controller) beginOperation(tx store.Tx, kind api.OperationKind, job *jo
 	return op, putOperation(tx, op)
 }
 
-// drive takes the steps of an operation until it has ended or ctx does.
+// drive does what the protocol says until the operation has ended or ctx does.
 func (c *Controller) drive(ctx context.Context, id string) {
 	log := c.log.With("operation", id)
-	for repeats := 0; ; {
-		d, err := c.load(ctx, id)
-		if err != nil {
-			if ctx.Err() == nil && !errors.Is(err, store.ErrNotFound) {
-				log.Error("an operation cannot be read", "error", err)
+	d, err := c.load(ctx, id)
+	if err != nil || d.op.Phase != api.OpRunning {
+		c.cannotRead(ctx, log, err)
+		return
+	}
+	core := protocol.New(id, d.ask.flow(d.op.Kind), d.op.Position)
+	out := core.Begin()
+	for out.End == "" {
+		if out.Wait > 0 {
+			if c.pause(ctx, out.Wait) != nil {
+				return
 			}
+			out = core.Waited()
+			continue
+		}
+		if d, err = c.load(ctx, id); err != nil || d.op.Phase != api.OpRunning {
+			c.cannotRead(ctx, log, err)
 			return
 		}
-		if d.op.Phase != api.OpRunning {
-			return
-		}
-		log.Debug("step", "kind", d.op.Kind, "job", d.op.Job, "step", d.op.Step, "attempt", d.op.Position.Attempt)
-		failpoint.Hit("controller." + string(d.op.Kind) + "." + d.op.Step)
+		d.core = core
+		log.Debug("step", "kind", d.op.Kind, "job", d.op.Job, "step", out.Take, "attempt", d.op.Position.Attempt)
+		failpoint.Hit("controller." + string(d.op.Kind) + "." + out.Take)
 		change, err := d.take(ctx)
 		if ctx.Err() != nil {
 			return // taken again at the next start
 		}
-		next, err := c.advance(ctx, id, asFailure(err), change)
-		if err != nil && ctx.Err() == nil {
-			log.Error("the next step of an operation cannot be written: taking this one again", "error", err)
-			next = move{Again: true}
-		}
-		if !next.Again && !next.Anew {
-			repeats = 0
-			continue
-		}
-		repeats++
-		if c.pause(ctx, backoff(repeats)) != nil {
+		err = c.advance(ctx, id, core.Ended(asFailure(err)).Write, change)
+		switch {
+		case err == nil:
+			out = core.Written()
+		case errors.Is(err, errTryAgain):
+			out = core.Begin()
+		case errors.Is(err, errCancelled) || ctx.Err() != nil:
 			return
+		default:
+			log.Error("the next step of an operation cannot be written: taking this one again", "error", err)
+			out = core.NotWritten()
 		}
+	}
+}
+
+func (c *Controller) cannotRead(ctx context.Context, log *slog.Logger, err error) {
+	if err != nil && ctx.Err() == nil && !errors.Is(err, store.ErrNotFound) {
+		log.Error("an operation cannot be read", "error", err)
 	}
 }
 
@@ -140,69 +154,68 @@ func (c *Controller) load(ctx context.Context, id string) (*doing, error) {
 // take does the present step.
 func (d *doing) take(ctx context.Context) (effect, error) {
 	switch d.op.Step {
-	case stepNetwork:
+	case protocol.StepNetwork:
 		return d.prepareNetwork(ctx)
-	case stepConnect:
+	case protocol.StepConnect:
 		return d.connectNetwork(ctx)
-	case stepOpen:
+	case protocol.StepOpen, protocol.StepReopen:
 		return d.openNetwork(ctx)
-	case stepReopen:
-		return d.reopen(ctx)
-	case stepRelease:
+	case protocol.StepRelease:
 		return d.releaseTasks(ctx)
-	case stepStart:
+	case protocol.StepStart:
 		return d.start(ctx)
-	case stepPreflight:
+	case protocol.StepPreflight:
 		return d.preflight(ctx)
-	case stepFreeze:
+	case protocol.StepFreeze:
 		return d.freeze(ctx)
-	case stepCapture:
+	case protocol.StepCapture:
 		return d.capture(ctx)
-	case stepThaw:
+	case protocol.StepThaw:
 		return d.thaw(ctx)
-	case stepUpload:
+	case protocol.StepUpload:
 		return d.upload(ctx)
-	case stepPublish:
+	case protocol.StepPublish:
 		return d.publish(ctx)
-	case stepDiscard:
+	case protocol.StepDiscard:
 		return d.discard(ctx)
-	case stepDestroy:
+	case protocol.StepDestroy:
 		return d.destroy(ctx)
-	case stepRetention:
+	case protocol.StepRetention:
 		return d.retention(ctx)
-	case stepAbort:
+	case protocol.StepAbort:
 		return d.abort(ctx)
-	case stepLook:
+	case protocol.StepLook:
 		return d.look(ctx)
-	case stepStop:
+	case protocol.StepStop:
 		return d.stopTasks(ctx)
-	case stepPlace:
+	case protocol.StepPlace:
 		return d.place(ctx)
-	case stepRestore:
+	case protocol.StepRestore:
 		return d.restore(ctx)
-	case stepUnplace:
+	case protocol.StepUnplace:
 		return d.unplace(ctx)
-	case stepSignal:
+	case protocol.StepSignal:
 		return d.signal(ctx)
-	case stepGrace:
+	case protocol.StepGrace:
 		return d.grace(ctx)
-	case stepVerify:
+	case protocol.StepVerify:
 		return d.verify(ctx)
 	}
 	return nil, fmt.Errorf("this dormouse does not know the step %q", d.op.Step)
 }
 
+// errCancelled says that the operation was ended meanwhile.
+var errCancelled = errors.New("the operation was cancelled")
+
 // advance writes what a step changed and what follows it, at once.
-func (c *Controller) advance(ctx context.Context, id string, failed *failure, change effect) (move, error) {
-	var next move
-	err := c.store.Update(ctx, func(tx store.Tx) error {
+func (c *Controller) advance(ctx context.Context, id string, next *protocol.Move, change effect) error {
+	return c.store.Update(ctx, func(tx store.Tx) error {
 		op, err := getOperation(tx, id)
 		if err != nil {
 			return err
 		}
-		if op.Phase != api.OpRunning { // cancelled meanwhile
-			next = move{Phase: op.Phase}
-			return nil
+		if op.Phase != api.OpRunning {
+			return errCancelled
 		}
 		var job *jobRecord
 		if op.Job != "" {
@@ -219,13 +232,11 @@ func (c *Controller) advance(ctx context.Context, id string, failed *failure, ch
 				return err
 			}
 		}
-		plan := flowOf(op.Kind, ask)
-		next = plan.next(op.Position, failed)
 		op.Position, op.Step, op.Phase = next.To, next.To.Step, next.Phase
-		op.Progress = max(op.Progress, plan.progress(next.To, 0))
+		op.Progress = max(op.Progress, ask.flow(op.Kind).Progress(next.To, 0))
 		op.Message = ""
-		if failed != nil && next.Phase == api.OpRunning {
-			op.Message = failed.Message
+		if next.Failed != nil && next.Phase == api.OpRunning {
+			op.Message = next.Failed.Message
 		}
 		if next.Phase != api.OpRunning {
 			return c.endOperation(tx, op, job)
@@ -237,10 +248,6 @@ func (c *Controller) advance(ctx context.Context, id string, failed *failure, ch
 		}
 		return putOperation(tx, op)
 	})
-	if errors.Is(err, errTryAgain) {
-		return move{Phase: api.OpRunning}, nil
-	}
-	return next, err
 }
 
 // endOperation writes the end of an operation and what it means for its job.
@@ -289,73 +296,57 @@ func (c *Controller) concludeJob(tx store.Tx, op *opRecord, job *jobRecord) erro
 type command func(ref taskRef) *agentpb.Command
 
 // each sends one command to the agent of every task of the job's present run
-// and waits for all of them: no task is in the next step before all have left
-// this one. Answers are in the order of tasks. Of several failures, a refusal
-// is reported rather than a breakage, and that rather than a lost node.
+// and waits until the protocol has what it needs of them. Answers are in the
+// order of tasks.
 func (d *doing) each(ctx context.Context, build command) ([]*agentpb.Reply, error) {
 	refs := d.job.refs()
-	replies := make([]*agentpb.Reply, len(refs))
-	errs := make([]error, len(refs))
-	awaited := newAwaited(refs)
-	watching, stop := context.WithCancel(ctx)
-	defer stop()
-	if len(refs) > 1 {
-		go d.nameStragglers(watching, awaited)
-	}
-	var group errgroup.Group
+	tasks := make([]protocol.Task, len(refs))
 	for i, ref := range refs {
-		group.Go(func() error {
-			defer awaited.arrived(i)
-			order := build(ref)
-			order.Id = d.commandID(ref.Index)
-			order.Task = ref.proto()
-			replies[i], errs[i] = d.fleet.call(ctx, ref.Node, order, func(fraction float64, message string) {
+		tasks[i] = protocol.Task{Index: ref.Index, Node: ref.Node}
+	}
+	out := d.core.Command(tasks)
+	answers := make(chan taskAnswer, len(refs))
+	for i, c := range out.Send {
+		order := build(refs[i])
+		order.Id, order.Task = c.ID, refs[i].proto()
+		go func() {
+			reply, err := d.fleet.call(ctx, refs[i].Node, order, func(fraction float64, message string) {
 				d.report(ctx, i, fraction, message)
 			})
-			return nil
-		})
+			answers <- taskAnswer{i, c, reply, err}
+		}()
 	}
-	group.Wait() // the goroutines keep their errors
-	return replies, d.worst(refs, errs)
-}
-
-func (d *doing) commandID(index int) string {
-	attempt := strconv.Itoa(d.op.Position.Attempt)
-	if try := d.op.Position.Try; try > 0 {
-		attempt += "." + strconv.Itoa(try)
-	}
-	return fmt.Sprintf("%s/%s/%s/%d", d.op.ID, attempt, d.op.Step, index)
-}
-
-// worst picks the error to report and says whose it is when there are several tasks.
-func (d *doing) worst(refs []taskRef, errs []error) error {
-	var worst error
-	rank := -1
-	for i, err := range errs {
-		if err == nil {
-			continue
-		}
-		if len(refs) > 1 && !isNodeLost(err) {
-			err = fmt.Errorf("task %d on node %s: %w", refs[i].Index, refs[i].Node, err)
-		}
-		if r := rankOf(err); r > rank {
-			worst, rank = err, r
+	replies := make([]*agentpb.Reply, len(refs))
+	late := d.clock.After(stragglerAfter)
+	for waiting := len(out.Send); waiting > 0; {
+		select {
+		case a := <-answers:
+			waiting--
+			replies[a.index] = a.reply
+			if isNodeLost(a.err) {
+				out = d.core.Lost(a.command.Task.Node)
+			} else {
+				out = d.core.Answered(a.command.ID, asFailure(a.err))
+			}
+		case <-late:
+			if who := stragglers(d.core.Late()); who != "" {
+				d.write(ctx, 0, fmt.Sprintf("%s waits for %s", d.op.Step, who))
+			}
+			late = d.clock.After(stragglerAfter)
 		}
 	}
-	return worst
+	if out.Failed != nil {
+		return nil, out.Failed
+	}
+	return replies, ctx.Err()
 }
 
-func rankOf(err error) int {
-	var f *failure
-	switch {
-	case errors.As(err, &f) && f.Refused:
-		return 3
-	case errors.As(err, &f) && !f.Retryable:
-		return 2
-	case isNodeLost(err):
-		return 1
-	}
-	return 0
+// taskAnswer is how one command of a step ended.
+type taskAnswer struct {
+	index   int
+	command protocol.Command
+	reply   *agentpb.Reply
+	err     error
 }
 
 // reportEvery bounds how often progress is written.
@@ -390,7 +381,7 @@ func (d *doing) write(ctx context.Context, fraction float64, message string) {
 			return err
 		}
 		op.Message = message
-		op.Progress = max(op.Progress, flowOf(op.Kind, d.ask).progress(op.Position, fraction))
+		op.Progress = max(op.Progress, d.ask.flow(op.Kind).Progress(op.Position, fraction))
 		return putOperation(tx, op)
 	})
 	if err != nil && ctx.Err() == nil {

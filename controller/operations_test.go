@@ -11,6 +11,7 @@ import (
 
 	"dormouse/api"
 	"dormouse/api/agentpb"
+	"dormouse/controller/protocol"
 	"dormouse/controller/store"
 	"dormouse/repository"
 )
@@ -64,7 +65,7 @@ func TestCheckpointLeavesTheJobRunning(t *testing.T) {
 	s := newSimulation(t, "east-0")
 	id := s.running(api.JobSpec{})
 	op := s.do("/v1/jobs/"+id+"/checkpoints", map[string]string{"label": "before lunch"})
-	if op.Checkpoint == "" || op.Progress != 1 || op.Step != stepRetention {
+	if op.Checkpoint == "" || op.Progress != 1 || op.Step != protocol.StepRetention {
 		t.Errorf("the operation: %+v", op.Operation)
 	}
 	var list []api.Checkpoint
@@ -98,7 +99,7 @@ func TestBarriersHoldBetweenTheTasksOfAJob(t *testing.T) {
 	mu.Lock()
 	defer mu.Unlock()
 	want := []string{}
-	for _, step := range []string{stepPreflight, stepFreeze, stepCapture, stepOpen, stepThaw, stepUpload, stepDiscard} {
+	for _, step := range []string{protocol.StepPreflight, protocol.StepFreeze, protocol.StepCapture, protocol.StepOpen, protocol.StepThaw, protocol.StepUpload, protocol.StepDiscard} {
 		want = append(want, step, step)
 	}
 	if !slices.Equal(order, want) {
@@ -283,7 +284,7 @@ func TestRefusedPreflightNamesTheReasonsAndFreezesNothing(t *testing.T) {
 	s.awaitPhase(id, api.PhaseRunning)
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if slices.Contains(s.agents["east-0"].seen, stepFreeze) {
+	if slices.Contains(s.agents["east-0"].seen, protocol.StepFreeze) {
 		t.Error("the job was frozen")
 	}
 }
@@ -291,7 +292,7 @@ func TestRefusedPreflightNamesTheReasonsAndFreezesNothing(t *testing.T) {
 func TestRetryableFailureIsTriedAgainAfterAThaw(t *testing.T) {
 	s := newSimulation(t, "east-0")
 	id := s.running(api.JobSpec{})
-	s.faultOnce(stepCapture, func(*simAgent) fault {
+	s.faultOnce(protocol.StepCapture, func(*simAgent) fault {
 		return fault{failure: &agentpb.Failure{Message: "a process appeared", Retryable: true}}
 	})
 	op := s.do("/v1/jobs/"+id+"/checkpoints", nil)
@@ -310,7 +311,7 @@ func TestRetriesAreBounded(t *testing.T) {
 		return fault{failure: &agentpb.Failure{Message: "a process appeared", Retryable: true}}
 	})
 	op := s.awaitEnd(s.begin("/v1/jobs/"+id+"/checkpoints", nil).ID)
-	if op.Phase != api.OpFailed || op.Position.Attempt != maxAttempts || op.Error != "a process appeared" {
+	if op.Phase != api.OpFailed || op.Position.Attempt != protocol.MaxAttempts || op.Error != "a process appeared" {
 		t.Errorf("the operation: %+v after %d attempts", op.Operation, op.Position.Attempt)
 	}
 	if s.awaitPhase(id, api.PhaseRunning); len(s.stillFrozen(id)) != 0 {
@@ -320,12 +321,12 @@ func TestRetriesAreBounded(t *testing.T) {
 
 // captureSteps are the steps of a capture that an agent takes part in before
 // the commit.
-var captureSteps = []string{stepPreflight, stepFreeze, stepCapture, stepThaw, stepUpload}
+var captureSteps = []string{protocol.StepPreflight, protocol.StepFreeze, protocol.StepCapture, protocol.StepThaw, protocol.StepUpload}
 
 func TestFailureAtAnyStepOfACheckpointLeavesTheJobAndOlderCheckpoints(t *testing.T) {
 	for _, kind := range []string{"checkpoints", "suspend"} {
 		for _, step := range captureSteps {
-			if kind == "suspend" && step == stepThaw {
+			if kind == "suspend" && step == protocol.StepThaw {
 				continue
 			}
 			t.Run(kind+"/"+step, func(t *testing.T) {
@@ -388,11 +389,11 @@ func scenarios() []scenario {
 	}
 	checkpointed := func(s *simulation, id string) { s.do("/v1/jobs/"+id+"/checkpoints", nil) }
 	return []scenario{
-		{"checkpoint", append(captureSteps, stepDiscard), nothing, on("checkpoints"), api.PhaseRunning},
-		{"suspend", []string{stepPreflight, stepFreeze, stepCapture, stepUpload, "cleanup", stepDestroy}, nothing, on("suspend"), api.PhaseSuspended},
-		{"resume", []string{stepRestore}, func(s *simulation, id string) { s.do("/v1/jobs/"+id+"/suspend", nil) }, on("resume"), api.PhaseRunning},
-		{"restart", []string{"cleanup", stepRestore}, checkpointed, on("restart"), api.PhaseRunning},
-		{"kill", []string{stepSignal, "cleanup"}, nothing, on("kill"), api.PhaseCancelled},
+		{"checkpoint", append(captureSteps, protocol.StepDiscard), nothing, on("checkpoints"), api.PhaseRunning},
+		{"suspend", []string{protocol.StepPreflight, protocol.StepFreeze, protocol.StepCapture, protocol.StepUpload, "cleanup", protocol.StepDestroy}, nothing, on("suspend"), api.PhaseSuspended},
+		{"resume", []string{protocol.StepRestore}, func(s *simulation, id string) { s.do("/v1/jobs/"+id+"/suspend", nil) }, on("resume"), api.PhaseRunning},
+		{"restart", []string{"cleanup", protocol.StepRestore}, checkpointed, on("restart"), api.PhaseRunning},
+		{"kill", []string{protocol.StepSignal, "cleanup"}, nothing, on("kill"), api.PhaseCancelled},
 	}
 }
 
@@ -613,7 +614,7 @@ func TestNodeThatForgotItsTasksFailsTheirJobs(t *testing.T) {
 
 func TestFailedStartTellsWhy(t *testing.T) {
 	s := newSimulation(t, "east-0")
-	s.faultOnce(stepStart, func(*simAgent) fault {
+	s.faultOnce(protocol.StepStart, func(*simAgent) fault {
 		return fault{failure: &agentpb.Failure{Message: `there is no program "nosuch" in the root`, Refused: true}}
 	})
 	id := s.submit(api.JobSpec{Command: []string{"nosuch"}})
@@ -626,7 +627,7 @@ func TestFailedStartTellsWhy(t *testing.T) {
 
 func TestNodeLostAtTheStartPlacesTheJobElsewhere(t *testing.T) {
 	s := newSimulation(t, "east-0", "west-0")
-	s.faultOnce(stepStart, func(a *simAgent) fault {
+	s.faultOnce(protocol.StepStart, func(a *simAgent) fault {
 		go s.killNode(a.node)
 		<-a.done
 		return fault{disconnect: true}
@@ -654,7 +655,7 @@ func TestFailedResumeLeavesTheJobSuspended(t *testing.T) {
 	s := newSimulation(t, "east-0")
 	id := s.running(api.JobSpec{})
 	s.do("/v1/jobs/"+id+"/suspend", nil)
-	s.faultOnce(stepRestore, func(*simAgent) fault { return fault{failure: &agentpb.Failure{Message: "a chunk is damaged"}} })
+	s.faultOnce(protocol.StepRestore, func(*simAgent) fault { return fault{failure: &agentpb.Failure{Message: "a chunk is damaged"}} })
 	if op := s.awaitEnd(s.begin("/v1/jobs/"+id+"/resume", nil).ID); op.Phase != api.OpFailed || op.Error != "a chunk is damaged" {
 		t.Errorf("the operation: %+v", op.Operation)
 	}
@@ -679,7 +680,7 @@ func TestOneOperationAtATime(t *testing.T) {
 	s := newSimulation(t, "east-0")
 	id := s.running(api.JobSpec{})
 	release := make(chan struct{})
-	reached := s.faultOnce(stepUpload, func(*simAgent) fault { return fault{act: func() { <-release }} })
+	reached := s.faultOnce(protocol.StepUpload, func(*simAgent) fault { return fault{act: func() { <-release }} })
 	op := s.begin("/v1/jobs/"+id+"/checkpoints", nil)
 	<-reached
 	for _, action := range []string{"checkpoints", "suspend", "restart", "kill"} {
@@ -696,7 +697,7 @@ func TestJobThatEndsDuringTheUploadKeepsItsCheckpoint(t *testing.T) {
 	s := newSimulation(t, "east-0")
 	id := s.running(api.JobSpec{})
 	release := make(chan struct{})
-	reached := s.faultOnce(stepUpload, func(*simAgent) fault { return fault{act: func() { <-release }} })
+	reached := s.faultOnce(protocol.StepUpload, func(*simAgent) fault { return fault{act: func() { <-release }} })
 	op := s.begin("/v1/jobs/"+id+"/checkpoints", nil)
 	<-reached
 	s.end(id, 0)
@@ -726,7 +727,7 @@ func TestSuspendedJobsOnlyCheckpointCannotBeRemoved(t *testing.T) {
 func TestStepAfterTheCommitIsTakenAgainUntilItSucceeds(t *testing.T) {
 	s := newSimulation(t, "east-0")
 	id := s.running(api.JobSpec{})
-	s.faultOnce(stepDiscard, func(*simAgent) fault { return fault{failure: &agentpb.Failure{Message: "it broke"}} })
+	s.faultOnce(protocol.StepDiscard, func(*simAgent) fault { return fault{failure: &agentpb.Failure{Message: "it broke"}} })
 	op := s.do("/v1/jobs/"+id+"/checkpoints", nil)
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -11,6 +11,7 @@ import (
 
 	"dormouse/api"
 	"dormouse/api/agentpb"
+	"dormouse/controller/protocol"
 	"dormouse/controller/store"
 )
 
@@ -82,14 +83,14 @@ func TestParallelJobIsRestoredBehindBarriers(t *testing.T) {
 			order = append(order, step)
 		}
 	}
-	want := []string{stepNetwork, stepConnect, stepRestore, stepOpen, stepRelease}
+	want := []string{protocol.StepNetwork, protocol.StepConnect, protocol.StepRestore, protocol.StepOpen, protocol.StepRelease}
 	if !slices.Equal(order, want) {
 		t.Errorf("want each step at all tasks before the next, %v, got %v", want, order)
 	}
 }
 
 func TestHeldRestoreThatWasLostIsTriedAgain(t *testing.T) {
-	for _, step := range []string{stepNetwork, stepConnect, stepRestore, stepOpen, stepRelease} {
+	for _, step := range []string{protocol.StepNetwork, protocol.StepConnect, protocol.StepRestore, protocol.StepOpen, protocol.StepRelease} {
 		t.Run(step, func(t *testing.T) {
 			s := newSimulation(t, "east-0", "east-1")
 			id := s.running(api.JobSpec{Tasks: 2})

@@ -11,6 +11,7 @@ import (
 
 	"dormouse/api"
 	"dormouse/api/agentpb"
+	"dormouse/controller/protocol"
 	"dormouse/controller/store"
 )
 
@@ -68,7 +69,7 @@ type request struct {
 // opRecord is an operation as it is stored.
 type opRecord struct {
 	api.Operation
-	Position position `json:"position"`
+	Position protocol.State `json:"position"`
 	// Anew is set when a restart has no checkpoint and starts from the beginning.
 	Anew bool `json:"anew,omitempty"`
 	// Stopped is set once the job's old tasks are being destroyed: from then
@@ -86,6 +87,11 @@ type opRecord struct {
 	Endpoints map[string]endpoint `json:"endpoints,omitempty"`
 	// Frozen is when the freeze was ordered.
 	Frozen time.Time `json:"frozen,omitzero"`
+}
+
+// flow is the plan of an operation that is asked for so.
+func (r request) flow(kind api.OperationKind) protocol.Flow {
+	return protocol.FlowOf(kind, r.Tasks, r.Signal)
 }
 
 func (o *opRecord) request() (request, error) {

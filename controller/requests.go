@@ -7,6 +7,7 @@ import (
 	"fmt"
 
 	"dormouse/api"
+	"dormouse/controller/protocol"
 	"dormouse/controller/scheduler"
 	"dormouse/controller/store"
 )
@@ -292,7 +293,7 @@ func (c *Controller) cancelWaiting(tx store.Tx, job *jobRecord) error {
 		return nil
 	}
 	op, err := getOperation(tx, job.Operation)
-	if err != nil || op.Step != stepPlace || op.Run != 0 {
+	if err != nil || op.Step != protocol.StepPlace || op.Run != 0 {
 		return err
 	}
 	now := c.clock.Now().UTC()

@@ -252,7 +252,7 @@ func (d *doing) restore(ctx context.Context) (effect, error) {
 	if d.op.Anew {
 		replies, err := d.startTasks(ctx)
 		if err != nil {
-			return nil, worthAnotherTry(err)
+			return nil, err
 		}
 		return applyStates(replies, (*agentpb.Reply).GetStarted), nil
 	}
@@ -267,7 +267,7 @@ func (d *doing) restore(ctx context.Context) (effect, error) {
 		}}}
 	})
 	if err != nil {
-		return nil, worthAnotherTry(err)
+		return nil, err
 	}
 	return applyStates(replies, (*agentpb.Reply).GetRestored), nil
 }

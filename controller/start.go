@@ -7,6 +7,7 @@ import (
 
 	"dormouse/api"
 	"dormouse/api/agentpb"
+	"dormouse/controller/protocol"
 	"dormouse/controller/store"
 )
 
@@ -14,7 +15,7 @@ import (
 func (d *doing) start(ctx context.Context) (effect, error) {
 	replies, err := d.startTasks(ctx)
 	if err != nil {
-		return nil, worthAnotherTry(err)
+		return nil, err
 	}
 	return applyStates(replies, (*agentpb.Reply).GetStarted), nil
 }
@@ -38,14 +39,6 @@ func (j *jobRecord) hosts() []*agentpb.HostEntry {
 		hosts[i] = &agentpb.HostEntry{Name: fmt.Sprintf("task-%d", i), Ip: t.VirtualIP}
 	}
 	return hosts
-}
-
-// worthAnotherTry marks the loss of a node as retryable: other nodes may do.
-func worthAnotherTry(err error) error {
-	if isNodeLost(err) {
-		return &failure{Message: err.Error(), Retryable: true}
-	}
-	return err
 }
 
 // applyStates notes the state that each reply holds.
@@ -95,7 +88,7 @@ func (c *Controller) concludeStart(tx store.Tx, op *opRecord, job *jobRecord, do
 		return c.nowRunning(tx, job, "started")
 	}
 	cause := op.Position.Cause
-	if cause.Retryable && job.Starts < maxAttempts {
+	if cause.Retryable && job.Starts < protocol.MaxAttempts {
 		job.Starts++
 		job.Phase, job.Reason = api.PhasePending, "waits to be started again: "+cause.Message
 		c.logJob(job)

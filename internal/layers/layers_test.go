@@ -23,6 +23,7 @@ var mayImport = map[string][]string{
 	"monitor":              {"api"},
 	"drivers":              {"api"},
 	"controller/scheduler": {"api"},
+	"controller/protocol":  {"api"},
 	"controller":           {"api", "repository", "drivers", "monitor", "migrate", "internal"},
 	"agent":                {"api", "repository", "monitor", "internal"},
 	"migrate":              {"api"},
