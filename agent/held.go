@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"dormouse/api/agentpb"
+	"dormouse/internal/failpoint"
 )
 
 // holdLimit is how long a restored task waits for its release: longer than any
@@ -119,6 +120,7 @@ func (a *Agent) release(ctx context.Context, ref *agentpb.TaskRef) (*agentpb.Tas
 	if a.lease.hasLapsed() {
 		return nil, retry{fmt.Errorf("task %d of job %s stays held: the node's lease ran out", ref.GetIndex(), ref.GetJob())}
 	}
+	failpoint.Hit("agent.release.before")
 	h.once.Do(func() { close(h.released) })
 	select {
 	case <-h.done:
@@ -128,5 +130,6 @@ func (a *Agent) release(ctx context.Context, ref *agentpb.TaskRef) (*agentpb.Tas
 	if h.err != nil {
 		return nil, h.err
 	}
+	failpoint.Hit("agent.release.after")
 	return t.state(), nil
 }

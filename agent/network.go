@@ -11,6 +11,7 @@ import (
 	"dormouse/agent/network"
 	"dormouse/agent/sandbox"
 	"dormouse/api/agentpb"
+	"dormouse/internal/failpoint"
 )
 
 // taskNetworks puts tasks on the networks of their jobs; see sandbox.Network.
@@ -128,6 +129,7 @@ func (a *Agent) openNetwork(ref *agentpb.TaskRef) error {
 	if err != nil {
 		return err
 	}
+	failpoint.Hit("agent.open.before")
 	if h := t.heldRestore(); h != nil {
 		return network.Open(h.netns)
 	}

@@ -45,7 +45,7 @@ func faulty(t *testing.T, name, action string) (p *platform, once string) {
 }
 
 func TestAgentKilledAtEveryStepOfAParallelJob(t *testing.T) {
-	for _, name := range failpoints(t) {
+	for _, name := range failpoints(t, "../agent", "../agent/network") {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			parallelKilledAt(t, name)

@@ -18,22 +18,24 @@ import (
 
 // failpoints reads the names of all instants at which an agent can be killed
 // from the code itself, so that none is forgotten.
-func failpoints(t *testing.T) []string {
+func failpoints(t *testing.T, folders ...string) []string {
 	t.Helper()
 	var names []string
 	call := regexp.MustCompile(`failpoint\.Hit\("([^"]+)"\)`)
-	sources, err := filepath.Glob("../agent/*.go")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, source := range sources {
-		text, err := os.ReadFile(source)
+	for _, folder := range folders {
+		sources, err := filepath.Glob(folder + "/*.go")
 		if err != nil {
 			t.Fatal(err)
 		}
-		for _, match := range call.FindAllStringSubmatch(string(text), -1) {
-			if !slices.Contains(names, match[1]) {
-				names = append(names, match[1])
+		for _, source := range sources {
+			text, err := os.ReadFile(source)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, match := range call.FindAllStringSubmatch(string(text), -1) {
+				if !slices.Contains(names, match[1]) && match[1] != withoutFUSE {
+					names = append(names, match[1])
+				}
 			}
 		}
 	}
@@ -43,11 +45,15 @@ func failpoints(t *testing.T) []string {
 	return names
 }
 
+// withoutFUSE is an instant of restores on nodes whose kernel has no FUSE; the
+// agent's own tests come to it.
+const withoutFUSE = "agent.restore.images"
+
 // severally are the instants that only a job of several tasks comes to.
-var severally = regexp.MustCompile(`^agent\.(open|release|restore\.held)\b`)
+var severally = regexp.MustCompile(`^agent\.(open|release)\.`)
 
 func TestAgentKilledAtEveryStep(t *testing.T) {
-	for _, name := range failpoints(t) {
+	for _, name := range failpoints(t, "../agent") {
 		if severally.MatchString(name) {
 			continue
 		}
