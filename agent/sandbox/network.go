@@ -42,23 +42,34 @@ func (s *Sandbox) makeNetwork(ctx context.Context) (*os.File, error) {
 // virtualIP, if there is one. The namespace lives as long as the file or a
 // process in it.
 func newNetwork(virtualIP string) (*os.File, error) {
-	type outcome struct {
-		file *os.File
-		err  error
+	var file *os.File
+	err := onSpareThread(func() (err error) {
+		file, err = enterNewNetwork(virtualIP)
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("cannot make the network namespace: %w", err)
 	}
-	made := make(chan outcome)
+	return file, nil
+}
+
+// onSpareThread runs work on a thread that ends with it, and never on the main
+// one: that cannot end, and its namespaces are what /proc/PID/ns shows as those
+// of the whole process.
+func onSpareThread(work func() error) error {
+	done := make(chan error)
 	go func() {
-		// Never unlocked: the thread is in the new namespace and dies with this
-		// goroutine.
 		runtime.LockOSThread()
-		file, err := enterNewNetwork(virtualIP)
-		made <- outcome{file, err}
+		if unix.Gettid() != unix.Getpid() {
+			done <- work() // never unlocked: the thread dies with this goroutine
+			return
+		}
+		// As long as this goroutine has the main thread, no other gets it.
+		err := onSpareThread(work)
+		runtime.UnlockOSThread()
+		done <- err
 	}()
-	out := <-made
-	if out.err != nil {
-		return nil, fmt.Errorf("cannot make the network namespace: %w", out.err)
-	}
-	return out.file, nil
+	return <-done
 }
 
 // enterNewNetwork moves the calling thread.

@@ -8,7 +8,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -40,20 +39,17 @@ type fabric struct {
 func newFabric(t *testing.T) *fabric {
 	t.Helper()
 	f := &fabric{t: t, addresses: map[string]string{}}
-	made := make(chan error)
-	go func() {
-		runtime.LockOSThread() // for ever: the thread is in the new namespace
-		err := unix.Unshare(unix.CLONE_NEWNET)
-		if err == nil {
-			f.space, err = os.Open("/proc/thread-self/ns/net")
+	err := sandbox.OnSpareThread(func() (err error) {
+		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+			return err
 		}
-		made <- err
-	}()
-	if err := <-made; err != nil {
+		f.space, err = os.Open("/proc/thread-self/ns/net")
+		return err
+	})
+	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { f.space.Close() })
-	var err error
 	if f.nl, err = netlink.NewHandleAt(netns.NsHandle(f.space.Fd())); err != nil {
 		t.Fatal(err)
 	}
