@@ -59,6 +59,7 @@ type Operation struct {
 	tasks    []Task
 	awaited  []bool
 	failures []*Failure
+	missed   []Task
 }
 
 // New is the operation id, as far as state says it has come.
@@ -78,6 +79,9 @@ type Output struct {
 	// to report.
 	Over   bool
 	Failed *Failure
+	// Missed are, when the round is over, the tasks that took no part in it, and
+	// that does no harm to the operation.
+	Missed []Task
 	// Write what the step changed and the state that follows, at once.
 	Write *Move
 	// Wait so long.
@@ -99,6 +103,7 @@ func (o *Operation) Waited() Output { return o.Begin() }
 // Command begins a round of commands to tasks, as a part of the present step.
 func (o *Operation) Command(tasks []Task) Output {
 	o.tasks, o.awaited, o.failures = tasks, make([]bool, len(tasks)), make([]*Failure, len(tasks))
+	o.missed = nil
 	if len(tasks) == 0 {
 		return Output{Over: true}
 	}
@@ -146,7 +151,11 @@ func (o *Operation) Lost(node string) Output {
 
 func (o *Operation) through(i int, failed *Failure) {
 	o.awaited[i] = false
-	if failed != nil && !o.flow.tolerates(o.state, failed) {
+	switch {
+	case failed == nil:
+	case o.flow.tolerates(o.state, failed):
+		o.missed = append(o.missed, o.tasks[i])
+	default:
 		o.failures[i] = failed
 	}
 }
@@ -155,9 +164,9 @@ func (o *Operation) overYet() Output {
 	if slices.Contains(o.awaited, true) {
 		return Output{}
 	}
-	worst := o.worst()
+	out := Output{Over: true, Failed: o.worst(), Missed: o.missed}
 	o.tasks = nil
-	return Output{Over: true, Failed: worst}
+	return out
 }
 
 // worst picks the failure to report, and says whose it is when there are
