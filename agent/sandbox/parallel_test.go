@@ -212,7 +212,8 @@ func TestRemoteStart(t *testing.T) {
 	tasks := p.job(2, `
 set -e
 dormouse-rsh task-1 hostname
-dormouse-rsh task-1 'pwd; echo $DORMOUSE_TASK; id -u; echo err >&2' 2>&1
+dormouse-rsh task-1 'pwd; echo $DORMOUSE_TASK; id -u'
+dormouse-rsh task-1 'echo lost; echo err >&2' 2>&1 >/dev/null
 echo in | dormouse-rsh -x -q -o BatchMode=yes -l root task-1 cat
 echo in | dormouse-rsh -n task-1 cat
 set +e
