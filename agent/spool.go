@@ -7,7 +7,9 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"runtime"
 	"sync"
+	"sync/atomic"
 
 	"dormouse/agent/pagefs"
 	"dormouse/repository"
@@ -163,13 +165,22 @@ func allocate(ctx context.Context, f *os.File, size int64) {
 	if size == 0 || f.Truncate(size) != nil {
 		return
 	}
-	// A window at a time: what is mapped counts as the agent's memory.
+	// A window at a time: what is mapped counts as the agent's memory. By all
+	// cores: most of the time may be the hypervisor's.
 	const window = 16 << 20
-	for at := int64(0); at < size && ctx.Err() == nil; at += window {
-		if populate(f, at, int(min(size-at, window))) != nil {
-			return
-		}
+	var next atomic.Int64
+	var group sync.WaitGroup
+	for range runtime.GOMAXPROCS(0) {
+		group.Go(func() {
+			for ctx.Err() == nil {
+				at := next.Add(window) - window
+				if at >= size || populate(f, at, int(min(size-at, window))) != nil {
+					return
+				}
+			}
+		})
 	}
+	group.Wait()
 }
 
 // populate has the kernel allocate a part of a file on a tmpfs.
