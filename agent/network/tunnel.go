@@ -53,7 +53,7 @@ func (m *Manager) underlayDevice() (netlink.Link, error) {
 	if !m.options.Underlay.IsValid() {
 		return nil, errNoAddress
 	}
-	addresses, err := m.node.links.AddrList(nil, unix.AF_UNSPEC)
+	addresses, err := m.node.addresses()
 	if err != nil {
 		return nil, fmt.Errorf("list the node's addresses: %w", err)
 	}
@@ -79,7 +79,7 @@ func routeTo(router *namespace, addresses []netip.Addr) error {
 			return fmt.Errorf("route %v to the tunnel: %w", a, err)
 		}
 	}
-	routes, err := router.links.RouteList(tunnel, unix.AF_INET)
+	routes, err := complete(func() ([]netlink.Route, error) { return router.links.RouteList(tunnel, unix.AF_INET) })
 	if err != nil {
 		return fmt.Errorf("list the routes to the tunnel: %w", err)
 	}

@@ -335,7 +335,7 @@ func (f *Fabric) choose() error {
 // usedPrefixes are the destinations this namespace has routes for, but for
 // defaults and those so wide that ours is a part of them anyway.
 func usedPrefixes() ([]netip.Prefix, error) {
-	routes, err := netlink.RouteList(nil, netlink.FAMILY_V4)
+	routes, err := complete(func() ([]netlink.Route, error) { return netlink.RouteList(nil, netlink.FAMILY_V4) })
 	if err != nil {
 		return nil, err
 	}

@@ -1,6 +1,7 @@
 package local
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"strings"
@@ -72,7 +73,7 @@ func (f *Fabric) closeOutbound(owed bool) error {
 // othersOwe reports whether another fabric of this namespace found forwarding
 // off.
 func (f *Fabric) othersOwe() (bool, error) {
-	links, err := netlink.LinkList()
+	links, err := complete(netlink.LinkList)
 	if err != nil {
 		return false, err
 	}
@@ -83,6 +84,17 @@ func (f *Fabric) othersOwe() (bool, error) {
 		}
 	}
 	return false, nil
+}
+
+// complete lists until nothing changed meanwhile: rtnetlink tells when a list is
+// a mixture of before and after (NLM_F_DUMP_INTR, netlink(7)).
+func complete[T any](list func() ([]T, error)) (all []T, err error) {
+	for range 100 {
+		if all, err = list(); !errors.Is(err, netlink.ErrDumpInterrupted) {
+			break
+		}
+	}
+	return all, err
 }
 
 func (f *Fabric) table() *nftables.Table {
