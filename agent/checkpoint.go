@@ -360,22 +360,46 @@ func (c *capturing) finishStreams() error {
 // cutOff takes the task off its network: by now every task of its job stands
 // still, and what they have sent gets the time to arrive.
 func (a *Agent) cutOff(ctx context.Context, t *task, box *sandbox.Sandbox, c *capturing) error {
+	arrived := time.After(0)
 	if c.sockets {
-		select {
-		case <-time.After(drain):
-		case <-ctx.Done():
-			return ctx.Err()
-		}
+		arrived = time.After(drain)
 	}
 	r, _ := t.snapshot()
 	return inNetwork(box, func(netns *os.File) error {
-		if r.Spec.Connections == api.ConnectionsClose {
-			if err := tcp.EndLeaving(netns, a.jobNetworks(&r)); err != nil {
-				return err
-			}
+		if err := a.treatLeaving(&r, box, netns); err != nil {
+			return err
+		}
+		select {
+		case <-arrived:
+		case <-ctx.Done():
+			return ctx.Err()
 		}
 		return network.Cut(netns)
 	})
+}
+
+// treatLeaving applies the job's policy to connections that leave it. One that is
+// refused was not there at the pre-flight.
+func (a *Agent) treatLeaving(r *record, box *sandbox.Sandbox, netns *os.File) error {
+	if r.Spec.Connections == api.ConnectionsKeep {
+		return nil
+	}
+	if used, err := tcp.Used(box.Pid()); err != nil || !used {
+		return err
+	}
+	leaving, err := tcp.Leaving(netns, a.jobNetworks(r))
+	if err != nil {
+		return err
+	}
+	if r.Spec.Connections == api.ConnectionsClose {
+		return tcp.End(netns, leaving)
+	}
+	for _, c := range leaving {
+		if c.Held {
+			return refuse("a TCP connection that leaves the job was just opened, from %v: close it before the checkpoint", c)
+		}
+	}
+	return nil
 }
 
 // allowsLeaving reports whether connections that leave the job are no reason to

@@ -1,9 +1,11 @@
 package agent
 
 import (
+	"errors"
 	"fmt"
 	"net"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -11,11 +13,15 @@ import (
 	"dormouse/api/agentpb"
 )
 
-// caller is a program that reads from a connection to the outside and says what
-// comes of it.
+// caller is a program that, when it is told to, connects to the outside, reads
+// from there and says what comes of it.
 const caller = `
 use IO::Socket::INET;
 $| = 1;
+my $told = 0;
+$SIG{USR1} = sub { $told = 1 };
+print "ready\n";
+select(undef, undef, undef, 0.05) until $told;
 my $c = IO::Socket::INET->new(PeerAddr => $ENV{PEER}) or die $!;
 print "connected\n";
 my $r = sysread($c, my $data, 1);
@@ -23,27 +29,41 @@ print defined $r ? ($r ? "read $data\n" : "end\n") : "error\n";
 sleep 1000;
 `
 
-// outside starts a job that holds a connection that leaves it, and returns the
-// other end of that.
-func outside(t *testing.T, policy string) (*pair, *agentpb.TaskRef, net.Conn) {
+// calling is a job that runs the caller on the node east, and whom it calls.
+type calling struct {
+	*pair
+	east     string
+	ref      *agentpb.TaskRef
+	listener *net.TCPListener
+}
+
+func newCalling(t *testing.T, policy string) *calling {
 	t.Helper()
-	p := newPair(t, "vxlan", "/usr/bin/perl", "-e", caller)
-	p.plan.Tasks, p.plan.Spans = 1, false
-	var listener net.Listener
-	must(t, inNamespace(p.nodes[1].netns, func() (err error) {
-		listener, err = net.Listen("tcp", underlay(1)+":0")
+	c := &calling{pair: newPair(t, "vxlan", "/usr/bin/perl", "-e", caller)}
+	c.plan.Tasks, c.plan.Spans = 1, false
+	c.east = c.nodes[0].name
+	must(t, inNamespace(c.nodes[1].netns, func() (err error) {
+		c.listener, err = net.ListenTCP("tcp", &net.TCPAddr{IP: net.ParseIP(underlay(1))})
 		return err
 	}))
-	t.Cleanup(func() { listener.Close() })
-	p.spec.Tasks, p.spec.Connections = 1, policy
-	p.spec.Env = map[string]string{"PEER": listener.Addr().String()}
-	ref := p.controller.start(p.nodes[0].name, "j-outside", p.spec)
-	must(t, listener.(*net.TCPListener).SetDeadline(time.Now().Add(30*time.Second)))
-	conn, err := listener.Accept()
-	must(t, err)
-	t.Cleanup(func() { conn.Close() })
-	p.awaitLog(p.nodes[0].name, ref, "its connection", says("connected"))
-	return p, ref, conn
+	t.Cleanup(func() { c.listener.Close() })
+	must(t, c.listener.SetDeadline(time.Now().Add(30*time.Second)))
+	c.spec.Tasks, c.spec.Connections = 1, policy
+	c.spec.Env = map[string]string{"PEER": c.listener.Addr().String()}
+	c.ref = c.controller.start(c.east, "j-outside", c.spec)
+	c.awaitLog(c.east, c.ref, "that it is ready", says("ready"))
+	return c
+}
+
+// call makes the job connect, and returns the other end.
+func (c *calling) call() net.Conn {
+	c.t.Helper()
+	c.mustDo(c.east, c.ref, &agentpb.SignalTask{Signal: int32(syscall.SIGUSR1)})
+	conn, err := c.listener.Accept()
+	must(c.t, err)
+	c.t.Cleanup(func() { conn.Close() })
+	c.awaitLog(c.east, c.ref, "its connection", says("connected"))
+	return conn
 }
 
 func says(what string) func(string) bool {
@@ -53,8 +73,9 @@ func says(what string) func(string) bool {
 func TestAConnectionThatLeavesTheJobIsARefusal(t *testing.T) {
 	for _, policy := range []string{"", api.ConnectionsRefuse} {
 		t.Run(fmt.Sprintf("policy=%s", policy), func(t *testing.T) {
-			p, ref, conn := outside(t, policy)
-			reply := p.mustDo(p.nodes[0].name, ref, &agentpb.Preflight{Checkpoint: "c-refused"})
+			c := newCalling(t, policy)
+			conn := c.call()
+			reply := c.mustDo(c.east, c.ref, &agentpb.Preflight{Checkpoint: "c-refused"})
 			refusals := strings.Join(reply.GetPreflight().GetRefusals(), "; ")
 			if !strings.Contains(refusals, conn.LocalAddr().String()) {
 				t.Errorf("the refusals are %q; want one that names %s", refusals, conn.LocalAddr())
@@ -63,32 +84,48 @@ func TestAConnectionThatLeavesTheJobIsARefusal(t *testing.T) {
 	}
 }
 
-func TestConnectionsThatLeaveTheJobAreClosedInTheJobAndInItsCopies(t *testing.T) {
-	p, ref, conn := outside(t, api.ConnectionsClose)
-	east := p.nodes[0].name
-	p.captureTask(east, ref, "c-close")
-	must(t, conn.SetReadDeadline(time.Now().Add(10*time.Second)))
-	if _, err := conn.Read(make([]byte, 1)); err == nil || strings.Contains(err.Error(), "timeout") {
-		t.Errorf("the peer reads %v; want the end of its connection at the capture", err)
+func TestAConnectionThatWasOpenedAfterThePreflightIsARefusal(t *testing.T) {
+	c := newCalling(t, "")
+	c.mustDo(c.east, c.ref, &agentpb.Preflight{Checkpoint: "c-late"})
+	conn := c.call()
+	c.mustDo(c.east, c.ref, &agentpb.Freeze{Checkpoint: "c-late"})
+	f := c.do(c.east, c.ref, &agentpb.Capture{Checkpoint: "c-late"}).GetFailure()
+	if !f.GetRefused() || !strings.Contains(f.GetMessage(), conn.LocalAddr().String()) {
+		t.Errorf("the capture was answered by %v; want a refusal that names %s", f, conn.LocalAddr())
 	}
-	if text := p.logs(east, ref, false); text != "connected\n" {
-		t.Errorf("the task wrote %q before it was thawed", text)
-	}
-	p.mustDo(east, ref, &agentpb.Thaw{Checkpoint: "c-close"})
-	p.awaitLog(east, ref, "the end of its connection", says("error"))
-	p.controller.store(east, ref, "c-close")
-	p.mustDo(east, ref, &agentpb.DestroyTask{})
-	again := p.restore(p.nodes[1].name, ref, "c-close", p.spec)
-	// CRIU restores an aborted connection as one that was shut down.
-	p.awaitLog(p.nodes[1].name, again, "the end of its connection", says("end"))
-}
-
-func TestConnectionsThatLeaveTheJobAreKept(t *testing.T) {
-	p, ref, conn := outside(t, api.ConnectionsKeep)
-	east := p.nodes[0].name
-	p.checkpoint(east, ref, "c-keep")
 	if _, err := conn.Write([]byte("x")); err != nil {
 		t.Fatal(err)
 	}
-	p.awaitLog(east, ref, "what the peer sent", says("read x"))
+	c.awaitLog(c.east, c.ref, "what the peer sent after the refusal", says("read x"))
+}
+
+func TestConnectionsThatLeaveTheJobAreClosedInTheJobAndInItsCopies(t *testing.T) {
+	c := newCalling(t, api.ConnectionsClose)
+	conn := c.call()
+	c.captureTask(c.east, c.ref, "c-close")
+	must(t, conn.SetReadDeadline(time.Now().Add(10*time.Second)))
+	if _, err := conn.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("the peer reads %v; want the end of its connection at the capture", err)
+	}
+	if text := c.logs(c.east, c.ref, false); !strings.HasSuffix(text, "connected\n") {
+		t.Errorf("the task had written %q before it was thawed", text)
+	}
+	c.mustDo(c.east, c.ref, &agentpb.Thaw{Checkpoint: "c-close"})
+	c.awaitLog(c.east, c.ref, "the end of its connection", says("error"))
+	c.controller.store(c.east, c.ref, "c-close")
+	c.mustDo(c.east, c.ref, &agentpb.DestroyTask{})
+	west := c.nodes[1].name
+	again := c.restore(west, c.ref, "c-close", c.spec)
+	// CRIU restores an aborted connection as one that was shut down.
+	c.awaitLog(west, again, "the end of its connection", says("end"))
+}
+
+func TestConnectionsThatLeaveTheJobAreKept(t *testing.T) {
+	c := newCalling(t, api.ConnectionsKeep)
+	conn := c.call()
+	c.checkpoint(c.east, c.ref, "c-keep")
+	if _, err := conn.Write([]byte("x")); err != nil {
+		t.Fatal(err)
+	}
+	c.awaitLog(c.east, c.ref, "what the peer sent", says("read x"))
 }

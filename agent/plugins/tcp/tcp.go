@@ -15,10 +15,12 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"net/netip"
 	"os"
 	"slices"
+	"strings"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
@@ -32,44 +34,99 @@ var connected = []uint8{
 	netlink.TCP_FIN_WAIT2, netlink.TCP_CLOSE_WAIT, netlink.TCP_LAST_ACK, netlink.TCP_CLOSING,
 }
 
-// EndLeaving ends every TCP connection in a task's network namespace whose remote
-// address is neither the task's own nor in one of the job's networks: the peer
-// gets a reset and the program ECONNABORTED (sock_diag(7), SOCK_DESTROY). It is
-// for a task that stands still and is not cut off yet.
-func EndLeaving(namespace *os.File, job []netip.Prefix) error {
-	handle, err := netlink.NewHandleAt(netns.NsHandle(namespace.Fd()), unix.NETLINK_ROUTE, unix.NETLINK_INET_DIAG)
+// Connection is one that leaves the job.
+type Connection struct {
+	Local, Remote netip.AddrPort
+	// Held: a process of the task has it. Otherwise it is the kernel's: not yet
+	// accepted, or closed by its process and still being taken down.
+	Held   bool
+	socket *netlink.Socket
+}
+
+// String is for people: "10.64.0.1:40000 to 192.0.2.1:443".
+func (c Connection) String() string { return fmt.Sprintf("%v to %v", c.Local, c.Remote) }
+
+// Used reports whether a process's network namespace has a TCP socket that is
+// connected or listens. It is much faster than Leaving, for which the kernel looks
+// through the connections of all namespaces (proc(5), sockstat).
+func Used(pid int) (bool, error) {
+	for _, name := range []string{"sockstat", "sockstat6"} {
+		data, err := os.ReadFile(fmt.Sprintf("/proc/%d/net/%s", pid, name))
+		if errors.Is(err, fs.ErrNotExist) && name == "sockstat6" {
+			continue // a kernel without IPv6
+		}
+		if err != nil {
+			return false, fmt.Errorf("count the task's TCP sockets: %w", err)
+		}
+		for line := range strings.Lines(string(data)) {
+			if fields := strings.Fields(line); len(fields) > 2 && strings.HasPrefix(fields[0], "TCP") && fields[2] != "0" {
+				return true, nil
+			}
+		}
+	}
+	return false, nil
+}
+
+// Leaving lists the TCP connections in a task's network namespace whose remote
+// address is neither the task's own nor in one of the job's networks.
+func Leaving(namespace *os.File, job []netip.Prefix) ([]Connection, error) {
+	handle, err := netlink.NewHandleAt(netns.NsHandle(namespace.Fd()), unix.NETLINK_INET_DIAG)
 	if err != nil {
-		return fmt.Errorf("reach the task's network namespace: %w", err)
+		return nil, fmt.Errorf("reach the task's network namespace: %w", err)
 	}
 	defer handle.Close()
-	diag, err := diagnose(namespace)
-	if err != nil {
-		return err
-	}
-	defer diag.Close()
-	own, err := addresses(handle)
-	if err != nil {
-		return err
-	}
+	var leaving []Connection
 	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
 		sockets, err := handle.SocketDiagTCP(family)
 		if err != nil {
-			return fmt.Errorf("list the task's TCP sockets: %w", err)
+			return nil, fmt.Errorf("list the task's TCP sockets: %w", err)
 		}
 		for _, s := range sockets {
-			if !slices.Contains(connected, s.State) || stays(s.ID.Destination, own, job) {
+			remote := addrPort(s.ID.Destination, s.ID.DestinationPort)
+			if !slices.Contains(connected, s.State) || stays(remote.Addr(), job) {
 				continue
 			}
-			if err := end(diag, s); err != nil {
-				return err
-			}
+			local := addrPort(s.ID.Source, s.ID.SourcePort)
+			leaving = append(leaving, Connection{Local: local, Remote: remote, Held: s.INode != 0, socket: s})
+		}
+	}
+	if len(leaving) == 0 {
+		return nil, nil // most tasks: the rest is not worth a part of the pause
+	}
+	own, err := addresses(namespace)
+	if err != nil {
+		return nil, err
+	}
+	return slices.DeleteFunc(leaving, func(c Connection) bool { return own[c.Remote.Addr()] }), nil
+}
+
+// End ends connections of a task that stands still and is not cut off yet: the
+// peer gets a reset and the program ECONNABORTED (sock_diag(7), SOCK_DESTROY). One
+// that ended by itself meanwhile is no error.
+func End(namespace *os.File, connections []Connection) error {
+	if len(connections) == 0 {
+		return nil
+	}
+	diag, err := nl.GetNetlinkSocketAt(netns.NsHandle(namespace.Fd()), netns.None(), unix.NETLINK_INET_DIAG)
+	if err != nil {
+		return fmt.Errorf("reach the task's network namespace: %w", err)
+	}
+	defer diag.Close()
+	for _, c := range connections {
+		if err := end(diag, c); err != nil {
+			return fmt.Errorf("end the connection from %v: %w", c, err)
 		}
 	}
 	return nil
 }
 
 // addresses are those of the task's devices.
-func addresses(handle *netlink.Handle) (map[netip.Addr]bool, error) {
+func addresses(namespace *os.File) (map[netip.Addr]bool, error) {
+	handle, err := netlink.NewHandleAt(netns.NsHandle(namespace.Fd()), unix.NETLINK_ROUTE)
+	if err != nil {
+		return nil, fmt.Errorf("reach the task's network namespace: %w", err)
+	}
+	defer handle.Close()
 	list, err := handle.AddrList(nil, netlink.FAMILY_ALL)
 	if err != nil {
 		return nil, fmt.Errorf("list the task's addresses: %w", err)
@@ -83,42 +140,28 @@ func addresses(handle *netlink.Handle) (map[netip.Addr]bool, error) {
 	return own, nil
 }
 
-func stays(remote net.IP, own map[netip.Addr]bool, job []netip.Prefix) bool {
-	ip, ok := netip.AddrFromSlice(remote)
-	if !ok {
-		return false
-	}
-	ip = ip.Unmap()
-	return ip.IsLoopback() || own[ip] || slices.ContainsFunc(job, func(p netip.Prefix) bool { return p.Contains(ip) })
+func stays(remote netip.Addr, job []netip.Prefix) bool {
+	return remote.IsLoopback() || slices.ContainsFunc(job, func(p netip.Prefix) bool { return p.Contains(remote) })
 }
 
-// diagnose opens a socket with which to ask about others in a namespace.
-func diagnose(namespace *os.File) (*nl.NetlinkSocket, error) {
-	diag, err := nl.GetNetlinkSocketAt(netns.NsHandle(namespace.Fd()), netns.None(), unix.NETLINK_INET_DIAG)
-	if err != nil {
-		return nil, fmt.Errorf("reach the task's network namespace: %w", err)
-	}
-	return diag, nil
+func addrPort(ip net.IP, port uint16) netip.AddrPort {
+	address, _ := netip.AddrFromSlice(ip) // of the kernel: 4 or 16 bytes
+	return netip.AddrPortFrom(address.Unmap(), port)
 }
 
-// end resets one connection. One that ended by itself meanwhile is no error.
-func end(diag *nl.NetlinkSocket, s *netlink.Socket) error {
+func end(diag *nl.NetlinkSocket, c Connection) error {
 	request := nl.NewNetlinkRequest(nl.SOCK_DESTROY, unix.NLM_F_ACK)
 	request.Sockets = map[int]*nl.SocketHandle{unix.NETLINK_INET_DIAG: {Socket: diag}}
-	request.AddData((*destroyed)(s))
+	request.AddData((*destroyed)(c.socket))
 	_, err := request.Execute(unix.NETLINK_INET_DIAG, 0)
-	if err == nil || errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ESTALE) {
+	switch {
+	case errors.Is(err, unix.ENOENT), errors.Is(err, unix.ESTALE):
 		return nil
+	case errors.Is(err, unix.EOPNOTSUPP):
+		return fmt.Errorf("the kernel cannot (it has no CONFIG_INET_DIAG_DESTROY); close it in the program, or use the policy keep: %w", err)
 	}
-	local, remote := address(s.ID.Source, s.ID.SourcePort), address(s.ID.Destination, s.ID.DestinationPort)
-	if errors.Is(err, unix.EOPNOTSUPP) {
-		return fmt.Errorf("end the connection from %v to %v: the kernel cannot (it has no CONFIG_INET_DIAG_DESTROY); "+
-			"close it in the program, or use the policy keep", local, remote)
-	}
-	return fmt.Errorf("end the connection from %v to %v: %w", local, remote, err)
+	return err
 }
-
-func address(ip net.IP, port uint16) *net.TCPAddr { return &net.TCPAddr{IP: ip, Port: int(port)} }
 
 // destroyed is a socket as SOCK_DESTROY names it: struct inet_diag_req_v2 of
 // linux/inet_diag.h. It carries the socket's cookie: the kernel looks for

@@ -24,8 +24,8 @@ func TestMain(m *testing.M) {
 }
 
 // namespace is the task's: that of the test. A connection leaves the job here if
-// its remote end is in 192.0.2.0/24, which is on a device that EndLeaving is made
-// not to know: it routes to lo and has no address.
+// its remote end is in 192.0.2.0/24, which the kernel takes for its own although no device
+// has an address in it.
 func namespace(t *testing.T) *os.File {
 	t.Helper()
 	if os.Getuid() != 0 {
@@ -70,10 +70,93 @@ func read(t *testing.T, conn net.Conn) error {
 	return err
 }
 
+func endLeaving(t *testing.T, ns *os.File, job ...netip.Prefix) {
+	t.Helper()
+	leaving, err := Leaving(ns, job)
+	must(t, err)
+	must(t, End(ns, leaving))
+}
+
+func TestConnectionsThatLeaveAreNamed(t *testing.T) {
+	ns := namespace(t)
+	here, there, _ := connection(t, "tcp", "192.0.2.9:0")
+	waiting, err := net.Listen("tcp", "192.0.2.9:0")
+	must(t, err)
+	defer waiting.Close()
+	unaccepted, err := net.Dial("tcp", waiting.Addr().String())
+	must(t, err)
+	defer unaccepted.Close()
+	want := map[string]bool{ // with whether a process has it
+		fmt.Sprintf("%v to %v", here.LocalAddr(), here.RemoteAddr()):             true,
+		fmt.Sprintf("%v to %v", there.LocalAddr(), there.RemoteAddr()):           true,
+		fmt.Sprintf("%v to %v", unaccepted.LocalAddr(), unaccepted.RemoteAddr()): true,
+		fmt.Sprintf("%v to %v", unaccepted.RemoteAddr(), unaccepted.LocalAddr()): false,
+	}
+	leaving, err := Leaving(ns, nil)
+	must(t, err)
+	for _, c := range leaving {
+		if held, ok := want[c.String()]; ok && held != c.Held {
+			t.Errorf("%v: a process has it: %v; want %v", c, c.Held, held)
+		}
+		delete(want, c.String())
+	}
+	if len(want) > 0 {
+		t.Errorf("among %v are not %v", leaving, want)
+	}
+}
+
+func TestANamespaceIsUsedWhileItHasASocket(t *testing.T) {
+	namespace(t)
+	for _, at := range []string{"127.0.0.1:0", "[::1]:0"} {
+		awaitUnused(t) // sockets of earlier tests end on their own
+		listener, err := net.Listen("tcp", at)
+		must(t, err)
+		if used, err := Used(os.Getpid()); err != nil || !used {
+			t.Errorf("with one that listens on %s: %v, %v", at, used, err)
+		}
+		listener.Close()
+	}
+}
+
+func awaitUnused(t *testing.T) {
+	t.Helper()
+	for limit := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
+		used, err := Used(os.Getpid())
+		must(t, err)
+		if !used {
+			return
+		}
+		if time.Now().After(limit) {
+			t.Fatal("sockets are said to be there long after the last was closed")
+		}
+	}
+}
+
+func BenchmarkUsed(b *testing.B) {
+	for b.Loop() {
+		if _, err := Used(os.Getpid()); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+func BenchmarkLeaving(b *testing.B) {
+	ns, err := os.Open("/proc/thread-self/ns/net")
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer ns.Close()
+	for b.Loop() {
+		if _, err := Leaving(ns, nil); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
 func TestConnectionsThatLeaveEnd(t *testing.T) {
 	ns := namespace(t)
 	here, there, _ := connection(t, "tcp", "192.0.2.9:0")
-	must(t, EndLeaving(ns, nil))
+	endLeaving(t, ns)
 	if err := read(t, here); !errors.Is(err, unix.ECONNABORTED) && !errors.Is(err, unix.ECONNRESET) {
 		t.Errorf("the program reads %v; want the end of its connection", err)
 	}
@@ -92,7 +175,7 @@ func TestConnectionsOfIPv6SocketsToIPv4End(t *testing.T) {
 	defer listener.Close()
 	to := listener.Addr().(*net.TCPAddr)
 	must(t, unix.Connect(fd, &unix.SockaddrInet6{Port: to.Port, Addr: [16]byte(to.IP.To16())}))
-	must(t, EndLeaving(ns, nil))
+	endLeaving(t, ns)
 	if _, err := unix.Read(fd, make([]byte, 1)); !errors.Is(err, unix.ECONNABORTED) && !errors.Is(err, unix.ECONNRESET) {
 		t.Errorf("the program reads %v; want the end of its connection", err)
 	}
@@ -100,9 +183,13 @@ func TestConnectionsOfIPv6SocketsToIPv4End(t *testing.T) {
 
 func TestConnectionsInsideTheJobStay(t *testing.T) {
 	ns := namespace(t)
-	for _, at := range []string{"127.0.0.1:0", "[::1]:0", "192.0.2.7:0"} {
+	lo, err := netlink.LinkByName("lo")
+	must(t, err)
+	own := &netlink.Addr{IPNet: &net.IPNet{IP: net.IPv4(198, 51, 100, 7), Mask: net.CIDRMask(32, 32)}}
+	must(t, netlink.AddrReplace(lo, own))
+	for _, at := range []string{"127.0.0.1:0", "[::1]:0", "192.0.2.7:0", "198.51.100.7:0"} {
 		here, there, _ := connection(t, "tcp", at)
-		must(t, EndLeaving(ns, []netip.Prefix{netip.MustParsePrefix("192.0.2.0/28")}))
+		endLeaving(t, ns, netip.MustParsePrefix("192.0.2.0/28"))
 		if _, err := there.Write([]byte("x")); err != nil {
 			t.Fatal(err)
 		}
@@ -115,7 +202,7 @@ func TestConnectionsInsideTheJobStay(t *testing.T) {
 func TestListenersStay(t *testing.T) {
 	ns := namespace(t)
 	_, _, listener := connection(t, "tcp", "192.0.2.9:0")
-	must(t, EndLeaving(ns, nil))
+	endLeaving(t, ns)
 	conn, err := net.DialTimeout("tcp", listener.Addr().String(), 5*time.Second)
 	if err != nil {
 		t.Fatalf("nobody listens any more: %v", err)
@@ -127,20 +214,14 @@ func TestListenersStay(t *testing.T) {
 func TestAConnectionThatEndedMeanwhileDoesNotTakeItsListenerAlong(t *testing.T) {
 	ns := namespace(t)
 	here, there, listener := connection(t, "tcp", "192.0.2.9:0")
-	handle, err := netlink.NewHandle(unix.NETLINK_INET_DIAG)
-	must(t, err)
-	defer handle.Close()
-	seen, err := handle.SocketGet(there.LocalAddr(), there.RemoteAddr())
+	seen, err := Leaving(ns, nil)
 	must(t, err)
 	must(t, here.SetLinger(0))
 	must(t, here.Close())
 	if err := read(t, there); !errors.Is(err, unix.ECONNRESET) {
 		t.Fatalf("the connection did not end: %v", err)
 	}
-	diag, err := diagnose(ns)
-	must(t, err)
-	defer diag.Close()
-	must(t, end(diag, seen))
+	must(t, End(ns, seen))
 	conn, err := net.DialTimeout("tcp", listener.Addr().String(), 5*time.Second)
 	if err != nil {
 		t.Fatalf("the listener was ended instead: %v", err)
