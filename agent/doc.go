@@ -6,7 +6,9 @@
 //
 //	agent            the daemon: session, lease, lanes of commands, state of tasks
 //	agent/sandbox    namespaces, cgroups, root file system, exec, logs of one task
+//	agent/network    the networks of jobs on this node, and cutting tasks off them
 //	agent/criu       one dump or restore
+//	agent/plugins    what a checkpoint does beyond CRIU
 //	agent/capture    the files of one task
 //	repository       where what was captured is stored
 //
@@ -25,8 +27,10 @@
 //	Preflight  what cannot be captured is named; room is made in the spool, and
 //	           memory in it made ready; files are copied ahead
 //	Freeze     connections to pid 1 are closed, the cgroup is frozen
-//	Capture    CRIU dumps into the spool, memory through pipes of ours
+//	Capture    what was sent gets the time to arrive, the task is cut off its
+//	           network, CRIU dumps into the spool, memory through pipes of ours
 //	           (streams.go); at its end the files follow
+//	Open       the network is back
 //	Thaw       the task goes on
 //	Upload     the spool is stored, beside the running task
 //	Discard    the spool is removed
@@ -38,10 +42,21 @@
 // closure is put into its upper layer. Whatever fails, nothing of the new task is
 // left: a task runs only after all of its memory was verified.
 //
+// # Jobs of several tasks
+//
+// The controller takes every step on all tasks before it takes the next on any.
+// So nobody sends when the first is cut off, and each is reachable when the first
+// goes on. A restored task is built cut off and held: CRIU waits, in a goroutine
+// of ours, right before it lets sockets and processes go, until all others have
+// come as far and the controller has had their networks opened and releases them.
+// What is held ends with the agent, or when nobody releases it (held.go).
+//
+// # When the agent is lost
+//
 // From Freeze to Thaw the state file names the checkpoint. An agent that comes
 // up and finds it there either holds the complete capture, and then keeps the
 // task frozen until the controller decides, or rolls back: it waits for what
-// CRIU left to undo itself and thaws the task.
+// CRIU left to undo itself, opens the network and thaws the task.
 //
 // # Memory
 //

@@ -17,6 +17,15 @@ import (
 func (c *controller) killedAtWith(name, point string, change func(*Config)) *node {
 	c.t.Helper()
 	n := c.addNode(name, change)
+	n.killAt(point)
+	return n
+}
+
+// killAt starts the agent again, has it killed once at a failpoint, and brings it
+// back.
+func (n *node) killAt(point string) {
+	c := n.c
+	c.t.Helper()
 	n.kill()
 	once := filepath.Join(c.dir, "once")
 	n.start("DORMOUSE_FAILPOINT="+point+"=kill", "DORMOUSE_FAILPOINT_ONCE="+once)
@@ -31,7 +40,6 @@ func (c *controller) killedAtWith(name, point string, change func(*Config)) *nod
 			c.t.Errorf("the agent never came to %s", point)
 		}
 	})
-	return n
 }
 
 func TestAgentKilledDuringACheckpoint(t *testing.T) {
@@ -144,6 +152,53 @@ func TestAgentKilledDuringARestore(t *testing.T) {
 			c.mustDo("east-0", again, &agentpb.DestroyTask{})
 		})
 	}
+}
+
+func TestAgentKilledWhileATaskIsHeldOrReleased(t *testing.T) {
+	for _, point := range []string{"agent.restore.before-criu", "agent.restore.unlock", "agent.restore.after-criu"} {
+		t.Run(point, func(t *testing.T) {
+			p := newPair(t, "vxlan", "/usr/bin/perl", "-e", talkers)
+			p.start()
+			p.talk()
+			p.capture("c-kill")
+			p.store("c-kill")
+			p.destroy()
+			p.nodes[0].killAt(point)
+			for try := 1; ; try++ {
+				f := p.tryRestore("c-kill")
+				if f == nil {
+					break
+				}
+				t.Log(f.GetMessage())
+				if !f.GetRetryable() || try == 3 {
+					t.Fatalf("restore %d failed: %s", try, f.GetMessage())
+				}
+				p.destroy()
+			}
+			p.talk()
+			p.destroy()
+		})
+	}
+}
+
+// tryRestore does all steps of a restore until one fails.
+func (p *pair) tryRestore(id string) *agentpb.Failure {
+	p.t.Helper()
+	p.run++
+	p.at[0], p.at[1] = p.at[1], p.at[0]
+	p.connect()
+	for _, command := range []func(task int) any{
+		func(task int) any { return p.restoreCommand(id, task) },
+		func(int) any { return &agentpb.OpenNetwork{Checkpoint: id} },
+		func(int) any { return &agentpb.ReleaseTask{Checkpoint: id} },
+	} {
+		for task := range addresses {
+			if f := p.do(p.node(task), p.ref(task), command(task)).GetFailure(); f != nil {
+				return f
+			}
+		}
+	}
+	return nil
 }
 
 // again sends a command that an agent is killed at. The network went with what

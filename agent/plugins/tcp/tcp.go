@@ -77,7 +77,7 @@ func Leaving(namespace *os.File, job []netip.Prefix) ([]Connection, error) {
 	defer handle.Close()
 	var leaving []Connection
 	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
-		sockets, err := handle.SocketDiagTCP(family)
+		sockets, err := whole(func() ([]*netlink.Socket, error) { return handle.SocketDiagTCP(family) })
 		if err != nil {
 			return nil, fmt.Errorf("list the task's TCP sockets: %w", err)
 		}
@@ -127,7 +127,7 @@ func addresses(namespace *os.File) (map[netip.Addr]bool, error) {
 		return nil, fmt.Errorf("reach the task's network namespace: %w", err)
 	}
 	defer handle.Close()
-	list, err := handle.AddrList(nil, netlink.FAMILY_ALL)
+	list, err := whole(func() ([]netlink.Addr, error) { return handle.AddrList(nil, netlink.FAMILY_ALL) })
 	if err != nil {
 		return nil, fmt.Errorf("list the task's addresses: %w", err)
 	}
@@ -138,6 +138,17 @@ func addresses(namespace *os.File) (map[netip.Addr]bool, error) {
 		}
 	}
 	return own, nil
+}
+
+// whole asks the kernel for a list until nothing changed while it was sent, a few
+// times at most: what concerns a task that stands still does not change.
+func whole[T any](ask func() ([]T, error)) (list []T, err error) {
+	for range 5 {
+		if list, err = ask(); !errors.Is(err, netlink.ErrDumpInterrupted) {
+			return list, err
+		}
+	}
+	return list, nil
 }
 
 func stays(remote netip.Addr, job []netip.Prefix) bool {
