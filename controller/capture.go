@@ -136,6 +136,11 @@ func (d *doing) upload(ctx context.Context) (effect, error) {
 	if err != nil {
 		return nil, err
 	}
+	for i, reply := range replies {
+		if len(reply.GetUploaded().GetPart()) == 0 {
+			return nil, fmt.Errorf("the agent of task %d has stored its part and does not say where", i)
+		}
+	}
 	return func(_ store.Tx, op *opRecord, job *jobRecord) error {
 		op.Parts = make(map[int]json.RawMessage)
 		for i, reply := range replies {

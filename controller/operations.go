@@ -323,10 +323,8 @@ func (d *doing) each(ctx context.Context, build command) ([]*agentpb.Reply, erro
 		case a := <-answers:
 			waiting--
 			replies[a.index] = a.reply
-			if isNodeLost(a.err) {
-				out = d.core.Lost(a.command.Task.Node)
-			} else {
-				out = d.core.Answered(a.command.ID, asFailure(a.err))
+			if o := d.heard(a); o.Over {
+				out = o // and it stays so: tasks that shared a lost node were all told of at once
 			}
 		case <-late:
 			if who := stragglers(d.core.Late()); who != "" {
@@ -339,6 +337,14 @@ func (d *doing) each(ctx context.Context, build command) ([]*agentpb.Reply, erro
 		return nil, out.Failed
 	}
 	return replies, ctx.Err()
+}
+
+// heard tells the protocol how a command has ended.
+func (d *doing) heard(a taskAnswer) protocol.Output {
+	if isNodeLost(a.err) {
+		return d.core.Lost(a.command.Task.Node)
+	}
+	return d.core.Answered(a.command.ID, asFailure(a.err))
 }
 
 // taskAnswer is how one command of a step ended.

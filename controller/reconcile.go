@@ -93,7 +93,8 @@ func pendingJobs(tx store.Tx) (pending, all []jobRecord, err error) {
 	return pending, all, err
 }
 
-// startOne begins to start a pending job if nodes have room, and takes that from nodes.
+// startOne begins to start a pending job if nodes have room, and takes that from
+// nodes and notes it in jobs.
 func (c *Controller) startOne(tx store.Tx, job *jobRecord, jobs []jobRecord, nodes []scheduler.Node) error {
 	ask := requestFor(job, job.Spec.Cloud)
 	ask.Unfit = portsTaken(jobs, job)
@@ -114,6 +115,11 @@ func (c *Controller) startOne(tx store.Tx, job *jobRecord, jobs []jobRecord, nod
 		return err
 	}
 	job.settleOn(placement, nodes, api.PhaseStarting)
+	for i := range jobs {
+		if jobs[i].ID == job.ID {
+			jobs[i] = *job // the ports it publishes are taken for the next one
+		}
+	}
 	op, err := c.beginOperation(tx, api.OpStart, job, request{})
 	if err != nil {
 		return err
