@@ -3,6 +3,7 @@ package protocol
 import (
 	"encoding/json"
 	"fmt"
+	"maps"
 	"slices"
 
 	"dormouse/api"
@@ -18,6 +19,7 @@ type disk struct {
 	durable    []string
 	cleanups   map[string]cleanup
 	lostNodes  map[int]bool
+	hellos     map[int]int // of each node
 	operations int
 }
 
@@ -88,7 +90,7 @@ func (w *world) crashController() {
 		}
 	}
 	w.c = nil
-	w.after(w.between(10, 12000), func() {
+	w.after(w.downtime(), func() {
 		if w.c == nil {
 			w.startController()
 		}
@@ -179,6 +181,7 @@ func (c *controller) welcome(a *agent, s *session, holds []ref) (keep, destroy [
 	}
 	c.sessions[a.node], c.lastSeen[a.node] = s, c.w.now
 	delete(d.lostNodes, a.node)
+	d.hellos[a.node]++
 	for _, t := range holds {
 		_, ordered := d.cleanups[cleanup{node: a.node, task: t}.key()]
 		switch {
@@ -340,7 +343,7 @@ func (c *controller) forsaken(tasks []Task) {
 }
 
 // ended writes what the step changed and what follows, at once.
-func (c *controller) ended(failed *Failure, change func()) {
+func (c *controller) ended(failed *Failure, change func() bool) {
 	out := c.core.Ended(failed)
 	if failed != nil {
 		change = nil
@@ -350,8 +353,9 @@ func (c *controller) ended(failed *Failure, change func()) {
 			c.follow(c.core.NotWritten())
 			return
 		}
-		if change != nil {
-			change()
+		if change != nil && !change() {
+			c.follow(c.core.Begin()) // what the step saw is not true any more
+			return
 		}
 		c.w.disk.op.state = written(out.Write.To)
 		c.follow(c.core.Written())
@@ -359,7 +363,7 @@ func (c *controller) ended(failed *Failure, change func()) {
 }
 
 // commands sends one command per task and goes on when all are through.
-func (c *controller) commands(step string, part func(int, *piece), then func()) {
+func (c *controller) commands(step string, part func(int, *piece), then func() bool) {
 	d := &c.w.disk
 	c.over = func(failed *Failure) { c.ended(failed, then) }
 	tasks := make([]Task, len(d.nodes))
@@ -397,7 +401,9 @@ func (c *controller) take(step string) {
 	w, d := c.w, &c.w.disk
 	op := d.op
 	switch step {
-	case StepNetwork, StepConnect, StepPreflight, StepFreeze, StepThaw, StepDiscard, StepReopen, StepStart, StepCapture:
+	case StepStart:
+		c.make(step)
+	case StepNetwork, StepConnect, StepPreflight, StepFreeze, StepThaw, StepDiscard, StepReopen, StepCapture:
 		if w.planted == "thaw early" && step == StepCapture {
 			c.commands("capture and thaw", nil, nil)
 			return
@@ -408,17 +414,21 @@ func (c *controller) take(step string) {
 			c.ended(nil, nil)
 			return
 		}
+		if step == StepRelease {
+			c.make(step)
+			return
+		}
 		c.commands(step, nil, nil)
 	case StepRestore:
 		if op.anew {
 			step = StepStart
 		}
-		c.commands(step, nil, nil)
+		c.make(step)
 	case StepAbort:
-		c.commands(StepAbort, nil, func() { op.parts = nil })
+		c.commands(StepAbort, nil, func() bool { op.parts = nil; return true })
 	case StepUpload:
 		parts := make([]*piece, w.tasks)
-		c.commands(step, func(i int, p *piece) { parts[i] = p }, func() { op.parts = parts })
+		c.commands(step, func(i int, p *piece) { parts[i] = p }, func() bool { op.parts = parts; return true })
 	case StepPublish:
 		c.later(w.between(1, 200), func() {
 			if w.repo[op.checkpoint] == nil {
@@ -429,17 +439,18 @@ func (c *controller) take(step string) {
 				w.publish(op.checkpoint, op.parts)
 			}
 			c.later(w.between(0, 50), func() {
-				c.ended(nil, func() { d.durable = append(d.durable, op.checkpoint) })
+				c.ended(nil, func() bool { d.durable = append(d.durable, op.checkpoint); return true })
 			})
 		})
 	case StepRetention:
 		c.ended(nil, nil)
 	case StepLook:
-		c.ended(nil, func() {
+		c.ended(nil, func() bool {
 			op.checkpoint, op.anew = "", true
 			if n := len(d.durable); n > 0 {
 				op.checkpoint, op.anew = d.durable[n-1], false
 			}
+			return true
 		})
 	case StepStop:
 		op.stopped, d.phase = true, api.PhaseRestoring
@@ -454,12 +465,27 @@ func (c *controller) take(step string) {
 			return
 		}
 		refs := c.orderAll()
-		c.gone(refs, func() { c.ended(nil, func() { op.run, d.nodes = 0, nil }) })
+		c.gone(refs, func() { c.ended(nil, func() bool { op.run, d.nodes = 0, nil; return true }) })
 	case StepPlace:
 		c.place()
 	default:
 		panic(step)
 	}
+}
+
+// make is a step after which the tasks are there: on agents that have not
+// forgotten them since they said so.
+func (c *controller) make(step string) {
+	d := &c.w.disk
+	before := maps.Clone(d.hellos)
+	c.commands(step, nil, func() bool {
+		for _, n := range d.nodes {
+			if d.hellos[n] != before[n] && c.w.planted != "no look back" {
+				return false
+			}
+		}
+		return true
+	})
 }
 
 func (c *controller) orderAll() (refs []cleanup) {
@@ -479,10 +505,11 @@ func (c *controller) place() {
 		c.later(500, c.place)
 		return
 	}
-	c.ended(nil, func() {
+	c.ended(nil, func() bool {
 		d := &c.w.disk
 		c.settleOn(nodes)
 		d.phase, d.op.run = api.PhaseRestoring, d.run
+		return true
 	})
 }
 
@@ -515,7 +542,11 @@ func (c *controller) conclude(phase api.OperationPhase) {
 	d := &c.w.disk
 	op, done := d.op, phase == api.OpDone
 	d.op = nil
-	c.w.settled++
+	how := fmt.Sprintf("%s %s", op.kind, phase)
+	if op.anew {
+		how = "anew: " + how
+	}
+	c.w.settled[how]++
 	c.w.note("operation %s %s", op.id, phase)
 	switch op.kind {
 	case api.OpStart:

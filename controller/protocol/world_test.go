@@ -25,7 +25,7 @@ type world struct {
 	repo    map[string][]*piece // published checkpoints
 	running []int               // per task: copies that run
 	planted string              // a bug, to see it found
-	settled int                 // operations that ended
+	settled map[string]int      // how many operations ended how
 }
 
 // broken is a violated invariant.
@@ -39,10 +39,18 @@ func (w *world) note(format string, args ...any) {
 	}
 }
 
-// chance is true once in n times, while there are faults.
+// fault is true once in n times, while there are faults.
 func (w *world) fault(n int) bool { return w.faults && w.IntN(n) == 0 }
 
 func (w *world) between(from, to int) int64 { return int64(from + w.IntN(to-from+1)) }
+
+// downtime is mostly short, and sometimes longer than a lease.
+func (w *world) downtime() int64 {
+	if w.IntN(4) == 0 {
+		return w.between(500, 12000)
+	}
+	return w.between(10, 500)
+}
 
 type event struct {
 	at, order int64
@@ -369,6 +377,9 @@ func (a *agent) renew(sent int64) {
 			b.byLease = true
 			b.changed()
 		}
+		if a.session != nil {
+			a.w.endSession(a.session)
+		}
 	})
 }
 
@@ -535,7 +546,7 @@ func (a *agent) crash() {
 			a.remove(b)
 		}
 	}
-	w.after(w.between(10, 12000), func() { a.boot() })
+	w.after(w.downtime(), func() { a.boot() })
 }
 
 // boot starts the agent's process, which takes over what is there: agent.recover.
