@@ -47,7 +47,7 @@ func (h *holder) start(router *namespace, log string, argv []string, files ...*o
 	child.Stderr = output
 	child.ExtraFiles = files
 	child.SysProcAttr = &syscall.SysProcAttr{
-		Setsid:      true,
+		Setsid: true,
 		// Its own mounts, which it drops: the agent's would outlive the agent in it.
 		Cloneflags:  syscall.CLONE_NEWNS,
 		UseCgroupFD: true,

@@ -34,7 +34,7 @@ func TestTheFirstPacketArrives(t *testing.T) {
 			slow := 0
 			for run := range 10 {
 				j := newJob(fmt.Sprint("j-", run), func(p *Plan) { p.Number = uint32(run + 1) })
-				tasks := []task{}
+				var tasks []task
 				if tunnel == "" {
 					tasks = a.join(j, 0, 1)
 				} else {

@@ -101,15 +101,6 @@ func (m *Manager) forget(key Key) error {
 	return nil
 }
 
-func (r *record) member(index int) (Member, bool) {
-	for _, m := range r.Members {
-		if m.Index == index {
-			return m, true
-		}
-	}
-	return Member{}, false
-}
-
 // without returns the record with one member less, sharing nothing with r.
 func (r record) without(index int) record {
 	members := make([]Member, 0, len(r.Members))
