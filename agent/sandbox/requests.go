@@ -49,7 +49,7 @@ func (s *Sandbox) Listen(ctx context.Context, take func(AppRequest)) error {
 	defer func() { cancel(); <-ended }()
 	for {
 		err := s.listen(ctx, take)
-		if ctx.Err() != nil || err != nil && s.goes(ctx) {
+		if err != nil && s.goes(ctx) || ctx.Err() != nil {
 			return nil
 		}
 		if err != nil {
@@ -107,7 +107,8 @@ func (s *Sandbox) startListener(ctx context.Context) (*listener, error) {
 // the sandbox is quiesced, Answer waits.
 func (s *Sandbox) Answer(ctx context.Context, id string, o Outcome) error {
 	outcome := pid1.Outcome(o)
-	if err := s.request(ctx, &pid1.Request{Op: pid1.OpAnswer, ID: id, Outcome: &outcome}); err != nil {
+	err := s.request(ctx, &pid1.Request{Op: pid1.OpAnswer, ID: id, Outcome: &outcome})
+	if err != nil && !s.goes(ctx) {
 		return fmt.Errorf("cannot answer a program in sandbox %s: %w", s.ID(), err)
 	}
 	return nil
