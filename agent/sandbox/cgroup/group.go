@@ -129,19 +129,24 @@ func (g *Group) inVfork() []string {
 	if err != nil {
 		return nil
 	}
-	return slices.DeleteFunc(strings.Fields(string(threads)), func(id string) bool { return settledState(id) != 'D' })
+	return slices.DeleteFunc(strings.Fields(string(threads)), func(id string) bool { return !sleepsInVfork(id) })
 }
 
-// settledState is the state of a thread of a frozen group: one that enters
-// vfork is counted as frozen an instant before it sleeps.
-func settledState(thread string) byte {
-	for range 1000 {
+// sleepsInVfork tells of a thread of a frozen group. One that enters vfork is
+// counted as frozen an instant before it sleeps, which may be long when it has
+// to wait for a processor; one that does not get there in time is taken for one.
+func sleepsInVfork(thread string) bool {
+	for attempt := range 1000 {
 		if state := threadState(thread); state != 'R' {
-			return state
+			return state == 'D'
 		}
-		runtime.Gosched()
+		if attempt > 100 {
+			time.Sleep(100 * time.Microsecond)
+		} else {
+			runtime.Gosched()
+		}
 	}
-	return 'R'
+	return true
 }
 
 // threadState reads the state of a thread, which in proc_pid_stat(5) follows
