@@ -6,11 +6,13 @@ import (
 	"crypto/sha256"
 	"encoding/json"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"dormouse/api"
 )
@@ -420,6 +422,28 @@ func TestRetentionKeepsTheNewest(t *testing.T) {
 	}
 }
 
+// leavesNothing waits until a removed job has neither cgroups nor files: rm
+// returns once that is ordered, and the nodes do it as soon as they can.
+func (p *platform) leavesNothing(job, state string) {
+	p.t.Helper()
+	var left []string
+	for end := time.Now().Add(patience); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
+		left = nil
+		for _, root := range []string{"/sys/fs/cgroup", state} {
+			_ = filepath.WalkDir(root, func(path string, _ fs.DirEntry, err error) error {
+				if err == nil && strings.Contains(filepath.Base(path), job) {
+					left = append(left, path)
+				}
+				return nil // other jobs' files come and go meanwhile
+			})
+		}
+		if len(left) == 0 {
+			return
+		}
+	}
+	p.t.Errorf("left behind:\n%s", strings.Join(left, "\n"))
+}
+
 // TestNothingRemainsOfARemovedJob looks for the job's processes, cgroups and files.
 func TestNothingRemainsOfARemovedJob(t *testing.T) {
 	t.Parallel()
@@ -430,15 +454,7 @@ func TestNothingRemainsOfARemovedJob(t *testing.T) {
 	p.run("restart", job)
 	p.run("kill", job)
 	p.run("rm", job)
-	out, err := exec.Command("find", "/sys/fs/cgroup", filepath.Join(shared.dir, "state"), "-name", "*"+job+"*").CombinedOutput()
-	if err != nil {
-		t.Logf("find: %v", err) // something else vanished meanwhile
-	}
-	for _, path := range strings.Fields(string(out)) {
-		if strings.HasPrefix(path, "/sys/fs/cgroup") || strings.HasPrefix(path, shared.dir) {
-			t.Errorf("left behind: %s", path)
-		}
-	}
+	p.leavesNothing(job, filepath.Join(shared.dir, "state"))
 	if got := p.try("inspect", job); got.status != notFound {
 		t.Errorf("inspect of a removed job: exit status %d, expected %d", got.status, notFound)
 	}

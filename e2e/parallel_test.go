@@ -364,6 +364,7 @@ func TestEachTaskIsItsOwn(t *testing.T) {
 	t.Parallel()
 	p := onShared(t)
 	job := p.submit(everyTask...)
+	p.waitFor(job, api.PhaseRunning)
 	p.waitLines(job, 9)
 	look := func() {
 		t.Helper()
@@ -505,12 +506,7 @@ func TestNothingRemainsOfARemovedParallelJob(t *testing.T) {
 		t.Errorf("a job that has ended left behind:\n%s\nbefore it there was:\n%s", now, before)
 	}
 	p.run("rm", job)
-	out, _ := exec.Command("find", "/sys/fs/cgroup", p.c.State(), "-name", "*"+job+"*").CombinedOutput()
-	for _, path := range strings.Fields(string(out)) {
-		if strings.HasPrefix(path, "/") {
-			t.Errorf("left behind: %s", path)
-		}
-	}
+	p.leavesNothing(job, p.c.State())
 }
 
 // networks lists the devices and firewall tables of every node, and the
