@@ -6,7 +6,6 @@ import (
 	"fmt"
 
 	"dormouse/api"
-	"dormouse/api/agentpb"
 	"dormouse/controller/protocol"
 	"dormouse/controller/store"
 )
@@ -14,10 +13,13 @@ import (
 // putCleanup orders a task destroyed. Orders to remove the logs too win.
 func putCleanup(tx store.Tx, order cleanup) error {
 	before, err := store.Get[cleanup](tx, store.Cleanups, order.key())
-	if err == nil && !before.KeepLogs {
+	if err == nil && (!before.KeepLogs || order.KeepLogs) {
 		return nil
 	}
 	if err != nil && !errors.Is(err, store.ErrNotFound) {
+		return err
+	}
+	if order.Number, err = tx.Sequence(store.Cleanups); err != nil {
 		return err
 	}
 	return store.Put(tx, store.Cleanups, order.key(), order)
@@ -46,7 +48,7 @@ func (c *Controller) startCleanups(ctx context.Context) error {
 		return err
 	}
 	for _, order := range due {
-		name := fmt.Sprintf("cleanup %s %v", order.key(), order.KeepLogs)
+		name := fmt.Sprintf("cleanup %d", order.Number)
 		if c.claim(name) {
 			c.work.Go(func() {
 				defer c.release(name)
@@ -71,12 +73,7 @@ func nodeGone(tx store.Tx, id string) (bool, error) {
 // order. It gives up when the node is lost, until that comes back.
 func (c *Controller) cleanUp(ctx context.Context, order cleanup) {
 	for try := 1; ; try++ {
-		command := &agentpb.Command{
-			Id:   fmt.Sprintf("cleanup/%s/%v/%d", order.key(), order.KeepLogs, try),
-			Task: order.Task.proto(),
-			Body: &agentpb.Command_Destroy{Destroy: &agentpb.DestroyTask{KeepLogs: order.KeepLogs}},
-		}
-		_, err := c.fleet.call(ctx, order.Task.Node, command, nil)
+		_, err := c.fleet.call(ctx, order.Task.Node, order.command(try), nil)
 		if err == nil {
 			c.forgetCleanup(ctx, order)
 			return

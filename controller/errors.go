@@ -67,7 +67,7 @@ func asFailure(err error) *failure {
 	}
 	var f *failure
 	if errors.As(err, &f) {
-		return &failure{Message: err.Error(), Refused: f.Refused, Retryable: f.Retryable}
+		return &failure{Message: err.Error(), Refused: f.Refused, Retryable: f.Retryable, Lost: f.Lost}
 	}
 	var p *problem
 	if errors.As(err, &p) {

@@ -243,6 +243,7 @@ func (c *Controller) welcome(ctx context.Context, id string, hello *agentpb.Hell
 			return fmt.Errorf("node %s is not known: it must join first: %w", id, err)
 		}
 		noteHello(&n, hello)
+		n.Hellos++
 		state := api.NodeReady
 		if n.State == api.NodeCordoned {
 			state = api.NodeCordoned
@@ -299,7 +300,7 @@ func (c *Controller) judgeHeld(tx store.Tx, ref taskRef, state *agentpb.TaskStat
 	if !job.owns(ref) {
 		return false, putCleanup(tx, cleanup{Task: ref})
 	}
-	if !job.Phase.Placed() || job.TaskStatus[ref.Index].Phase == api.PhaseFailed && job.TaskStatus[ref.Index].ExitCode == nil {
+	if !job.Phase.Placed() || lostTask(job.TaskStatus[ref.Index]) {
 		job.Kept = append(job.Kept, ref)
 		if err := putJob(tx, job); err != nil {
 			return false, err

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"slices"
 	"strings"
 	"sync"
@@ -161,9 +162,9 @@ func (d *doing) take(ctx context.Context) (effect, error) {
 	case protocol.StepOpen, protocol.StepReopen:
 		return d.openNetwork(ctx)
 	case protocol.StepRelease:
-		return d.releaseTasks(ctx)
+		return d.there(ctx, d.releaseTasks)
 	case protocol.StepStart:
-		return d.start(ctx)
+		return d.there(ctx, d.start)
 	case protocol.StepPreflight:
 		return d.preflight(ctx)
 	case protocol.StepFreeze:
@@ -191,7 +192,7 @@ func (d *doing) take(ctx context.Context) (effect, error) {
 	case protocol.StepPlace:
 		return d.place(ctx)
 	case protocol.StepRestore:
-		return d.restore(ctx)
+		return d.there(ctx, d.restore)
 	case protocol.StepUnplace:
 		return d.unplace(ctx)
 	case protocol.StepSignal:
@@ -307,6 +308,10 @@ func (d *doing) each(ctx context.Context, build command) ([]*agentpb.Reply, erro
 	out := d.core.Command(tasks)
 	answers := make(chan taskAnswer, len(refs))
 	for i, c := range out.Send {
+		if t := d.job.TaskStatus[refs[i].Index]; lostTask(t) {
+			answers <- taskAnswer{i, c, nil, &failure{Message: t.Reason, Lost: true}}
+			continue
+		}
 		order := build(refs[i])
 		order.Id, order.Task = c.ID, refs[i].proto()
 		go func() {
@@ -333,10 +338,73 @@ func (d *doing) each(ctx context.Context, build command) ([]*agentpb.Reply, erro
 			late = d.clock.After(stragglerAfter)
 		}
 	}
+	if err := d.forsaken(ctx, out.Missed); err != nil {
+		return nil, err
+	}
 	if out.Failed != nil {
 		return nil, out.Failed
 	}
 	return replies, ctx.Err()
+}
+
+// forsaken remembers what nodes that did not hear of the end of a capture must
+// throw away once they are back.
+func (d *doing) forsaken(ctx context.Context, tasks []protocol.Task) error {
+	if len(tasks) == 0 || d.op.Checkpoint == "" || d.op.Step == protocol.StepReopen {
+		return nil
+	}
+	return d.store.Update(ctx, func(tx store.Tx) error {
+		for _, t := range tasks {
+			ref := taskRef{Node: t.Node, Job: d.job.ID, Index: t.Index, Run: d.job.Run}
+			if err := putCleanup(tx, cleanup{Task: ref, Checkpoint: d.op.Checkpoint}); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// there makes a step that begins tasks look again when an agent said Hello
+// after the step began: it may have restarted behind its answer, without them.
+func (d *doing) there(ctx context.Context, step func(context.Context) (effect, error)) (effect, error) {
+	var before map[string]int64
+	err := d.store.View(ctx, func(tx store.Tx) (err error) {
+		before, err = hellos(tx, d.job)
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	change, err := step(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return func(tx store.Tx, op *opRecord, job *jobRecord) error {
+		now, err := hellos(tx, job)
+		if err != nil {
+			return err
+		}
+		if !maps.Equal(before, now) {
+			return errTryAgain
+		}
+		if change == nil {
+			return nil
+		}
+		return change(tx, op, job)
+	}, nil
+}
+
+// hellos counts the sessions that the agents of the job's nodes have begun.
+func hellos(tx store.Tx, job *jobRecord) (map[string]int64, error) {
+	counts := make(map[string]int64)
+	for _, ref := range job.refs() {
+		node, err := store.Get[nodeRecord](tx, store.Nodes, ref.Node)
+		if err != nil && !errors.Is(err, store.ErrNotFound) {
+			return nil, err
+		}
+		counts[ref.Node] = node.Hellos
+	}
+	return counts, nil
 }
 
 // heard tells the protocol how a command has ended.

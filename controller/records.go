@@ -109,16 +109,37 @@ func (o *opRecord) request() (request, error) {
 type nodeRecord struct {
 	api.Node
 	Driver string `json:"driver,omitempty"`
+	// Hellos counts the sessions that its agents began.
+	Hellos int64 `json:"hellos,omitempty"`
 }
 
-// cleanup is a task that its node must destroy.
+// cleanup is a task that its node must destroy or, with Checkpoint, what was
+// captured of it for that one.
 type cleanup struct {
-	Task     taskRef `json:"task"`
-	KeepLogs bool    `json:"keep_logs"`
+	Task       taskRef `json:"task"`
+	Checkpoint string  `json:"checkpoint,omitempty"`
+	KeepLogs   bool    `json:"keep_logs"`
+	// Number tells the order from earlier ones for the same task, which agents
+	// may remember to have carried out.
+	Number uint64 `json:"number"`
 }
 
 func (c cleanup) key() string {
-	return fmt.Sprintf("%s/%s/%06d/%012d", c.Task.Node, c.Task.Job, c.Task.Index, c.Task.Run)
+	key := fmt.Sprintf("%s/%s/%06d/%012d", c.Task.Node, c.Task.Job, c.Task.Index, c.Task.Run)
+	if c.Checkpoint != "" {
+		key += "/" + c.Checkpoint
+	}
+	return key
+}
+
+func (c cleanup) command(try int) *agentpb.Command {
+	command := &agentpb.Command{Id: fmt.Sprintf("cleanup/%d/%v/%d", c.Number, c.KeepLogs, try), Task: c.Task.proto()}
+	if c.Checkpoint != "" {
+		command.Body = &agentpb.Command_Discard{Discard: &agentpb.Discard{Checkpoint: c.Checkpoint}}
+	} else {
+		command.Body = &agentpb.Command_Destroy{Destroy: &agentpb.DestroyTask{KeepLogs: c.KeepLogs}}
+	}
+	return command
 }
 
 // tokenRecord is a join token, stored under its hash.

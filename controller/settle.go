@@ -40,7 +40,7 @@ func judge(tasks []api.TaskStatus, launch string) (verdict, *api.TaskStatus) {
 			}
 		case t.ExitCode != nil:
 			ended++
-		case t.Phase == api.PhaseFailed:
+		case lostTask(*t):
 			if state == goesOn {
 				state, first = lost, t
 			}
@@ -51,6 +51,10 @@ func judge(tasks []api.TaskStatus, launch string) (verdict, *api.TaskStatus) {
 	}
 	return state, first
 }
+
+// lostTask reports whether a task went with its node: whatever comes back of it
+// is destroyed.
+func lostTask(t api.TaskStatus) bool { return t.Phase == api.PhaseFailed && t.ExitCode == nil }
 
 // settle gives a running job the phase that its tasks call for, and writes the
 // job. Jobs in other phases belong to an operation.

@@ -18,6 +18,7 @@ type disk struct {
 	op         *operation
 	durable    []string
 	cleanups   map[string]cleanup
+	orders     int // to clean up, ever
 	lostNodes  map[int]bool
 	hellos     map[int]int // of each node
 	operations int
@@ -41,11 +42,14 @@ type cleanup struct {
 	node       int
 	task       ref
 	checkpoint string
+	number     int // tells it from earlier ones for the same task
 }
 
 func (c cleanup) key() string {
 	return fmt.Sprintf("cleanup/%d/%v/%s", c.node, c.task, c.checkpoint)
 }
+
+func (c cleanup) id() string { return fmt.Sprintf("cleanup/%d", c.number) }
 
 // controller is one process of it: a shell around the protocol as
 // controller/operations.go is one.
@@ -59,9 +63,10 @@ type controller struct {
 }
 
 type call struct {
-	node  int
-	order order
-	part  func(*piece)
+	node    int
+	order   order
+	part    func(*piece)
+	cleanup cleanup
 }
 
 func nodeName(n int) string { return fmt.Sprintf("n%d", n) }
@@ -229,7 +234,9 @@ func (c *controller) answered(node int, id string, r *reply) {
 	}
 	delete(c.round, id)
 	if call.order.step == "cleanup" {
-		delete(c.w.disk.cleanups, id)
+		if key := call.cleanup.key(); c.w.disk.cleanups[key] == call.cleanup {
+			delete(c.w.disk.cleanups, key)
+		}
 		return
 	}
 	if r.failed == nil && call.part != nil {
@@ -241,7 +248,11 @@ func (c *controller) answered(node int, id string, r *reply) {
 }
 
 func (c *controller) order(o cleanup) {
-	c.w.disk.cleanups[o.key()] = o
+	if d := &c.w.disk; d.cleanups[o.key()] == (cleanup{}) {
+		d.orders++
+		o.number = d.orders
+		d.cleanups[o.key()] = o
+	}
 	c.startCleanups()
 }
 
@@ -250,15 +261,15 @@ func (c *controller) startCleanups() {
 	d := &c.w.disk
 	var keys []string
 	for k, o := range d.cleanups {
-		if c.round[k] == nil && !d.lostNodes[o.node] && c.sessions[o.node] != nil {
+		if c.round[o.id()] == nil && !d.lostNodes[o.node] && c.sessions[o.node] != nil {
 			keys = append(keys, k)
 		}
 	}
 	slices.Sort(keys)
 	for _, k := range keys {
 		o := d.cleanups[k]
-		c.round[k] = &call{node: o.node, order: order{id: k, step: "cleanup", task: o.task, checkpoint: o.checkpoint}}
-		c.send(c.round[k])
+		c.round[o.id()] = &call{node: o.node, cleanup: o, order: order{id: o.id(), step: "cleanup", task: o.task, checkpoint: o.checkpoint}}
+		c.send(c.round[o.id()])
 	}
 }
 
@@ -380,13 +391,10 @@ func (c *controller) commands(step string, part func(int, *piece), then func() b
 		c.round[o.id] = sent
 	}
 	for i, n := range d.nodes {
-		if d.lostNodes[n] {
-			for id, call := range c.round {
-				if call.node == n && call.order.step != "cleanup" {
-					delete(c.round, id)
-				}
-			}
-			if out := c.core.Lost(nodeName(n)); out.Over {
+		if d.lostNodes[n] || d.lost[i] {
+			id := c.core.commandID(tasks[i])
+			delete(c.round, id)
+			if out := c.core.Answered(id, &Failure{Message: "it went with its node", Lost: true}); out.Over {
 				c.follow(out)
 				return
 			}
