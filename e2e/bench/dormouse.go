@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -99,10 +100,10 @@ func (d *dormouse) checkpoint(ctx context.Context, job, tickFile string) (cp api
 func (d *dormouse) remove(job string) {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
-	for _, verb := range []string{"kill", "rm"} {
-		if _, err := d.c.Run(ctx, verb, job); err != nil {
-			fmt.Fprintln(os.Stderr, "bench:", err)
-		}
+	// Some jobs have ended by themselves: then kill refuses, and rm does not.
+	_, killed := d.c.Run(ctx, "kill", job)
+	if _, err := d.c.Run(ctx, "rm", job); err != nil {
+		fmt.Fprintln(os.Stderr, "bench:", errors.Join(killed, err))
 	}
 }
 
