@@ -15,6 +15,8 @@ import (
 
 	"dormouse/agent/criu"
 	"dormouse/agent/network"
+	"dormouse/agent/plugins"
+	"dormouse/agent/plugins/tcp"
 	"dormouse/agent/sandbox"
 	"dormouse/api/agentpb"
 	"dormouse/repository"
@@ -31,6 +33,7 @@ type Agent struct {
 	criuErr  error // why there is no engine; tasks run, checkpoints are refused
 	boxes    *sandbox.Runtime
 	networks *network.Manager
+	plugins  []plugins.Plugin // quiesced in this order, resumed in the reverse one
 	requests requests
 	restores sync.WaitGroup // restores under way
 	known    *repository.FileCache
@@ -70,7 +73,8 @@ func New(config Config) (_ *Agent, err error) {
 	a := &Agent{
 		config: config, log: config.Logger, life: context.Background(),
 		lanes: newLanes(), answers: newAnswers(),
-		tasks: map[string]*task{}, captures: map[string]*capturing{},
+		plugins: []plugins.Plugin{tcp.Plugin{}},
+		tasks:   map[string]*task{}, captures: map[string]*capturing{},
 		requests: requests{waiting: map[string]*agentpb.AppRequest{}},
 	}
 	defer func() {

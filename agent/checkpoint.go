@@ -14,18 +14,12 @@ import (
 
 	"dormouse/agent/capture"
 	"dormouse/agent/criu"
-	"dormouse/agent/network"
-	"dormouse/agent/plugins/tcp"
 	"dormouse/agent/sandbox"
 	"dormouse/api"
 	"dormouse/api/agentpb"
 	"dormouse/internal/failpoint"
 	"dormouse/repository"
 )
-
-// drain is how long a frozen task's TCP segments get to arrive and be
-// acknowledged, which the kernel does without the task.
-const drain = 20 * time.Millisecond
 
 // Files of a capture's spool directory.
 const (
@@ -67,7 +61,6 @@ type capturing struct {
 	filesErr  error             // and why they could not be taken
 	upper     *capture.Upper
 	stored    atomic.Int64 // bytes given to the repository so far
-	sockets   bool         // the task has TCP connections
 	begun     time.Time
 	frozen    bool
 	complete  bool
@@ -108,13 +101,17 @@ func (a *Agent) preflight(ctx context.Context, ref *agentpb.TaskRef, checkpoint 
 	r, _ := t.snapshot()
 	report, err := a.criu.Preflight(ctx, criu.PreflightRequest{
 		Pid: box.Pid(), Cgroup: box.CgroupPath(), ExternalMounts: dumpMounts(box),
-		ControlledInit: true, JobNetworks: a.jobNetworks(&r), AllowLeaving: allowsLeaving(&r.Spec),
+		ControlledInit: true,
 	})
 	if err != nil {
 		return nil, err
 	}
+	ties, err := a.lookAtTies(ctx, &r, box)
+	if err != nil {
+		return nil, err
+	}
 	result := &agentpb.PreflightResult{EstimatedBytes: report.ImageBytes}
-	for _, r := range report.Refusals {
+	for _, r := range append(report.Refusals, ties...) {
 		result.Refusals = append(result.Refusals, r.String())
 	}
 	if len(result.Refusals) > 0 {
@@ -137,7 +134,6 @@ func (a *Agent) prepare(ctx context.Context, t *task, box *sandbox.Sandbox, chec
 	r, _ := t.snapshot()
 	key := captureKey(r.ref(), checkpoint)
 	c := &capturing{key: key, work: a.workDir(key)}
-	c.sockets = len(report.Connections) > 0 || r.Spec.Tasks > 1
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, c.close())
@@ -264,7 +260,7 @@ func (a *Agent) goOn(t *task) error {
 	ctx := context.WithoutCancel(a.life)
 	r, box := t.snapshot()
 	if r.Checkpoint != "" && box != nil {
-		if err := reconnect(box); err != nil {
+		if err := a.resumeTies(ctx, &r, box); err != nil {
 			return err
 		}
 	}
@@ -326,7 +322,9 @@ func (a *Agent) prepareDump(box *sandbox.Sandbox, c *capturing) (*criu.PendingDu
 }
 
 func (a *Agent) dump(ctx context.Context, t *task, box *sandbox.Sandbox, c *capturing, checkpoint string) error {
-	if err := a.cutOff(ctx, t, box, c); err != nil {
+	// By now every task of the job stands still.
+	r, _ := t.snapshot()
+	if err := a.quiesceTies(ctx, &r, box); err != nil {
 		return err
 	}
 	failpoint.Hit("agent.capture.dumping")
@@ -339,7 +337,6 @@ func (a *Agent) dump(ctx context.Context, t *task, box *sandbox.Sandbox, c *capt
 		return dumpError(a.keepLog(err, c.key), c.spool)
 	}
 	failpoint.Hit("agent.capture.files")
-	r, _ := t.snapshot()
 	if err := c.finish(&r, checkpoint, a.config.Node, result, time.Since(begun)-c.files, c.files); err != nil {
 		return spaceError(err, c.spool)
 	}
@@ -355,57 +352,6 @@ func (c *capturing) finishStreams() error {
 	bytes, err := c.streams.finish()
 	c.result.Steps.SizeBytes += bytes
 	return err
-}
-
-// cutOff takes the task off its network: by now every task of its job stands
-// still, and what they have sent gets the time to arrive.
-func (a *Agent) cutOff(ctx context.Context, t *task, box *sandbox.Sandbox, c *capturing) error {
-	arrived := time.After(0)
-	if c.sockets {
-		arrived = time.After(drain)
-	}
-	r, _ := t.snapshot()
-	return inNetwork(box, func(netns *os.File) error {
-		if err := a.treatLeaving(&r, box, netns); err != nil {
-			return err
-		}
-		select {
-		case <-arrived:
-		case <-ctx.Done():
-			return ctx.Err()
-		}
-		return network.Cut(netns)
-	})
-}
-
-// treatLeaving applies the job's policy to connections that leave it. One that is
-// refused was not there at the pre-flight.
-func (a *Agent) treatLeaving(r *record, box *sandbox.Sandbox, netns *os.File) error {
-	if r.Spec.Connections == api.ConnectionsKeep {
-		return nil
-	}
-	if used, err := tcp.Used(box.Pid()); err != nil || !used {
-		return err
-	}
-	leaving, err := tcp.Leaving(netns, a.jobNetworks(r))
-	if err != nil {
-		return err
-	}
-	if r.Spec.Connections == api.ConnectionsClose {
-		return tcp.End(netns, leaving)
-	}
-	for _, c := range leaving {
-		if c.Held {
-			return refuse("a TCP connection that leaves the job was just opened, from %v: close it before the checkpoint", c)
-		}
-	}
-	return nil
-}
-
-// allowsLeaving reports whether connections that leave the job are no reason to
-// refuse a checkpoint: they are ended, or kept as they are.
-func allowsLeaving(spec *api.JobSpec) bool {
-	return spec.Connections == api.ConnectionsClose || spec.Connections == api.ConnectionsKeep
 }
 
 // captureFiles takes the files of a task that stands still.

@@ -5,6 +5,7 @@ import (
 	"fmt"
 
 	"dormouse/agent/criu"
+	"dormouse/agent/plugins"
 	"dormouse/agent/sandbox"
 	"dormouse/api/agentpb"
 )
@@ -33,13 +34,14 @@ var errNoTask = errors.New("this node has no such task")
 func failure(err error) *agentpb.Failure {
 	f := &agentpb.Failure{Message: err.Error()}
 	var refused refusal
+	var tied *plugins.RefusedError
 	var again retry
 	switch {
-	case errors.As(err, &refused),
+	case errors.As(err, &refused), errors.As(err, &tied),
 		errors.Is(err, criu.ErrMissing), errors.Is(err, criu.ErrTooOld),
 		errors.Is(err, sandbox.ErrCommandNotFound), errors.Is(err, sandbox.ErrBadRequest), errors.Is(err, sandbox.ErrBadImage):
 		f.Refused = true
-	case errors.Is(err, criu.ErrInFlight):
+	case errors.Is(err, criu.ErrInFlight), errors.Is(err, plugins.ErrUnsettled):
 		f.Retryable, f.Refused = true, true // a connection that nobody ever accepts is the job's own
 	case errors.As(err, &again), errors.Is(err, criu.ErrBusy):
 		f.Retryable = true

@@ -130,14 +130,15 @@ func (a *Agent) openNetwork(ref *agentpb.TaskRef) error {
 		return err
 	}
 	failpoint.Hit("agent.open.before")
+	r, _ := t.snapshot()
 	if h := t.heldRestore(); h != nil {
-		return network.Open(h.netns)
+		return a.resumeRestored(a.life, &r, h.netns)
 	}
 	box, err := t.live()
 	if err != nil {
 		return notHeld(ref, err)
 	}
-	return reconnect(box)
+	return a.resumeTies(a.life, &r, box)
 }
 
 // inNetwork does something with the network namespace of a task. One whose
@@ -153,8 +154,6 @@ func inNetwork(box *sandbox.Sandbox, do func(*os.File) error) error {
 	defer netns.Close()
 	return do(netns)
 }
-
-func reconnect(box *sandbox.Sandbox) error { return inNetwork(box, network.Open) }
 
 // leaveNetwork takes the task off its job's network.
 func (a *Agent) leaveNetwork(ref *agentpb.TaskRef) error {

@@ -12,7 +12,6 @@ import (
 
 	"dormouse/agent/capture"
 	"dormouse/agent/criu"
-	"dormouse/agent/network"
 	"dormouse/agent/sandbox"
 	"dormouse/api"
 	"dormouse/api/agentpb"
@@ -283,7 +282,8 @@ func (a *Agent) wake(ctx context.Context, t *task, h *restoring, box *sandbox.Sa
 				if h.hold {
 					return h.wait(ctx, target.NetNS)
 				}
-				return network.Open(target.NetNS)
+				r, _ := t.snapshot()
+				return a.resumeRestored(ctx, &r, target.NetNS)
 			}
 			return nil
 		},

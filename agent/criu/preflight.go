@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -22,15 +21,9 @@ type PreflightRequest struct {
 	Cgroup string
 	// ExternalMounts are as in the DumpRequest.
 	ExternalMounts []DumpMount
-	// JobNetworks are addresses of the job's other tasks: connections to them
-	// stay inside the job.
-	JobNetworks []netip.Prefix
 	// ControlledInit: unix sockets from outside that the tree's init holds are
 	// its connections to the caller, who closes them before the dump.
 	ControlledInit bool
-	// AllowLeaving: TCP connections that leave the job are reported, but are no
-	// reason to refuse.
-	AllowLeaving bool
 	// AllowDevices are paths, inside the task, of device files that may be open
 	// beyond the default set (null zero full random urandom tty ptmx pts).
 	AllowDevices []string
@@ -41,8 +34,6 @@ type PreflightReport struct {
 	// Refusals say what cannot be captured; none means that a dump is expected
 	// to succeed.
 	Refusals []Refusal `json:"refusals"`
-	// Connections are all TCP connections of the task.
-	Connections []Connection `json:"connections"`
 	// ImageBytes is an upper estimate of the size of a dump's images.
 	ImageBytes int64 `json:"image_bytes"`
 	Processes  int   `json:"processes"`
@@ -61,22 +52,21 @@ func (r Refusal) String() string {
 	return fmt.Sprintf("process %d (%s) %s: %s", r.Pid, r.Comm, r.What, r.Fix)
 }
 
-// Connection is a TCP connection of the task.
-type Connection struct {
-	Pid    int            `json:"pid"` // inside the task
-	Comm   string         `json:"comm"`
-	FD     int            `json:"fd"`
-	Local  netip.AddrPort `json:"local"`
-	Remote netip.AddrPort `json:"remote"`
-	// LeavesJob: the remote address belongs neither to the task nor to
-	// JobNetworks. There is a Refusal for it as well.
-	LeavesJob bool `json:"leaves_job"`
+// NewRefusal is one about a process, which is given by its number in our own pid
+// namespace.
+func NewRefusal(pid int, what, fix string) Refusal {
+	inner, err := innerID(procPath(pid), "NSpid")
+	if err != nil {
+		inner = pid
+	}
+	return Refusal{Pid: inner, Comm: comm(pid), What: what, Fix: fix}
 }
 
 // Preflight looks through /proc for everything in a task that CRIU cannot
 // capture or would silently lose. Nothing is stopped; processes that end or
 // change during the look are no error. Its cost is some microseconds for each
-// descriptor and mapping.
+// descriptor and mapping. Connections that leave the job are none of its
+// business: they can be captured, but have another end (package plugins).
 func (e *Engine) Preflight(ctx context.Context, r PreflightRequest) (*PreflightReport, error) {
 	tree, err := treePIDs(r.Pid)
 	if err != nil {
@@ -126,11 +116,7 @@ type inspection struct {
 }
 
 func (i *inspection) refuse(pid int, what, fix string) {
-	inner, err := innerID(procPath(pid), "NSpid")
-	if err != nil {
-		inner = pid
-	}
-	r := Refusal{Pid: inner, Comm: comm(pid), What: what, Fix: fix}
+	r := NewRefusal(pid, what, fix)
 	if !slices.Contains(i.report.Refusals, r) {
 		i.report.Refusals = append(i.report.Refusals, r)
 	}

@@ -3,7 +3,6 @@ package criu
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -16,8 +15,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/vishvananda/netlink"
-	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 )
 
@@ -378,68 +375,6 @@ func newNetNS(t *testing.T) *os.File {
 		t.Fatal(a.err)
 	}
 	return a.file
-}
-
-// inNetNS runs f on a thread that is in the network namespace.
-func inNetNS(t *testing.T, ns *os.File, f func()) {
-	t.Helper()
-	runtime.LockOSThread()
-	own, err := os.Open("/proc/thread-self/ns/net")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer own.Close()
-	if err := unix.Setns(int(ns.Fd()), unix.CLONE_NEWNET); err != nil {
-		t.Fatal(err)
-	}
-	defer func() {
-		if err := unix.Setns(int(own.Fd()), unix.CLONE_NEWNET); err == nil {
-			runtime.UnlockOSThread()
-		}
-	}()
-	f()
-}
-
-const (
-	sandboxIP      = "10.99.0.1"
-	otherMachineIP = "10.99.0.2"
-)
-
-// twoMachines makes two network namespaces with a cable between them.
-func twoMachines(t *testing.T) (near, far *os.File) {
-	t.Helper()
-	near, far = newNetNS(t), newNetNS(t)
-	t.Cleanup(func() { near.Close(); far.Close() })
-	attributes := netlink.NewLinkAttrs()
-	attributes.Name = "eth0"
-	cable := &netlink.Veth{LinkAttrs: attributes, PeerName: "eth0", PeerNamespace: netlink.NsFd(far.Fd())}
-	for _, end := range []struct {
-		ns *os.File
-		ip string
-	}{{near, sandboxIP}, {far, otherMachineIP}} {
-		h, err := netlink.NewHandleAt(netns.NsHandle(end.ns.Fd()))
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer h.Close()
-		if end.ns == near {
-			if err := h.LinkAdd(cable); err != nil {
-				missing(t, "virtual network cables: "+err.Error())
-			}
-		}
-		link, err := h.LinkByName("eth0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		address, err := netlink.ParseAddr(end.ip + "/24")
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := errors.Join(h.AddrAdd(link, address), h.LinkSetUp(link)); err != nil {
-			t.Fatal(err)
-		}
-	}
-	return near, far
 }
 
 func cgroup2Mount(t *testing.T) string {

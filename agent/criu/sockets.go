@@ -6,18 +6,14 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
-	"slices"
 
-	"github.com/vishvananda/netlink"
-	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 )
 
 // network is one network namespace of the task.
 type network struct {
-	inode     uint64
-	file      *os.File
-	addresses map[netip.Addr]bool // of its interfaces
+	inode uint64
+	file  *os.File
 }
 
 func (n *network) close() { n.file.Close() }
@@ -34,22 +30,7 @@ func (i *inspection) addNetwork(pid int) error {
 	if err != nil {
 		return err
 	}
-	n := &network{inode: inode, file: f, addresses: map[netip.Addr]bool{}}
-	i.nets = append(i.nets, n)
-	h, err := netlink.NewHandleAt(netns.NsHandle(f.Fd()), unix.NETLINK_ROUTE)
-	if err != nil {
-		return fmt.Errorf("reach its network namespace: %w", err)
-	}
-	defer h.Close()
-	list, err := h.AddrList(nil, netlink.FAMILY_ALL)
-	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
-		return fmt.Errorf("list its addresses: %w", err)
-	}
-	for _, a := range list {
-		if ip, ok := netip.AddrFromSlice(a.IP); ok {
-			n.addresses[ip.Unmap()] = true
-		}
-	}
+	i.nets = append(i.nets, &network{inode, f})
 	return nil
 }
 
@@ -60,15 +41,6 @@ func (i *inspection) network(inode uint64) *network {
 		}
 	}
 	return nil
-}
-
-// stays tells whether an address is one of the task or of the job.
-func (i *inspection) stays(n *network, a netip.Addr) bool {
-	a = a.Unmap().WithZone("")
-	if a.IsLoopback() || n.addresses[a] {
-		return true
-	}
-	return slices.ContainsFunc(i.request.JobNetworks, func(p netip.Prefix) bool { return p.Contains(a) })
 }
 
 // checkSockets duplicates each socket for a moment and asks it what it is:
@@ -151,6 +123,8 @@ func (i *inspection) checkSocket(pid, fd, s int) error {
 	return i.checkTCP(pid, fd, s)
 }
 
+// checkTCP refuses a connection in a network namespace that the task does not
+// have. All others can be captured.
 func (i *inspection) checkTCP(pid, fd, s int) error {
 	peer, err := unix.Getpeername(s)
 	if errors.Is(err, unix.ENOTCONN) || errors.Is(err, unix.EINVAL) {
@@ -163,28 +137,13 @@ func (i *inspection) checkTCP(pid, fd, s int) error {
 	if err != nil {
 		return fmt.Errorf("getsockname: %w", err)
 	}
-	c := Connection{Comm: comm(pid), FD: fd, Local: addrPort(own), Remote: addrPort(peer)}
-	if c.Pid, err = innerID(procPath(pid), "NSpid"); err != nil {
-		return err
-	}
-	n, err := i.networkOf(s)
+	_, err = i.networkOf(s)
 	if errors.Is(err, errUnknownNetwork) {
-		c.LeavesJob = true
-		i.report.Connections = append(i.report.Connections, c)
-		i.refuse(pid, fmt.Sprintf("has a TCP connection (descriptor %d, %s to %s) that was made outside of the task", fd, c.Local, c.Remote),
+		i.refuse(pid, fmt.Sprintf("has a TCP connection (descriptor %d, %s to %s) that was made outside of the task", fd, addrPort(own), addrPort(peer)),
 			"close it before the checkpoint")
 		return nil
 	}
-	if err != nil {
-		return err
-	}
-	c.LeavesJob = !i.stays(n, c.Remote.Addr())
-	i.report.Connections = append(i.report.Connections, c)
-	if c.LeavesJob && !i.request.AllowLeaving {
-		i.refuse(pid, fmt.Sprintf("has a TCP connection that leaves the job, from %s to %s (descriptor %d)", c.Local, c.Remote, fd),
-			"close it before the checkpoint")
-	}
-	return nil
+	return err
 }
 
 // networkOf finds the network namespace of a socket (ioctl SIOCGSKNS gives a

@@ -283,7 +283,6 @@ int main(int argc, char **argv)
 	KIND("traced") traced();
 	KIND("procself") must(open("/proc/self", O_RDONLY | O_DIRECTORY), "open");
 	KIND("deleted") deleted_file((off_t)2 << 30);
-	KIND("tcp") tcp_connect(argv[2], atoi(argv[3]));
 	KIND("inotify") must(inotify_add_watch(must(inotify_init1(0), "inotify"), argv[2], IN_ALL_EVENTS), argv[2]);
 	KIND("fanotify") must(fanotify_mark(must(fanotify_init(FAN_CLASS_NOTIF, O_RDONLY), "fanotify"), FAN_MARK_ADD, FAN_OPEN, AT_FDCWD, argv[2]), argv[2]);
 	KIND("flock") must(flock(must(open(argv[2], O_RDWR | O_CREAT, 0600), argv[2]), LOCK_EX), "flock");

@@ -12,10 +12,19 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"dormouse/agent/plugins"
+	"dormouse/api"
 	"dormouse/internal/ownnet"
 )
 
 func TestMain(m *testing.M) {
+	if os.Getenv(asProgram) != "" {
+		if err := runProgram(); err != nil {
+			fmt.Fprintln(os.Stderr, "program:", err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
 	if err := ownnet.EnterIfRoot(); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
@@ -23,17 +32,12 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// namespace is the task's: that of the test. A connection leaves the job here if
-// its remote end is in 192.0.2.0/24, which the kernel takes for its own although no device
-// has an address in it.
-func namespace(t *testing.T) *os.File {
+// ownTask is the test itself, in its network namespace, with these addresses for
+// the job's. A connection leaves the job here if its remote end is in 192.0.2.0/24,
+// which the kernel takes for its own although no device has an address in it.
+func ownTask(t *testing.T, job ...netip.Prefix) plugins.Task {
 	t.Helper()
-	if os.Getuid() != 0 {
-		if os.Getenv("CI") == "true" {
-			t.Fatal("this test needs root: it ends connections in a network namespace of its own")
-		}
-		t.Skip("this test needs root: it ends connections in a network namespace of its own")
-	}
+	needRoot(t)
 	lo, err := netlink.LinkByName("lo")
 	must(t, err)
 	route := &netlink.Route{
@@ -44,11 +48,11 @@ func namespace(t *testing.T) *os.File {
 	f, err := os.Open("/proc/thread-self/ns/net")
 	must(t, err)
 	t.Cleanup(func() { f.Close() })
-	return f
+	return plugins.Task{Spec: &api.JobSpec{Tasks: 1}, Networks: job, NetNS: f, PIDs: []int{os.Getpid()}}
 }
 
-// connection is one between local and remote, with the end of each.
-func connection(t *testing.T, network, at string) (here, there *net.TCPConn, listener net.Listener) {
+// connect makes a connection between local and remote, with the end of each.
+func connect(t *testing.T, network, at string) (here, there *net.TCPConn, listener net.Listener) {
 	t.Helper()
 	listener, err := net.Listen(network, at)
 	must(t, err)
@@ -70,49 +74,62 @@ func read(t *testing.T, conn net.Conn) error {
 	return err
 }
 
-func endLeaving(t *testing.T, ns *os.File, job ...netip.Prefix) {
+func see(t *testing.T, task plugins.Task) *seen {
 	t.Helper()
-	leaving, err := Leaving(ns, job)
+	s, err := survey(task)
 	must(t, err)
-	must(t, End(ns, leaving))
+	t.Cleanup(s.close)
+	return s
 }
 
-func TestConnectionsThatLeaveAreNamed(t *testing.T) {
-	ns := namespace(t)
-	here, there, _ := connection(t, "tcp", "192.0.2.9:0")
+func endLeaving(t *testing.T, task plugins.Task) {
+	t.Helper()
+	must(t, end(see(t, task).leaving()))
+}
+
+func TestConnectionsAreTold(t *testing.T) {
+	task := ownTask(t)
+	here, there, _ := connect(t, "tcp", "192.0.2.9:0")
+	inside, _, _ := connect(t, "tcp", "127.0.0.1:0")
 	waiting, err := net.Listen("tcp", "192.0.2.9:0")
 	must(t, err)
 	defer waiting.Close()
 	unaccepted, err := net.Dial("tcp", waiting.Addr().String())
 	must(t, err)
 	defer unaccepted.Close()
-	want := map[string]bool{ // with whether a process has it
-		fmt.Sprintf("%v to %v", here.LocalAddr(), here.RemoteAddr()):             true,
-		fmt.Sprintf("%v to %v", there.LocalAddr(), there.RemoteAddr()):           true,
-		fmt.Sprintf("%v to %v", unaccepted.LocalAddr(), unaccepted.RemoteAddr()): true,
-		fmt.Sprintf("%v to %v", unaccepted.RemoteAddr(), unaccepted.LocalAddr()): false,
+	want := map[string]string{
+		fmt.Sprintf("%v to %v", here.LocalAddr(), here.RemoteAddr()):             "leaves",
+		fmt.Sprintf("%v to %v", there.LocalAddr(), there.RemoteAddr()):           "leaves",
+		fmt.Sprintf("%v to %v", unaccepted.LocalAddr(), unaccepted.RemoteAddr()): "leaves",
+		fmt.Sprintf("%v to %v", unaccepted.RemoteAddr(), unaccepted.LocalAddr()): "waits",
+		fmt.Sprintf("%v to %v", inside.LocalAddr(), inside.RemoteAddr()):         "stays",
 	}
-	leaving, err := Leaving(ns, nil)
-	must(t, err)
-	for _, c := range leaving {
-		if held, ok := want[c.String()]; ok && held != c.Held {
-			t.Errorf("%v: a process has it: %v; want %v", c, c.Held, held)
+	s := see(t, task)
+	for _, c := range s.connections {
+		kind := "stays"
+		if c.waits() {
+			kind = "waits"
+		} else if c.leaves {
+			kind = "leaves"
+		}
+		if wanted, ok := want[c.String()]; ok && kind != wanted {
+			t.Errorf("%v: %s; want %s", c, kind, wanted)
 		}
 		delete(want, c.String())
 	}
 	if len(want) > 0 {
-		t.Errorf("among %v are not %v", leaving, want)
+		t.Errorf("among %v are not %v", s.connections, want)
 	}
 }
 
 func TestANamespaceIsUsedWhileItHasASocket(t *testing.T) {
-	namespace(t)
+	ownTask(t)
 	for _, at := range []string{"127.0.0.1:0", "[::1]:0"} {
 		awaitUnused(t) // sockets of earlier tests end on their own
 		listener, err := net.Listen("tcp", at)
 		must(t, err)
-		if used, err := Used(os.Getpid()); err != nil || !used {
-			t.Errorf("with one that listens on %s: %v, %v", at, used, err)
+		if inUse, err := used(os.Getpid()); err != nil || !inUse {
+			t.Errorf("with one that listens on %s: %v, %v", at, inUse, err)
 		}
 		listener.Close()
 	}
@@ -121,9 +138,9 @@ func TestANamespaceIsUsedWhileItHasASocket(t *testing.T) {
 func awaitUnused(t *testing.T) {
 	t.Helper()
 	for limit := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
-		used, err := Used(os.Getpid())
+		inUse, err := used(os.Getpid())
 		must(t, err)
-		if !used {
+		if !inUse {
 			return
 		}
 		if time.Now().After(limit) {
@@ -134,39 +151,41 @@ func awaitUnused(t *testing.T) {
 
 func BenchmarkUsed(b *testing.B) {
 	for b.Loop() {
-		if _, err := Used(os.Getpid()); err != nil {
+		if _, err := used(os.Getpid()); err != nil {
 			b.Fatal(err)
 		}
 	}
 }
 
-func BenchmarkLeaving(b *testing.B) {
-	ns, err := os.Open("/proc/thread-self/ns/net")
+func BenchmarkSurvey(b *testing.B) {
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		b.Fatal(err)
 	}
-	defer ns.Close()
+	defer listener.Close()
 	for b.Loop() {
-		if _, err := Leaving(ns, nil); err != nil {
+		s, err := survey(plugins.Task{PIDs: []int{os.Getpid()}})
+		if err != nil {
 			b.Fatal(err)
 		}
+		s.close()
 	}
 }
 
 func TestConnectionsThatLeaveEnd(t *testing.T) {
-	ns := namespace(t)
-	here, there, _ := connection(t, "tcp", "192.0.2.9:0")
-	endLeaving(t, ns)
-	if err := read(t, here); !errors.Is(err, unix.ECONNABORTED) && !errors.Is(err, unix.ECONNRESET) {
+	task := ownTask(t)
+	here, there, _ := connect(t, "tcp", "192.0.2.9:0")
+	endLeaving(t, task)
+	if err := read(t, here); !isEnded(err) {
 		t.Errorf("the program reads %v; want the end of its connection", err)
 	}
-	if err := read(t, there); !errors.Is(err, unix.ECONNABORTED) && !errors.Is(err, unix.ECONNRESET) {
+	if err := read(t, there); !isEnded(err) {
 		t.Errorf("the peer reads %v; want a reset", err)
 	}
 }
 
 func TestConnectionsOfIPv6SocketsToIPv4End(t *testing.T) {
-	ns := namespace(t)
+	task := ownTask(t)
 	fd, err := unix.Socket(unix.AF_INET6, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	must(t, err)
 	defer unix.Close(fd)
@@ -175,21 +194,21 @@ func TestConnectionsOfIPv6SocketsToIPv4End(t *testing.T) {
 	defer listener.Close()
 	to := listener.Addr().(*net.TCPAddr)
 	must(t, unix.Connect(fd, &unix.SockaddrInet6{Port: to.Port, Addr: [16]byte(to.IP.To16())}))
-	endLeaving(t, ns)
-	if _, err := unix.Read(fd, make([]byte, 1)); !errors.Is(err, unix.ECONNABORTED) && !errors.Is(err, unix.ECONNRESET) {
+	endLeaving(t, task)
+	if _, err := unix.Read(fd, make([]byte, 1)); !isEnded(err) {
 		t.Errorf("the program reads %v; want the end of its connection", err)
 	}
 }
 
 func TestConnectionsInsideTheJobStay(t *testing.T) {
-	ns := namespace(t)
+	task := ownTask(t, netip.MustParsePrefix("192.0.2.0/28"))
 	lo, err := netlink.LinkByName("lo")
 	must(t, err)
 	own := &netlink.Addr{IPNet: &net.IPNet{IP: net.IPv4(198, 51, 100, 7), Mask: net.CIDRMask(32, 32)}}
 	must(t, netlink.AddrReplace(lo, own))
 	for _, at := range []string{"127.0.0.1:0", "[::1]:0", "192.0.2.7:0", "198.51.100.7:0"} {
-		here, there, _ := connection(t, "tcp", at)
-		endLeaving(t, ns, netip.MustParsePrefix("192.0.2.0/28"))
+		here, there, _ := connect(t, "tcp", at)
+		endLeaving(t, task)
 		if _, err := there.Write([]byte("x")); err != nil {
 			t.Fatal(err)
 		}
@@ -200,9 +219,9 @@ func TestConnectionsInsideTheJobStay(t *testing.T) {
 }
 
 func TestListenersStay(t *testing.T) {
-	ns := namespace(t)
-	_, _, listener := connection(t, "tcp", "192.0.2.9:0")
-	endLeaving(t, ns)
+	task := ownTask(t)
+	_, _, listener := connect(t, "tcp", "192.0.2.9:0")
+	endLeaving(t, task)
 	conn, err := net.DialTimeout("tcp", listener.Addr().String(), 5*time.Second)
 	if err != nil {
 		t.Fatalf("nobody listens any more: %v", err)
@@ -212,16 +231,15 @@ func TestListenersStay(t *testing.T) {
 
 // The kernel finds the listener when it looks for a connection that is gone.
 func TestAConnectionThatEndedMeanwhileDoesNotTakeItsListenerAlong(t *testing.T) {
-	ns := namespace(t)
-	here, there, listener := connection(t, "tcp", "192.0.2.9:0")
-	seen, err := Leaving(ns, nil)
-	must(t, err)
+	task := ownTask(t)
+	here, there, listener := connect(t, "tcp", "192.0.2.9:0")
+	seen := see(t, task).leaving()
 	must(t, here.SetLinger(0))
 	must(t, here.Close())
 	if err := read(t, there); !errors.Is(err, unix.ECONNRESET) {
 		t.Fatalf("the connection did not end: %v", err)
 	}
-	must(t, End(ns, seen))
+	must(t, end(seen))
 	conn, err := net.DialTimeout("tcp", listener.Addr().String(), 5*time.Second)
 	if err != nil {
 		t.Fatalf("the listener was ended instead: %v", err)
