@@ -2,6 +2,7 @@ package tcp
 
 import (
 	"bufio"
+	"bytes"
 	"errors"
 	"fmt"
 	"io"
@@ -47,7 +48,8 @@ type program struct {
 const asProgram = "DORMOUSE_TEST_TCP_PROGRAM"
 
 // runProgram obeys lines: "echo ADDR" listens there, accepts one connection and sends back
-// what comes; "dial ADDR" opens a connection; "hang-up" closes it.
+// what comes; "dial ADDR" opens a connection; "hang-up" closes it; "pour ADDR" opens
+// one, fills its queues and closes it.
 func runProgram() error {
 	orders := bufio.NewScanner(os.Stdin)
 	var dialed net.Conn
@@ -59,6 +61,8 @@ func runProgram() error {
 			err = echo(address)
 		case "dial":
 			dialed, err = net.Dial("tcp", address)
+		case "pour":
+			err = pour(address)
 		case "hang-up":
 			err = dialed.Close()
 		}
@@ -81,6 +85,33 @@ func echo(address string) error {
 		}
 	}()
 	return nil
+}
+
+func pour(address string) error {
+	conn, err := net.Dial("tcp", address)
+	if err != nil {
+		return err
+	}
+	_, err = stuff(conn)
+	return errors.Join(err, conn.Close())
+}
+
+// stuff fills both queues of a connection, and returns what it has sent.
+func stuff(conn net.Conn) (sent []byte, _ error) {
+	block := bytes.Repeat([]byte("0123456789abcdef"), 4096)
+	for {
+		if err := conn.SetWriteDeadline(time.Now().Add(200 * time.Millisecond)); err != nil {
+			return sent, err
+		}
+		n, err := conn.Write(block)
+		sent = append(sent, block[:n]...)
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			return sent, nil
+		}
+		if err != nil {
+			return sent, err
+		}
+	}
 }
 
 func startProgram(t *testing.T) *program {

@@ -16,7 +16,8 @@
 //	close   is ended, right before the cut: the peer gets a reset, the program
 //	        ECONNABORTED. Each restored copy has a connection that was shut down, as
 //	        CRIU restores an aborted one: it reads the end of the data, and EPIPE on
-//	        writing. A checkpoint that fails later does not bring it back.
+//	        writing; a connection request seems to have been answered first. A
+//	        checkpoint that fails later does not bring it back.
 //	keep    is captured like the others, and is alive again if the peer and the way
 //	        to it still know it
 //
@@ -28,13 +29,14 @@
 //
 // # What belongs to no process
 //
-// CRIU captures sockets that a process holds. Three kinds of connections belong to the kernel
-// alone, and are lost in a restored copy without its peer noticing: a
-// connection that waits to be accepted, one that is being established or deferred (SYN_RECV),
-// and one that its program has closed before all data was delivered
-// (FIN_WAIT1, CLOSING, LAST_ACK). The first makes a checkpoint unsettled at once, wherever it comes from.
-// The others do between tasks of the job, if they are still there after the time to arrive. FIN_WAIT2 and TIME_WAIT lose
-// nothing: the peer has everything.
+// CRIU captures sockets that a process holds. Three kinds of connections belong to
+// the kernel alone, and would be lost in a restored copy without their peers
+// noticing: one that waits to be accepted; one that is being established or whose
+// listener defers it (SYN_RECV); and one that its program has closed before all data
+// was delivered (FIN_WAIT1, CLOSING, LAST_ACK). The first makes a checkpoint
+// unsettled at once, wherever it comes from, and is not ended under any policy. The
+// others do between tasks of the job, if they are still there after the time to
+// arrive. FIN_WAIT2 and TIME_WAIT lose nothing: the peer has everything.
 package tcp
 
 import (
