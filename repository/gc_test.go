@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -250,33 +251,30 @@ func TestGCReplacesADamagedIndex(t *testing.T) {
 	r.wantRestorable(t, "c-3", images)
 }
 
-// cutBackend fails every Save after the first n of packs.
+// cutBackend fails every Save of a pack or part after that of the first index.
 type cutBackend struct {
 	backend.Backend
-	mu   sync.Mutex
-	left int
+	cut atomic.Bool
 }
 
 var errCut = errors.New("the connection was cut")
 
 func (b *cutBackend) Save(ctx context.Context, h backend.Handle, rd io.Reader, size int64) error {
-	if h.Kind == backend.Pack || h.Kind == backend.Part {
-		b.mu.Lock()
-		b.left--
-		cut := b.left < 0
-		b.mu.Unlock()
-		if cut {
-			return errCut
-		}
+	if b.cut.Load() && (h.Kind == backend.Pack || h.Kind == backend.Part) {
+		return errCut
 	}
-	return b.Backend.Save(ctx, h, rd, size)
+	err := b.Backend.Save(ctx, h, rd, size)
+	if err == nil && h.Kind == backend.Index {
+		b.cut.Store(true)
+	}
+	return err
 }
 
 func TestInterruptedUploadResumes(t *testing.T) {
 	const pages = 64 << 20 / pageSize * 2 // 128 MiB: 9 packs
 	r := newTestRepo(t)
 	dir := images(t, pages, 1)
-	cut := &cutBackend{Backend: r.be, left: 6}
+	cut := &cutBackend{Backend: r.be}
 	first, err := Open(t.Context(), cut, Options{CacheDir: filepath.Join(t.TempDir(), "cache")})
 	must(t, err)
 	defer first.Close()
