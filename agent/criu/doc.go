@@ -20,6 +20,8 @@
 //	  fails the dump
 //	5 read the statistics
 //
+// What CRIU finds out about the kernel is kept for the next one (kdat.go).
+//
 // Every option CRIU gets is set in options.go and nowhere else. CRIU's answer
 // carries only the first error it logged, which is often a harmless one, so an
 // [Error] is built from the log file instead.

@@ -94,10 +94,11 @@ func (e *Engine) Dump(ctx context.Context, r DumpRequest) (*DumpResult, error) {
 	notes := &notes{}
 	defer notes.close()
 	s, err := e.start(sessionOptions{
-		helpers: dumpHelpers,
-		grace:   r.Grace,
-		abort:   func(pid int) { failLargeWrites(pid, r.WorkDir) },
-		dying:   notes.hold,
+		helpers:   dumpHelpers,
+		grace:     r.Grace,
+		abort:     func(pid int) { failLargeWrites(pid, r.WorkDir) },
+		dying:     notes.hold,
+		ownMounts: !sharesMounts(r.Pid),
 	})
 	if err != nil {
 		return nil, fmt.Errorf("criu dump: start %s: %w", e.path, err)
@@ -287,6 +288,16 @@ func samePIDNamespace(a, b int) (bool, error) {
 	}
 	second, err := nsInode(b, "pid")
 	return first == second, err
+}
+
+// sharesMounts reports whether a process is in our mount namespace.
+func sharesMounts(pid int) bool {
+	theirs, err := nsInode(pid, "mnt")
+	if err != nil {
+		return true
+	}
+	ours, err := nsInode(os.Getpid(), "mnt")
+	return err != nil || ours == theirs
 }
 
 // nsInode identifies a namespace of a process.

@@ -42,13 +42,14 @@ type Options struct {
 	Logger *slog.Logger `json:"-"`
 }
 
-// Engine runs CRIU. It holds no state between calls and is safe for
-// concurrent use.
+// Engine runs CRIU. Between calls it remembers only what CRIU has found out
+// about the kernel. It is safe for concurrent use.
 type Engine struct {
 	path    string
 	shim    string // empty unless it must be preloaded
 	libexec string
 	version Version
+	kernel  *kernelFacts
 	log     *slog.Logger
 }
 
@@ -66,7 +67,7 @@ func New(ctx context.Context, o Options) (*Engine, error) {
 	if err := writeHelpers(o.Libexec); err != nil {
 		return nil, fmt.Errorf("criu: prepare helper programs in %s: %w", o.Libexec, err)
 	}
-	e := &Engine{path: path, libexec: o.Libexec, log: o.Logger}
+	e := &Engine{path: path, libexec: o.Libexec, kernel: newKernelFacts(), log: o.Logger}
 	if e.log == nil {
 		e.log = slog.New(slog.DiscardHandler)
 	}

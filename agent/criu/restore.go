@@ -72,7 +72,7 @@ func (e *Engine) Restore(ctx context.Context, r RestoreRequest) (*RestoreResult,
 		return nil, fmt.Errorf("criu restore: %w", err)
 	}
 
-	options := sessionOptions{grace: r.Grace}
+	options := sessionOptions{grace: r.Grace, ownMounts: true, files: r.files()}
 	netNSFD := -1
 	if r.NetNS != nil {
 		options.inherit = []*os.File{r.NetNS}
@@ -161,6 +161,15 @@ func (r RestoreRequest) check() error {
 		}
 	}
 	return nil
+}
+
+// files are those that CRIU looks for by their names.
+func (r RestoreRequest) files() []string {
+	files := []string{r.Root}
+	for _, m := range r.ExternalMounts {
+		files = append(files, m.Source)
+	}
+	return files
 }
 
 func restoreFailure(r RestoreRequest, resp *rpc.CriuResp, err error, s *session) error {

@@ -225,7 +225,8 @@ func startStage(t *testing.T, e *Engine, netFlag uintptr, st stage) *sandbox {
 	s.pid = cmd.Process.Pid
 	go cmd.Wait()
 	waitFor(t, "the program's first line", func() bool {
-		if state(s.pid) == 0 || state(s.pid) == 'Z' {
+		// While another thread than the first calls execve(2), that one is a zombie.
+		if pids, err := CgroupPIDs(s.cgroup); err == nil && len(pids) == 0 {
 			text, _ := os.ReadFile(log.Name())
 			t.Fatalf("the sandbox ended: %s", text)
 		}
@@ -278,8 +279,12 @@ func (s *sandbox) frozen() bool {
 
 // kill ends every process and waits for it.
 func (s *sandbox) kill() {
-	_ = os.WriteFile(filepath.Join(s.cgroup, "cgroup.kill"), []byte("1"), 0)
-	s.waitEmpty()
+	waitFor(s.t, "the cgroup to become empty", func() bool {
+		// Again each time: a process in the midst of execve(2) is passed over.
+		_ = os.WriteFile(filepath.Join(s.cgroup, "cgroup.kill"), []byte("1"), 0)
+		pids, err := CgroupPIDs(s.cgroup)
+		return err != nil || len(pids) == 0
+	})
 }
 
 func (s *sandbox) waitEmpty() {

@@ -65,6 +65,8 @@ type session struct {
 	abort func(pid int)
 	// answered is set once CRIU has given its final answer.
 	answered *atomic.Bool
+	kernel   *kernelFacts
+	run      *os.File // CRIU's own /run, or nil
 }
 
 type sessionOptions struct {
@@ -76,6 +78,10 @@ type sessionOptions struct {
 	// dying runs when CRIU is about to end without an answer, while it still
 	// holds the processes it has stopped; see child.go. May be nil.
 	dying func()
+	// ownMounts lets CRIU have a mount namespace of its own, which must be no
+	// process's that is dumped; files are those of ours that it has to find there.
+	ownMounts bool
+	files     []string
 }
 
 // start starts `criu swrk`. The caller must call session.call exactly once, or
@@ -97,7 +103,7 @@ func (e *Engine) start(o sessionOptions) (*session, error) {
 	cmd.ExtraFiles = append([]*os.File{remote}, o.inherit...)
 	// Its own process group: a terminal's ^C must not reach it.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	s := &session{sock: pair[0], grace: o.grace, abort: o.abort, answered: &atomic.Bool{}}
+	s := &session{sock: pair[0], grace: o.grace, abort: o.abort, answered: &atomic.Bool{}, kernel: e.kernel}
 	if s.grace == 0 {
 		s.grace = defaultGrace
 	}
@@ -109,7 +115,12 @@ func (e *Engine) start(o sessionOptions) (*session, error) {
 			}
 		}
 	}
-	if s.child, err = startChild(cmd, dying); err != nil {
+	if o.ownMounts {
+		s.child, s.run, err = e.kernel.start(cmd, dying, append([]string{cmd.Path, e.path, e.libexec}, o.files...))
+	} else {
+		s.child, err = startChild(cmd, dying)
+	}
+	if err != nil {
 		unix.Close(pair[0])
 		return nil, err
 	}
@@ -135,6 +146,7 @@ func (s *session) pid() int { return s.child.pid }
 func (s *session) discard() {
 	unix.Close(s.sock)
 	s.child.close()
+	s.kernel.learn(s.run)
 }
 
 // message is one packet from CRIU, with a descriptor if it brought one.
@@ -303,4 +315,5 @@ func (s *session) finish() {
 	timer := time.AfterFunc(s.grace, s.child.kill)
 	s.child.close()
 	timer.Stop()
+	s.kernel.learn(s.run)
 }

@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"dormouse/agent/sandbox/cgroup"
+	"dormouse/internal/thread"
 )
 
 // The test program serves as dormouse and dormouse-init for the holders it
@@ -70,7 +71,7 @@ func needsRoot(t testing.TB) {
 func newNamespace(t testing.TB) *os.File {
 	t.Helper()
 	var file *os.File
-	err := onSpareThread(func() (err error) {
+	err := thread.Spare(func() (err error) {
 		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
 			return err
 		}

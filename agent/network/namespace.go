@@ -5,12 +5,13 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"runtime"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
+
+	"dormouse/internal/thread"
 )
 
 // namespace is a hold on a network namespace and a connection to its rtnetlink.
@@ -52,31 +53,12 @@ func OfProcess(pid int) (*os.File, error) {
 
 // within runs work on a thread in the namespace of file.
 func within(file *os.File, work func() error) error {
-	return onSpareThread(func() error {
+	return thread.Spare(func() error {
 		if err := unix.Setns(int(file.Fd()), unix.CLONE_NEWNET); err != nil {
 			return fmt.Errorf("enter a network namespace: %w", err)
 		}
 		return work()
 	})
-}
-
-// onSpareThread runs work on a thread that ends with it, and never on the main
-// one: that cannot end, and its namespace is what others take for that of the
-// whole process, in /proc/PID/ns.
-func onSpareThread(work func() error) error {
-	done := make(chan error)
-	go func() {
-		runtime.LockOSThread()
-		if unix.Gettid() == unix.Getpid() {
-			// While this goroutine occupies the main thread, others run elsewhere.
-			err := onSpareThread(work)
-			runtime.UnlockOSThread()
-			done <- err
-			return
-		}
-		done <- work() // never unlocked: the thread ends with the goroutine
-	}()
-	return <-done
 }
 
 // setting is a kernel setting below /proc/sys/net.

@@ -62,17 +62,17 @@ func mount(t *testing.T) (*Server, string, contents) {
 	return s, dir, c
 }
 
-// open opens a file without Go's poller, which would ask the file system about
-// it while no goroutine of this process can answer.
+// open opens a file without making it known to Go's poller: epoll_ctl(2) would
+// ask the file system, which is we, while it keeps the runtime from running us.
 func open(path string) (*os.File, error) {
 	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return nil, &os.PathError{Op: "open", Path: path, Err: err}
+		return nil, &fs.PathError{Op: "open", Path: path, Err: err}
 	}
 	return os.NewFile(uintptr(fd), path), nil
 }
 
-func read(path string) ([]byte, error) {
+func readAll(path string) ([]byte, error) {
 	f, err := open(path)
 	if err != nil {
 		return nil, err
@@ -87,7 +87,7 @@ func TestFilesReadAsTheirSourceSays(t *testing.T) {
 	for _, name := range []string{"pages-1.img", "pages-2.img", "pages-3.img"} {
 		for range 3 {
 			readers.Go(func() {
-				got, err := read(filepath.Join(dir, name))
+				got, err := readAll(filepath.Join(dir, name))
 				if err != nil || !bytes.Equal(got, c[name]) {
 					t.Errorf("%s: got %d bytes (%v), expected the %d of the source", name, len(got), err, len(c[name]))
 				}

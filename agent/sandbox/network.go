@@ -6,10 +6,11 @@ import (
 	"fmt"
 	"net"
 	"os"
-	"runtime"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"dormouse/internal/thread"
 )
 
 // Network gives sandboxes their place on their job's network.
@@ -43,7 +44,7 @@ func (s *Sandbox) makeNetwork(ctx context.Context) (*os.File, error) {
 // process in it.
 func newNetwork(virtualIP string) (*os.File, error) {
 	var file *os.File
-	err := onSpareThread(func() (err error) {
+	err := thread.Spare(func() (err error) {
 		file, err = enterNewNetwork(virtualIP)
 		return err
 	})
@@ -51,25 +52,6 @@ func newNetwork(virtualIP string) (*os.File, error) {
 		return nil, fmt.Errorf("cannot make the network namespace: %w", err)
 	}
 	return file, nil
-}
-
-// onSpareThread runs work on a thread that ends with it, and never on the main
-// one: that cannot end, and its namespaces are what /proc/PID/ns shows as those
-// of the whole process.
-func onSpareThread(work func() error) error {
-	done := make(chan error)
-	go func() {
-		runtime.LockOSThread()
-		if unix.Gettid() != unix.Getpid() {
-			done <- work() // never unlocked: the thread dies with this goroutine
-			return
-		}
-		// As long as this goroutine has the main thread, no other gets it.
-		err := onSpareThread(work)
-		runtime.UnlockOSThread()
-		done <- err
-	}()
-	return <-done
 }
 
 // enterNewNetwork moves the calling thread.

@@ -17,6 +17,7 @@ import (
 	"dormouse/agent/network"
 	"dormouse/agent/sandbox"
 	"dormouse/api"
+	"dormouse/internal/thread"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
@@ -39,7 +40,7 @@ type fabric struct {
 func newFabric(t *testing.T) *fabric {
 	t.Helper()
 	f := &fabric{t: t, addresses: map[string]string{}}
-	err := sandbox.OnSpareThread(func() (err error) {
+	err := thread.Spare(func() (err error) {
 		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
 			return err
 		}

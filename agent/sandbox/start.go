@@ -344,10 +344,7 @@ func (s *Sandbox) killAll(ctx context.Context) error {
 	if _, err := os.Stat(s.CgroupPath()); errors.Is(err, os.ErrNotExist) {
 		return s.release(ctx)
 	}
-	if err := s.state.Cgroup.Kill(); err != nil {
-		return err
-	}
-	if err := s.state.Cgroup.WaitEmpty(ctx); err != nil {
+	if err := s.state.Cgroup.KillAll(ctx); err != nil {
 		return fmt.Errorf("the processes of sandbox %s do not end: %w", s.ID(), err)
 	}
 	return s.release(ctx)

@@ -182,6 +182,27 @@ func (g *Group) Kill() error {
 	return write(g.Unified, "cgroup.kill", "1")
 }
 
+// killAgain is how long KillAll waits for processes to end before it looks again.
+const killAgain = time.Second
+
+// KillAll returns when every process of the group has ended. The kernel passes
+// over a process whose first thread is being killed already; if that is because
+// another of its threads calls execve(2) just then, the process lives on. So what
+// is left after a while is killed again.
+func (g *Group) KillAll(ctx context.Context) error {
+	for {
+		if err := g.Kill(); err != nil {
+			return err
+		}
+		waiting, cancel := context.WithTimeout(ctx, killAgain)
+		err := g.WaitEmpty(waiting)
+		cancel()
+		if err == nil || ctx.Err() != nil || waiting.Err() == nil {
+			return err
+		}
+	}
+}
+
 // WaitEmpty returns when no process is left in the group.
 func (g *Group) WaitEmpty(ctx context.Context) error {
 	return g.waitEvent(ctx, "populated", "0")

@@ -1,0 +1,172 @@
+package criu
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+
+	"golang.org/x/sys/unix"
+
+	"dormouse/internal/thread"
+)
+
+// kernelFacts are what a CRIU has found out about the kernel. Finding it out
+// takes a CRIU 25 to 30 ms, so it writes it to /run/criu.kdat for the next one;
+// but only where /run is a tmpfs, whose content cannot outlive the kernel
+// (criu/kerndat.c). Where it is not, as in many containers and small virtual
+// machines, each CRIU gets a mount namespace of its own in which it is one,
+// with the file of an earlier CRIU in it. Between them the file is in our
+// memory: it lives no longer than we do, so no longer than the kernel. A CRIU
+// that another build has written it for does not use it.
+type kernelFacts struct {
+	needed bool // the machine's /run is no tmpfs
+
+	mu   sync.Mutex
+	data []byte // of the file; nil at first
+}
+
+const (
+	runDir   = "/run"
+	kdatFile = "criu.kdat"
+)
+
+func newKernelFacts() *kernelFacts {
+	var fs unix.Statfs_t
+	err := unix.Statfs(runDir, &fs)
+	return &kernelFacts{needed: err == nil && fs.Type != unix.TMPFS_MAGIC}
+}
+
+// start starts a CRIU that sees these files as we do, if can be with what is
+// known of the kernel. The directory, which is nil if not, is for learn.
+func (k *kernelFacts) start(cmd *exec.Cmd, dying func(), files []string) (c *child, run *os.File, err error) {
+	if !k.needed || contain(files, runDir) {
+		c, err = startChild(cmd, dying)
+		return c, nil, err
+	}
+	before := identify(files)
+	err = thread.Spare(func() (err error) {
+		run, err = ownRun()
+		if err != nil {
+			return err
+		}
+		if identify(files) != before {
+			return errHidden
+		}
+		if err := k.write(run); err != nil {
+			return err
+		}
+		c, err = startChild(cmd, dying)
+		return err
+	})
+	switch {
+	case c != nil:
+		return c, run, nil
+	case run != nil:
+		run.Close()
+	}
+	if errors.Is(err, errNoOwnRun) || errors.Is(err, errHidden) {
+		c, err = startChild(cmd, dying)
+	}
+	return c, nil, err
+}
+
+var (
+	errNoOwnRun = errors.New("cannot give CRIU a /run of its own")
+	errHidden   = errors.New("what CRIU needs is below /run")
+)
+
+// ownRun gives the calling thread a mount namespace with a new /run.
+func ownRun() (*os.File, error) {
+	if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
+		return nil, fmt.Errorf("%w: unshare: %w", errNoOwnRun, err)
+	}
+	if err := unix.Mount("", "/", "", unix.MS_SLAVE|unix.MS_REC, ""); err != nil {
+		return nil, fmt.Errorf("%w: make / a slave: %w", errNoOwnRun, err)
+	}
+	if err := unix.Mount("criu-run", runDir, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "mode=755,size=1m"); err != nil {
+		return nil, fmt.Errorf("%w: mount a tmpfs: %w", errNoOwnRun, err)
+	}
+	run, err := os.Open(runDir)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", errNoOwnRun, err)
+	}
+	return run, nil
+}
+
+// write puts what is known into a new /run.
+func (k *kernelFacts) write(run *os.File) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.data == nil {
+		return nil
+	}
+	f, err := openIn(run, unix.O_WRONLY|unix.O_CREAT|unix.O_EXCL)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(k.data)
+	return errors.Join(err, f.Close())
+}
+
+// learn takes over what a CRIU that has ended has left in its /run, which may be
+// nil. CRIU renames the file to its place when it is complete.
+func (k *kernelFacts) learn(run *os.File) {
+	if run == nil {
+		return
+	}
+	defer run.Close()
+	f, err := openIn(run, unix.O_RDONLY)
+	if err != nil {
+		return // it did not come that far
+	}
+	defer f.Close()
+	data, err := io.ReadAll(f)
+	if err != nil || len(data) == 0 {
+		return
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.data = data
+}
+
+func openIn(dir *os.File, flags int) (*os.File, error) {
+	fd, err := unix.Openat(int(dir.Fd()), kdatFile, flags|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0o600)
+	if err != nil {
+		return nil, &fs.PathError{Op: "open", Path: filepath.Join(runDir, kdatFile), Err: err}
+	}
+	return os.NewFile(uintptr(fd), kdatFile), nil
+}
+
+// contain reports whether one of the files is a directory that is, or has in it,
+// dir.
+func contain(files []string, dir string) bool {
+	if real, err := filepath.EvalSymlinks(dir); err == nil {
+		dir = real
+	}
+	for _, file := range files {
+		if real, err := filepath.EvalSymlinks(file); err == nil {
+			file = real
+		}
+		if file == "/" || dir == file || strings.HasPrefix(dir, file+"/") {
+			return true
+		}
+	}
+	return false
+}
+
+// identify tells which files the calling thread finds under these names.
+func identify(files []string) string {
+	var all strings.Builder
+	for _, file := range files {
+		var st unix.Stat_t
+		err := unix.Stat(file, &st)
+		fmt.Fprintln(&all, st.Dev, st.Ino, err)
+	}
+	return all.String()
+}
