@@ -27,8 +27,9 @@
 //	Preflight  what cannot be captured is named; room is made in the spool, and
 //	           memory in it made ready; files are copied ahead
 //	Freeze     connections to pid 1 are closed, the cgroup is frozen
-//	Capture    what was sent gets the time to arrive, the task is cut off its
-//	           network, CRIU dumps into the spool, memory through pipes of ours
+//	Capture    plugins bring to rest what ties the task to others (ties.go): what
+//	           was sent gets the time to arrive, the task is cut off its network;
+//	           CRIU dumps into the spool, memory through pipes of ours
 //	           (streams.go); at its end the files follow
 //	Open       the network is back
 //	Thaw       the task goes on

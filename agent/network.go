@@ -132,7 +132,7 @@ func (a *Agent) openNetwork(ref *agentpb.TaskRef) error {
 	failpoint.Hit("agent.open.before")
 	r, _ := t.snapshot()
 	if h := t.heldRestore(); h != nil {
-		return a.resumeRestored(a.life, &r, h.netns)
+		return a.resume(a.life, &r, h.netns)
 	}
 	box, err := t.live()
 	if err != nil {

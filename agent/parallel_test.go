@@ -65,6 +65,8 @@ type pair struct {
 	nodes [2]*node
 	at    [2]int // the node of each task
 	run   int64
+
+	started [2]*agentpb.TaskState
 }
 
 var addresses = [2]string{"10.77.0.1", "10.77.0.2"}
@@ -153,11 +155,14 @@ func (p *pair) connect() {
 func (p *pair) start() {
 	p.t.Helper()
 	p.connect()
-	p.both(func(task int) any {
+	replies := p.both(func(task int) any {
 		return &agentpb.StartTask{
 			Spec: specJSON(p.t, p.spec), VirtualIp: addresses[task], Hosts: p.hosts(), Secret: bytes.Repeat([]byte("s"), 32),
 		}
 	})
+	for task, reply := range replies {
+		p.started[task] = reply.GetStarted()
+	}
 }
 
 // capture stops both tasks and captures them.

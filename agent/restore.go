@@ -279,11 +279,14 @@ func (a *Agent) wake(ctx context.Context, t *task, h *restoring, box *sandbox.Sa
 			case criu.EventNetworkUnlock:
 				// Every connection is there, and none sends before CRIU goes on.
 				failpoint.Hit("agent.restore.unlock")
+				r, _ := t.snapshot()
+				if err := a.mendTies(ctx, &r, box, target.NetNS); err != nil {
+					return err
+				}
 				if h.hold {
 					return h.wait(ctx, target.NetNS)
 				}
-				r, _ := t.snapshot()
-				return a.resumeRestored(ctx, &r, target.NetNS)
+				return a.resume(ctx, &r, target.NetNS)
 			}
 			return nil
 		},

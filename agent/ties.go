@@ -18,7 +18,7 @@ func (a *Agent) withTies(r *record, box *sandbox.Sandbox, do func(plugins.Task) 
 		if err != nil {
 			return err
 		}
-		return do(plugins.Task{Spec: &r.Spec, Networks: a.jobNetworks(r), NetNS: netns, PIDs: pids})
+		return do(a.tied(r, netns, pids))
 	})
 }
 
@@ -49,20 +49,35 @@ func (a *Agent) quiesceTies(ctx context.Context, r *record, box *sandbox.Sandbox
 	})
 }
 
-// resumeTies lets go what quiesceTies held, in the reverse order.
+// resumeTies lets go what quiesceTies held.
 func (a *Agent) resumeTies(ctx context.Context, r *record, box *sandbox.Sandbox) error {
-	return a.withTies(r, box, func(t plugins.Task) error { return a.resume(ctx, t) })
+	return inNetwork(box, func(netns *os.File) error { return a.resume(ctx, r, netns) })
 }
 
-// resumeRestored does so for a restored task before its processes run.
-func (a *Agent) resumeRestored(ctx context.Context, r *record, netns *os.File) error {
-	return a.resume(ctx, plugins.Task{Spec: &r.Spec, Networks: a.jobNetworks(r), NetNS: netns})
+// mendTies does what CRIU left to do in a task that it has built.
+func (a *Agent) mendTies(ctx context.Context, r *record, box *sandbox.Sandbox, netns *os.File) error {
+	pids, err := box.Pids()
+	if err != nil {
+		return err
+	}
+	for _, p := range a.plugins {
+		if err := p.Restored(ctx, a.tied(r, netns, pids)); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
-func (a *Agent) resume(ctx context.Context, t plugins.Task) error {
+// resume lets go a task, whose processes it need not know, in the reverse order.
+func (a *Agent) resume(ctx context.Context, r *record, netns *os.File) error {
 	var errs []error
 	for _, p := range slices.Backward(a.plugins) {
-		errs = append(errs, p.Resume(ctx, t))
+		errs = append(errs, p.Resume(ctx, a.tied(r, netns, nil)))
 	}
 	return errors.Join(errs...)
+}
+
+// tied is a task as plugins see it.
+func (a *Agent) tied(r *record, netns *os.File, pids []int) plugins.Task {
+	return plugins.Task{Spec: &r.Spec, Networks: a.jobNetworks(r), NetNS: netns, PIDs: pids}
 }

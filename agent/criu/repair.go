@@ -58,9 +58,23 @@ func newGuard(pids []int, freezeDir string) (*guard, error) {
 	return g, nil
 }
 
-// duplicate adds the TCP sockets of one process. seen has those known already,
-// by their link text "socket:[INODE]".
+// duplicate adds the TCP sockets of one process.
 func (g *guard) duplicate(pid int, seen map[string]bool) error {
+	return EachTCPSocket(pid, seen, func(fd int) error {
+		own, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0)
+		if err != nil {
+			return err
+		}
+		reuse, _ := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR)
+		g.sockets = append(g.sockets, heldSocket{own, reuse})
+		return nil
+	})
+}
+
+// EachTCPSocket calls do with a duplicate of each TCP socket of a process, which
+// it closes afterwards. seen has those known already, by their link text
+// "socket:[INODE]": processes share them.
+func EachTCPSocket(pid int, seen map[string]bool, do func(fd int) error) error {
 	dir := procPath(pid, "fd")
 	fds, err := os.ReadDir(dir)
 	if err != nil {
@@ -94,12 +108,12 @@ func (g *guard) duplicate(pid int, seen map[string]bool) error {
 		if err != nil {
 			return fmt.Errorf("pidfd_getfd: %w", err)
 		}
-		if !isTCP(fd) {
-			unix.Close(fd)
-			continue
+		if isTCP(fd) {
+			err = do(fd)
 		}
-		reuse, _ := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR)
-		g.sockets = append(g.sockets, heldSocket{fd, reuse})
+		if err = errors.Join(err, unix.Close(fd)); err != nil {
+			return err
+		}
 	}
 	return nil
 }

@@ -11,9 +11,11 @@
 //	                      nothing of the kind moves any more; then CRIU dumps
 //	Open        Resume    what Quiesce holds is let go; then the processes go on
 //
-// A restore begins in the state that Quiesce leaves and needs only Resume: after
-// CRIU has built everything in all tasks, and before any process runs. Whatever
-// goes wrong before or after Quiesce, the answer is Resume as well.
+// Whatever goes wrong before or after Quiesce, the answer is Resume. A restore begins
+// in the state that Quiesce leaves:
+//
+//	Restore   Restored  CRIU has built everything, nothing runs yet
+//	Open      Resume    as above, once all tasks of the job have come as far
 package plugins
 
 import (
@@ -46,6 +48,10 @@ type Plugin interface {
 	// back by Resume, even if the checkpoint comes to nothing.
 	Quiesce(ctx context.Context, t Task) error
 
+	// Restored mends what CRIU does not bring back as it was. The processes are built
+	// and have not run.
+	Restored(ctx context.Context, t Task) error
+
 	// Resume lets go what Quiesce holds, in a task that goes on or that was restored.
 	// It changes nothing if nothing is held.
 	Resume(ctx context.Context, t Task) error
@@ -56,9 +62,7 @@ type Task struct {
 	Spec     *api.JobSpec   // of its job, with the policies
 	Networks []netip.Prefix // addresses of the job's tasks
 	NetNS    *os.File       // its network namespace
-	// PIDs are its processes, in our own pid namespace. None for one that is being
-	// restored.
-	PIDs []int
+	PIDs     []int          // its processes, in our own pid namespace; not given to Resume
 }
 
 // ErrUnsettled: something is on its way between two states neither of which

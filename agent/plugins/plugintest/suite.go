@@ -53,7 +53,7 @@ func Run(t *testing.T, start func(t *testing.T) *Fixture) {
 		"QuiesceEndsWithItsContext":         quiesceEndsWithContext,
 		"ResumeOfWhatIsNotHeld":             resumeOfWhatIsNotHeld,
 		"ResumeByAnAgentThatWasRestarted":   resumeByAnotherAgent,
-		"ResumeBeforeThereAreProcesses":     resumeWithoutProcesses,
+		"ResumeNeedsNoProcesses":            resumeWithoutProcesses,
 		"ProcessesThatEndAreNoError":        processesThatEnd,
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -220,9 +220,9 @@ func resumeByAnotherAgent(t *testing.T, f *Fixture) {
 
 func resumeWithoutProcesses(t *testing.T, f *Fixture) {
 	quiesce(t, f)
-	built := f.Task
-	built.PIDs = nil
-	must(t, f.Plugin().Resume(t.Context(), built))
+	unnamed := f.Task
+	unnamed.PIDs = nil
+	must(t, f.Plugin().Resume(t.Context(), unnamed))
 	f.Thaw()
 	works(t, f)
 }
@@ -233,5 +233,6 @@ func processesThatEnd(t *testing.T, f *Fixture) {
 		t.Errorf("a task whose processes are gone is refused: %v", refusals)
 	}
 	must(t, f.Plugin().Quiesce(t.Context(), f.Task))
+	must(t, f.Plugin().Restored(t.Context(), f.Task))
 	must(t, f.Plugin().Resume(t.Context(), f.Task))
 }

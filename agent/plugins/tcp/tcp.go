@@ -100,6 +100,17 @@ func (Plugin) Quiesce(ctx context.Context, t plugins.Task) error {
 	return network.Cut(t.NetNS)
 }
 
+// Restored mends connections; see mend.
+func (Plugin) Restored(_ context.Context, t plugins.Task) error {
+	shared := map[string]bool{}
+	for _, pid := range t.PIDs {
+		if err := criu.EachTCPSocket(pid, shared, mend); err != nil && !gone(err) {
+			return fmt.Errorf("mend the TCP connections of process %d: %w", pid, err)
+		}
+	}
+	return nil
+}
+
 // Resume opens the task's network.
 func (Plugin) Resume(_ context.Context, t plugins.Task) error { return network.Open(t.NetNS) }
 
