@@ -116,10 +116,24 @@ func locate(explicit string) (string, error) {
 // dumpHelpers is where, in the directory of helpers, those are that only dumps use.
 const dumpHelpers = "dump"
 
+// restoreHelpers is the same for restores.
+const restoreHelpers = "restore"
+
+// plainTar is the tar of restores. PATH begins with where it is itself.
+const plainTar = `#!/bin/sh
+for option; do
+	shift
+	[ "$option" = --gzip ] || set -- "$@" "$option"
+done
+PATH="${PATH#*:}"
+exec tar "$@"
+`
+
 // writeHelpers writes a `gzip` that does not compress. CRIU packs the contents
 // of tmpfs mounts with `tar --gzip` while the tree stands still; measured, that
-// is 37 MB/s with gzip and more than 1 GB/s without. Images written so must be
-// restored so, hence both directions use it; chunks are compressed later.
+// is 37 MB/s with gzip and more than 1 GB/s without; chunks are compressed later.
+// Images written so must be restored so: a restore finds a `tar` that is not told
+// to decompress, which is three processes less for every tmpfs.
 //
 // A dump runs it without arguments, so there cat itself will do: it starts 1 ms
 // sooner, once for every tmpfs, in the pause.
@@ -128,6 +142,12 @@ func writeHelpers(dir string) error {
 		return err
 	}
 	if err := writeScript(filepath.Join(dir, "gzip"), "#!/bin/sh\nexec cat\n"); err != nil {
+		return err
+	}
+	if err := os.MkdirAll(filepath.Join(dir, restoreHelpers), 0o755); err != nil {
+		return err
+	}
+	if err := writeScript(filepath.Join(dir, restoreHelpers, "tar"), plainTar); err != nil {
 		return err
 	}
 	cat := "/bin/cat"
