@@ -88,7 +88,8 @@ func (d *doing) stopTasks(ctx context.Context) (effect, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := d.gone(ctx, refs); err != nil {
+	// Those of a job that was over may still be on their way out.
+	if err := d.gone(ctx, append(refs, d.job.Kept...)); err != nil {
 		return nil, err
 	}
 	return func(_ store.Tx, _ *opRecord, job *jobRecord) error {
