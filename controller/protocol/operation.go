@@ -229,7 +229,9 @@ func (o *Operation) Written() Output {
 	switch {
 	case o.next.Phase != api.OpRunning:
 		return Output{End: o.next.Phase}
-	case o.next.Again || o.next.Anew:
+	case o.next.Anew: // later each time: what was in the way may take a while to go
+		return Output{Wait: Backoff(o.state.Attempt)}
+	case o.next.Again:
 		return o.wait()
 	}
 	o.repeats = 0
