@@ -12,7 +12,7 @@
 //	LOOKUP, GETATTR          names and sizes, which never change
 //	OPEN                     "direct I/O": no copy of the content is cached
 //	READ                     the content
-//	anything else            "not implemented"
+//	anything else            ENOSYS
 package pagefs
 
 import (
