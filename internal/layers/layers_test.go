@@ -24,6 +24,8 @@ var mayImport = map[string][]string{
 	"drivers":              {"api"},
 	"controller/scheduler": {"api"},
 	"controller/protocol":  {"api"},
+	"controller/interval":  {},
+	"controller/retention": {"api"},
 	"controller":           {"api", "repository", "drivers", "monitor", "migrate", "internal"},
 	"agent":                {"api", "repository", "monitor", "internal"},
 	"migrate":              {"api"},
