@@ -15,6 +15,9 @@ const (
 	CheckpointLocal     CheckpointState = "local"
 	CheckpointDurable   CheckpointState = "durable"
 	CheckpointFailed    CheckpointState = "failed"
+	// CheckpointRemoving is one that may not be used any more, until the
+	// repository has forgotten it too.
+	CheckpointRemoving CheckpointState = "removing"
 )
 
 // Trigger says why a checkpoint was taken.
@@ -54,6 +57,8 @@ type Checkpoint struct {
 	CRIUVersion string     `json:"criu_version,omitempty"`
 	// Steps are the measured parts of the capture, per task.
 	Steps []CaptureSteps `json:"steps,omitempty"`
+	// Clones are the jobs that were made of it.
+	Clones []string `json:"clones,omitempty"`
 }
 
 // CaptureSteps are one task's measured steps of a checkpoint.
@@ -65,8 +70,9 @@ type CaptureSteps struct {
 	FilesMS      float64 `json:"files_ms"`
 	PauseMS      float64 `json:"pause_ms"`
 	UploadMS     float64 `json:"upload_ms"`
-	FrozenMS     float64 `json:"frozen_ms"`  // CRIU's frozen_time
-	MemDumpMS    float64 `json:"memdump_ms"` // CRIU's memdump_time
+	UploadCPUMS  float64 `json:"upload_cpu_ms"` // processor time of the agent while it stored this
+	FrozenMS     float64 `json:"frozen_ms"`     // CRIU's frozen_time
+	MemDumpMS    float64 `json:"memdump_ms"`    // CRIU's memdump_time
 	PagesWritten int64   `json:"pages_written"`
 	SizeBytes    int64   `json:"size_bytes"`
 	StoredBytes  int64   `json:"stored_bytes"`

@@ -110,8 +110,21 @@ type JobSpec struct {
 	// CPUBaseline keeps libraries from using what another cloud's processors
 	// lack: native, x86-64-v2, x86-64-v3 or x86-64-v4.
 	CPUBaseline string `json:"cpu_baseline,omitempty" yaml:"cpu_baseline"`
-	// Keep is how many durable checkpoints are retained; 0 keeps all.
-	Keep int `json:"keep,omitempty" yaml:"keep"`
+	// CheckpointEvery makes the job be checkpointed by itself: a duration such as
+	// 10m, a cron line in UTC such as "0 * * * *", or auto, the interval that
+	// loses least. Empty: never.
+	CheckpointEvery string `json:"checkpoint_every,omitempty" yaml:"checkpoint_every" doc:"a duration, a cron line (UTC) or auto"`
+	// Keep is how many durable checkpoints are retained, and KeepHourly and
+	// KeepDaily the newest of how many hours and days. All 0: every one is.
+	Keep       int `json:"keep,omitempty" yaml:"keep"`
+	KeepHourly int `json:"keep_hourly,omitempty" yaml:"keep_hourly"`
+	KeepDaily  int `json:"keep_daily,omitempty" yaml:"keep_daily"`
+	// DrillEvery makes one in so many durable checkpoints be restored on trial;
+	// 0: none is.
+	DrillEvery int `json:"drill_every,omitempty" yaml:"drill_every"`
+	// WalltimeMS is how long the job may run until it is suspended; 0: as long as
+	// it takes.
+	WalltimeMS int64 `json:"walltime_ms,omitempty" yaml:"walltime_ms"`
 	// MaxRestarts is how often the job is recovered by itself from its newest
 	// durable checkpoint after a node was lost.
 	MaxRestarts int `json:"max_restarts,omitempty" yaml:"max_restarts"`
@@ -145,6 +158,10 @@ type JobDetail struct {
 	Run int64 `json:"run"`
 	// From is the checkpoint that the present run was restored from.
 	From string `json:"from,omitempty"`
+	// Automatic explains the job's automatic checkpoints, when it has a policy.
+	Automatic *Automatic `json:"automatic,omitempty"`
+	// WalltimeEnds is when a running job will be suspended.
+	WalltimeEnds *time.Time `json:"walltime_ends,omitempty"`
 }
 
 // TaskStatus is one task as its agent last reported it.

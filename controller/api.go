@@ -236,7 +236,7 @@ func (c *Controller) routeJobs(rest huma.API) {
 		return c.listJobs(ctx, in.All)
 	})
 	route(rest, get("job", "/v1/jobs/{id}", "Show a job"), func(ctx context.Context, in *ByID) (api.JobDetail, error) {
-		return c.jobDetail(ctx, in.ID)
+		return c.explainedJob(ctx, in.ID)
 	})
 	routeEmpty(rest, huma.Operation{OperationID: "remove-job", Method: http.MethodDelete, Path: "/v1/jobs/{id}", Summary: "Forget a job, its checkpoints and logs"},
 		func(ctx context.Context, in *ByID) error { return c.remove(ctx, in.ID) })

@@ -186,6 +186,9 @@ func (d *doing) publish(ctx context.Context) (effect, error) {
 			cp.PauseMS = pause
 		}
 		job.Checkpoints++
+		if err := noteDurable(tx, op, job, cp); err != nil {
+			return err
+		}
 		d.metrics.checkpointDurable(cp)
 		if err := store.Put(tx, store.Checkpoints, cp.ID, cp); err != nil {
 			return err
@@ -283,78 +286,6 @@ func (d *doing) destroy(ctx context.Context) (effect, error) {
 	}, nil
 }
 
-// retention removes the checkpoints that the job's policy does not keep. What
-// fails here is told and left for the next checkpoint: this one is safe.
-func (d *doing) retention(ctx context.Context) (effect, error) {
-	if d.job.Spec.Keep <= 0 {
-		return nil, nil
-	}
-	var drop []string
-	err := d.store.View(ctx, func(tx store.Tx) error {
-		list, err := checkpointsOf(tx, d.job.ID)
-		drop = surplus(list, d.job.Spec.Keep)
-		return err
-	})
-	if err != nil {
-		return nil, err
-	}
-	for _, id := range drop {
-		if err := d.forgetCheckpoint(ctx, id); err != nil {
-			d.log.Warn("an old checkpoint was not removed", "checkpoint", id, "error", err)
-		}
-	}
-	if len(drop) > 0 {
-		d.collectGarbage(ctx)
-	}
-	return nil, nil
-}
-
-// surplus names the durable checkpoints without a label beyond the newest
-// keep; list is oldest first. It is a pure function.
-func surplus(list []api.Checkpoint, keep int) (drop []string) {
-	kept := 0
-	for i := len(list) - 1; i >= 0; i-- {
-		if list[i].State != api.CheckpointDurable || list[i].Label != "" {
-			continue
-		}
-		if kept++; kept > keep {
-			drop = append(drop, list[i].ID)
-		}
-	}
-	return drop
-}
-
-// forgetCheckpoint removes a checkpoint's manifest and then its record.
-func (c *Controller) forgetCheckpoint(ctx context.Context, id string) error {
-	err := c.parts.Repository.RemoveManifest(ctx, id)
-	if err != nil && !errors.Is(err, backend.ErrNotExist) {
-		return err
-	}
-	return c.store.Update(ctx, func(tx store.Tx) error {
-		cp, err := store.Get[api.Checkpoint](tx, store.Checkpoints, id)
-		if errors.Is(err, store.ErrNotFound) {
-			return nil
-		}
-		if err != nil {
-			return err
-		}
-		if err := tx.Delete(store.Checkpoints, id); err != nil {
-			return err
-		}
-		job, err := getJob(tx, cp.Job)
-		if errors.Is(err, store.ErrNotFound) {
-			return nil
-		}
-		if err != nil {
-			return err
-		}
-		if cp.State == api.CheckpointDurable {
-			job.Checkpoints = max(job.Checkpoints-1, 0)
-		}
-		return putJob(tx, job)
-	})
-}
-
 // collectGarbage frees what no manifest needs. One run at a time: who comes
 // while one is under way leaves it to the next.
 func (c *Controller) collectGarbage(ctx context.Context) {
@@ -381,6 +312,7 @@ func (c *Controller) concludeCheckpoint(tx store.Tx, op *opRecord, job *jobRecor
 		return err
 	}
 	cp.State, cp.Error = api.CheckpointFailed, op.Error
+	job.History.fail(op.Started)
 	if err := store.Put(tx, store.Checkpoints, cp.ID, cp); err != nil {
 		return err
 	}
@@ -394,7 +326,14 @@ func (c *Controller) concludeSuspend(tx store.Tx, op *opRecord, job *jobRecord, 
 		c.logJob(job)
 		return c.concludeCheckpoint(tx, op, job, false)
 	}
+	ask, err := op.request()
+	if err != nil {
+		return err
+	}
 	job.Phase, job.Reason = api.PhaseSuspended, "sleeps in checkpoint "+op.Checkpoint
+	if ask.Why != "" {
+		job.Reason = ask.Why + ": " + job.Reason
+	}
 	for i := range job.TaskStatus {
 		job.TaskStatus[i].Phase, job.TaskStatus[i].Pid = api.PhaseSuspended, 0
 	}

@@ -13,6 +13,7 @@ import (
 
 	"google.golang.org/grpc"
 
+	"dormouse/controller/interval"
 	"dormouse/controller/pki"
 	"dormouse/controller/store"
 	"dormouse/drivers"
@@ -37,6 +38,9 @@ type Cloud struct {
 	Driver     drivers.Driver
 	Tunnel     string             // TunnelVXLAN where the network between the nodes is trusted
 	Nodes      []drivers.NodeSpec // to provision at the start
+	// Dumps is how many checkpoints the cloud makes at once before automatic ones
+	// wait; 0: as many as it has nodes.
+	Dumps int
 }
 
 // Parts are what a Controller is made of. Store, PKI and Repository are
@@ -58,6 +62,8 @@ type Parts struct {
 	Heartbeat, Lease, Margin time.Duration
 	// Grace is what a killed job gets between SIGTERM and SIGKILL. Zero: 10 s.
 	Grace time.Duration
+	// Bounds hold the interval of automatic checkpoints. Zero: interval.Usual.
+	Bounds interval.Bounds
 	// AgentURL is where a cloud's new agents dial.
 	AgentURL func(cloud string) string
 }
@@ -145,6 +151,7 @@ func (c *Controller) Start(ctx context.Context) error {
 	}
 	c.work.Go(func() { c.watchNodes(c.run) })
 	c.work.Go(func() { c.reconcile(c.run) })
+	c.work.Go(func() { c.automatic(c.run) })
 	return nil
 }
 

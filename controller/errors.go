@@ -15,6 +15,14 @@ import (
 	"dormouse/controller/store"
 )
 
+// ignoreNotFound is for what may have been removed meanwhile.
+func ignoreNotFound(err error) error {
+	if errors.Is(err, store.ErrNotFound) {
+		return nil
+	}
+	return err
+}
+
 // problem is an answer to a request that cannot be served: RFC 9457.
 type problem struct {
 	api.Problem

@@ -156,6 +156,7 @@ func (c *Controller) putNodeState(tx store.Tx, n nodeRecord, state api.NodeState
 			return err
 		}
 	}
+	n.note(state, c.clock.Now())
 	n.State, n.Reason = state, reason
 	return store.Put(tx, store.Nodes, n.ID, n)
 }

@@ -1,7 +1,6 @@
 package controller
 
 import (
-	"slices"
 	"testing"
 
 	"dormouse/api"
@@ -44,19 +43,6 @@ func TestOlderVersion(t *testing.T) {
 		if olderVersion(c.a, c.b) != c.want {
 			t.Errorf("%q older than %q: want %v", c.a, c.b, c.want)
 		}
-	}
-}
-
-func TestSurplus(t *testing.T) {
-	cp := func(id, label string, state api.CheckpointState) api.Checkpoint {
-		return api.Checkpoint{ID: id, Label: label, State: state}
-	}
-	list := []api.Checkpoint{
-		cp("1", "", api.CheckpointDurable), cp("2", "kept", api.CheckpointDurable), cp("3", "", api.CheckpointFailed),
-		cp("4", "", api.CheckpointDurable), cp("5", "", api.CheckpointDurable),
-	}
-	if drop := surplus(list, 1); !slices.Equal(drop, []string{"4", "1"}) {
-		t.Errorf("want 4 and 1, got %v", drop)
 	}
 }
 

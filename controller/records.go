@@ -11,6 +11,7 @@ import (
 
 	"dormouse/api"
 	"dormouse/api/agentpb"
+	"dormouse/controller/interval"
 	"dormouse/controller/protocol"
 	"dormouse/controller/store"
 )
@@ -29,6 +30,8 @@ type jobRecord struct {
 	Secret []byte `json:"secret,omitempty"`
 	// Kept are ended tasks whose logs are still on their nodes.
 	Kept []taskRef `json:"kept,omitempty"`
+	// History is what automatic checkpoints go by.
+	History history `json:"history,omitzero"`
 }
 
 // taskRef is one incarnation of a task and where it is or was.
@@ -64,6 +67,7 @@ type request struct {
 	Checkpoints []string    `json:"checkpoints,omitempty"` // to verify; empty: all
 	Tasks       int         `json:"tasks,omitempty"`       // of the job
 	Request     string      `json:"request,omitempty"`     // of a program inside the job
+	Why         string      `json:"why,omitempty"`         // it was begun, where that is not plain
 }
 
 // opRecord is an operation as it is stored.
@@ -109,8 +113,8 @@ func (o *opRecord) request() (request, error) {
 type nodeRecord struct {
 	api.Node
 	Driver string `json:"driver,omitempty"`
-	// Hellos counts the sessions that its agents began.
-	Hellos int64 `json:"hellos,omitempty"`
+	// Tally is how often the node was lost, up to its last change of state.
+	Tally interval.Tally `json:"tally,omitzero"`
 }
 
 // cleanup is a task that its node must destroy or, with Checkpoint, what was

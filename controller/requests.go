@@ -223,6 +223,9 @@ func (c *Controller) clone(ctx context.Context, ref, cloud, name string) (*opRec
 		if err := putJob(tx, job); err != nil {
 			return err
 		}
+		if err := noteClone(tx, id, job.ID); err != nil {
+			return err
+		}
 		message := fmt.Sprintf("cloned from checkpoint %s of job %s", id, ref)
 		if err := c.emit(tx, api.Event{Job: job.ID, Type: "submitted", Message: message}); err != nil {
 			return err
@@ -331,14 +334,19 @@ func (c *Controller) remove(ctx context.Context, ref string) error {
 			return err
 		}
 		id = job.ID
-		checkpoints, err = checkpointsOf(tx, id)
+		if checkpoints, err = checkpointsOf(tx, id); err != nil {
+			return err
+		}
+		for _, cp := range checkpoints {
+			err = errors.Join(err, stillNeeded(tx, cp))
+		}
 		return err
 	})
 	if err != nil {
 		return err
 	}
 	for _, cp := range checkpoints {
-		if err := c.forgetCheckpoint(ctx, cp.ID); err != nil {
+		if err := c.forgetCheckpoint(ctx, cp.ID, stillNeeded); err != nil {
 			return fmt.Errorf("remove checkpoint %s of job %s: %w", cp.ID, id, err)
 		}
 	}
@@ -379,23 +387,13 @@ func (c *Controller) removeCheckpoint(ctx context.Context, ref string) error {
 	var id string
 	err := c.store.View(ctx, func(tx store.Tx) error {
 		cp, err := findCheckpoint(tx, ref)
-		if err != nil {
-			return err
-		}
 		id = cp.ID
-		job, err := getJob(tx, cp.Job)
-		if errors.Is(err, store.ErrNotFound) {
-			return nil
-		}
-		if err != nil {
-			return err
-		}
-		return free(tx, job, cp)
+		return err
 	})
 	if err != nil {
 		return err
 	}
-	if err := c.forgetCheckpoint(ctx, id); err != nil {
+	if err := c.forgetCheckpoint(ctx, id, free); err != nil {
 		return err
 	}
 	c.work.Go(func() { c.collectGarbage(c.run) })
@@ -403,8 +401,15 @@ func (c *Controller) removeCheckpoint(ctx context.Context, ref string) error {
 }
 
 // free refuses a checkpoint that an operation works on, or that a suspended
-// job would be lost without.
-func free(tx store.Tx, job *jobRecord, cp api.Checkpoint) error {
+// job or a clone would be lost without.
+func free(tx store.Tx, cp api.Checkpoint) error {
+	if err := stillNeeded(tx, cp); err != nil {
+		return err
+	}
+	job, err := getJob(tx, cp.Job)
+	if err != nil {
+		return ignoreNotFound(err)
+	}
 	if job.Operation != "" {
 		op, err := getOperation(tx, job.Operation)
 		if err != nil {

@@ -312,5 +312,8 @@ func (c *Controller) nowRestored(tx store.Tx, op *opRecord, job *jobRecord) erro
 	if op.Kind != api.OpClone {
 		job.Restarts++
 	}
+	if op.Kind != api.OpRecover {
+		job.History.Awake = c.clock.Now().UTC()
+	}
 	return c.nowRunning(tx, job, how)
 }

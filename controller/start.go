@@ -85,6 +85,7 @@ func (d *doing) unplace(ctx context.Context) (effect, error) {
 // what is worth another try it is pending again: another node may do better.
 func (c *Controller) concludeStart(tx store.Tx, op *opRecord, job *jobRecord, done bool) error {
 	if done {
+		job.History.Awake = c.clock.Now().UTC()
 		return c.nowRunning(tx, job, "started")
 	}
 	cause := op.Position.Cause
@@ -101,6 +102,7 @@ func (c *Controller) concludeStart(tx store.Tx, op *opRecord, job *jobRecord, do
 func (c *Controller) nowRunning(tx store.Tx, job *jobRecord, how string) error {
 	now := c.clock.Now().UTC()
 	job.Phase, job.Reason = api.PhaseRunning, ""
+	job.History.begin(now)
 	if job.Started == nil {
 		job.Started = &now
 	}

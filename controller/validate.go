@@ -8,18 +8,22 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 
 	"dormouse/api"
+	"dormouse/controller/interval"
 )
 
 // What a spec leaves out.
 const (
 	defaultCPUs = 1
 	defaultMem  = 512 << 20
-	leastMem    = 4 << 20                 // less than any process tree needs
-	mostTasks   = 1<<(32-networkBits) - 3 // the addresses of a job's subnet, less those of networkBits
+	leastMem    = 4 << 20 // less than any process tree needs
+	// leastWalltime leaves time for the checkpoint before its end.
+	leastWalltime = 10 * time.Second
+	mostTasks     = 1<<(32-networkBits) - 3 // the addresses of a job's subnet, less those of networkBits
 )
 
 var (
@@ -45,7 +49,7 @@ func completeSpec(spec api.JobSpec, raw []byte) (api.JobSpec, error) {
 	if spec.MemBytes == 0 {
 		spec.MemBytes = defaultMem
 	}
-	for _, check := range []func(*api.JobSpec) error{checkCommand, checkResources, checkRoot, checkPlaces, checkNames, checkLaunch, checkNetwork} {
+	for _, check := range []func(*api.JobSpec) error{checkCommand, checkResources, checkRoot, checkPlaces, checkNames, checkLaunch, checkNetwork, checkPolicies} {
 		if err := check(&spec); err != nil {
 			return spec, err
 		}
@@ -91,8 +95,6 @@ func checkResources(s *api.JobSpec) error {
 		return invalid("tasks must be greater than 0, got %d", s.Tasks)
 	case s.Tasks > mostTasks:
 		return invalid("tasks must be at most %d, got %d", mostTasks, s.Tasks)
-	case s.Keep < 0:
-		return invalid("keep must be 0 or greater, got %d", s.Keep)
 	case s.MaxRestarts < 0:
 		return invalid("max_restarts must be 0 or greater, got %d", s.MaxRestarts)
 	}
@@ -191,6 +193,24 @@ func checkNetwork(s *api.JobSpec) error {
 				return invalid("port %d/%s is published twice", p.Port, p.Protocol)
 			}
 		}
+	}
+	return nil
+}
+
+// checkPolicies checks when the job is checkpointed by itself, and what is kept.
+func checkPolicies(s *api.JobSpec) error {
+	for name, n := range map[string]int64{
+		"keep": int64(s.Keep), "keep_hourly": int64(s.KeepHourly), "keep_daily": int64(s.KeepDaily), "drill_every": int64(s.DrillEvery),
+	} {
+		if n < 0 {
+			return invalid("%s must be 0 or greater, got %d", name, n)
+		}
+	}
+	if s.WalltimeMS != 0 && (s.WalltimeMS < leastWalltime.Milliseconds() || s.WalltimeMS > interval.Longest.Milliseconds()) {
+		return invalid("walltime_ms must be from %d to %d, got %d", leastWalltime.Milliseconds(), interval.Longest.Milliseconds(), s.WalltimeMS)
+	}
+	if _, err := interval.Parse(s.CheckpointEvery); err != nil {
+		return invalid("checkpoint_every: %v", err)
 	}
 	return nil
 }

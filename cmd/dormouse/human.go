@@ -79,6 +79,39 @@ func (s sizeFlag) Set(text string) error {
 
 func (s sizeFlag) Type() string { return "size" }
 
+// parseMilliseconds reads a duration such as 90s or 2h.
+func parseMilliseconds(text string) (int64, error) {
+	d, err := time.ParseDuration(strings.TrimSpace(text))
+	if err != nil {
+		return 0, fmt.Errorf("%q is not a duration such as 30m or 2h", text)
+	}
+	if d <= 0 {
+		return 0, fmt.Errorf("the duration %s is not more than nothing", text)
+	}
+	return max(d.Milliseconds(), 1), nil
+}
+
+// durationFlag is a flag that takes a duration and keeps it in milliseconds.
+type durationFlag struct{ ms *int64 }
+
+func (d durationFlag) String() string {
+	if d.ms == nil || *d.ms == 0 {
+		return ""
+	}
+	return (time.Duration(*d.ms) * time.Millisecond).String()
+}
+
+func (d durationFlag) Set(text string) error {
+	ms, err := parseMilliseconds(text)
+	if err != nil {
+		return err
+	}
+	*d.ms = ms
+	return nil
+}
+
+func (d durationFlag) Type() string { return "duration" }
+
 // humanAge words a time in the past by its largest unit.
 func humanAge(age time.Duration) string {
 	switch {

@@ -7,6 +7,7 @@ import (
 	"strconv"
 	"strings"
 	"text/tabwriter"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -145,6 +146,45 @@ func addressesOf(ctx context.Context, controller *client.Client, job *api.JobDet
 	return addresses, nil
 }
 
+// describeAutomatic tells when the job is checkpointed by itself, and why then.
+func (c *cli) describeAutomatic(job *api.JobDetail, line func(name, value string)) {
+	if a := job.Automatic; a != nil {
+		text := a.Why
+		if a.Next != nil {
+			text += ", next at " + a.Next.UTC().Format(time.RFC3339)
+		}
+		line("automatic", text)
+		line("waits", a.Waits)
+		if a.Failures > 0 {
+			line("failed", fmt.Sprintf("%d automatic checkpoints in a row: `dormouse events %s` says why", a.Failures, job.ID))
+		}
+		if a.Inputs != nil {
+			line("expected loss", fmt.Sprintf("%.2g %% of the time", 100*a.Inputs.Loss))
+		}
+	}
+	line("keeps", kept(job.Spec))
+	if job.Spec.DrillEvery > 0 {
+		line("drills", fmt.Sprintf("one in %d checkpoints is restored on trial", job.Spec.DrillEvery))
+	}
+	if end := job.WalltimeEnds; end != nil {
+		line("walltime", fmt.Sprintf("%s: suspended at %s", time.Duration(job.Spec.WalltimeMS)*time.Millisecond, end.UTC().Format(time.RFC3339)))
+	}
+}
+
+// kept says which checkpoints are kept; nothing when all are.
+func kept(spec api.JobSpec) string {
+	rules := []string{}
+	for _, rule := range []struct {
+		n    int
+		what string
+	}{{spec.Keep, "the newest %d"}, {spec.KeepHourly, "%d hourly"}, {spec.KeepDaily, "%d daily"}} {
+		if rule.n > 0 {
+			rules = append(rules, fmt.Sprintf(rule.what, rule.n))
+		}
+	}
+	return strings.Join(rules, ", ")
+}
+
 func (c *cli) printJob(job *api.JobDetail, addresses map[int]string) error {
 	table, line := c.properties()
 	line("id", job.ID)
@@ -158,6 +198,7 @@ func (c *cli) printJob(job *api.JobDetail, addresses map[int]string) error {
 	line("restarts", strconv.Itoa(job.Restarts))
 	line("restored from", job.From)
 	line("operation", job.Operation)
+	c.describeAutomatic(job, line)
 	line("command", commandLine(job.Spec.Command))
 	line("user", job.Spec.User)
 	line("root", firstOf(job.Spec.Root, string(api.RootHost)))

@@ -18,6 +18,7 @@ import (
 	"gopkg.in/yaml.v3"
 
 	"dormouse/api"
+	"dormouse/controller/interval"
 )
 
 // What a task may at least be given; less cannot hold a program.
@@ -65,6 +66,11 @@ func parseJobFile(content []byte) (spec api.JobSpec, publish []string, err error
 	}
 	if text, ok := fields["mem_bytes"].(string); ok {
 		if fields["mem_bytes"], err = parseSize(text); err != nil {
+			return spec, nil, err
+		}
+	}
+	if text, ok := fields["walltime_ms"].(string); ok {
+		if fields["walltime_ms"], err = parseMilliseconds(text); err != nil {
 			return spec, nil, err
 		}
 	}
@@ -215,14 +221,19 @@ func checkSpec(spec api.JobSpec) error {
 		return usagef("no machine has %s of memory", humanSize(spec.MemBytes))
 	case spec.Priority > math.MaxInt32 || spec.Priority < math.MinInt32:
 		return usagef("the priority %d does not fit into 32 bits", spec.Priority)
-	case spec.Keep < 0:
-		return usagef("%d checkpoints cannot be kept: --keep is 0 (all) or more", spec.Keep)
+	case min(spec.Keep, spec.KeepHourly, spec.KeepDaily) < 0:
+		return usagef("%d checkpoints cannot be kept: --keep, --keep-hourly and --keep-daily are 0 or more", min(spec.Keep, spec.KeepHourly, spec.KeepDaily))
+	case spec.DrillEvery < 0:
+		return usagef("one in %d checkpoints cannot be tried: --drill-every is 0 (none) or more", spec.DrillEvery)
 	case spec.MaxRestarts < 0:
 		return usagef("%d restarts cannot be allowed: --max-restarts is 0 or more", spec.MaxRestarts)
 	case spec.CPUBaseline != "" && !slices.Contains(cpuBaselines, spec.CPUBaseline):
 		return usagef("the CPU baseline %q is not one of %s", spec.CPUBaseline, strings.Join(cpuBaselines, ", "))
 	case spec.Dir != "" && !path.IsAbs(spec.Dir):
 		return usagef("the working directory %q is not absolute: it is one inside the sandbox, such as /data", spec.Dir)
+	}
+	if _, err := interval.Parse(spec.CheckpointEvery); err != nil {
+		return usagef("--checkpoint-every: %v", err)
 	}
 	if err := checkParallel(spec); err != nil {
 		return err

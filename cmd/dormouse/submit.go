@@ -40,6 +40,10 @@ in DORMOUSE_TASK, DORMOUSE_TASKS and DORMOUSE_HOSTS; but mpirun and mpiexec run 
 task 0 only and start the ranks in all of them (see --launch). A job reaches the
 outside; the outside reaches what the job publishes, on the node of the task.
 
+A job is checkpointed by itself with --checkpoint-every; ` + "`dormouse inspect`" + ` says when
+and why. What --keep, --keep-hourly and --keep-daily do not keep is removed after each
+checkpoint; the newest and those with a label always stay.
+
 A job file (-f) is YAML or JSON with the fields that ` + "`dormouse inspect -o json`" + ` shows
 under "spec"; publish may list texts as for --publish. Flags override the file.`,
 		Example: `  dormouse submit -- sleep 600
@@ -48,6 +52,7 @@ under "spec"; publish may list texts as for --publish. Flags override the file.`
   dormouse submit --tasks 4 --cpus 1 -- mpirun ./program
   dormouse submit --tasks 2 -- sh -c 'if [ $DORMOUSE_TASK = 0 ]; then ./server; else ./client task-0; fi'
   dormouse submit --publish 8080:80 --connections close -- ./webserver
+  dormouse submit --checkpoint-every auto --keep 3 --keep-daily 7 --max-restarts 10 -- ./simulate
   dormouse submit --root oci:./python.tar -- python3 -m http.server
   dormouse submit -f job.yaml`,
 		RunE: func(command *cobra.Command, args []string) error {
@@ -87,11 +92,17 @@ under "spec"; publish may list texts as for --publish. Flags override the file.`
 	set.StringVar(&flags.spec.Launch, "launch", "", "where the command runs: in `each|first` task, or auto: in the first for mpirun and its like, otherwise in each (default auto)")
 	set.StringVar(&flags.spec.Connections, "connections", "", "what a checkpoint does about TCP connections that leave the job: `refuse|close|keep` (default refuse, which names them)")
 	set.StringVar(&flags.spec.CPUBaseline, "cpu-baseline", "", "processor `level` that libraries may use: native, x86-64-v2, x86-64-v3 or x86-64-v4")
-	set.IntVar(&flags.spec.Keep, "keep", 0, "`number` of durable checkpoints to keep (0: all)")
+	set.StringVar(&flags.spec.CheckpointEvery, "checkpoint-every", "", "checkpoint by itself: `10m`, a cron line in UTC such as \"0 * * * *\", or auto, the interval that loses least")
+	set.IntVar(&flags.spec.Keep, "keep", 0, "`number` of durable checkpoints to keep (0: all, unless hours or days are given)")
+	set.IntVar(&flags.spec.KeepHourly, "keep-hourly", 0, "keep the newest checkpoint of each of the last so many hours (`number`)")
+	set.IntVar(&flags.spec.KeepDaily, "keep-daily", 0, "keep the newest checkpoint of each of the last so many days (`number`)")
+	set.IntVar(&flags.spec.DrillEvery, "drill-every", 0, "restore one in so many checkpoints on trial (`number`; 0: none)")
+	set.Var(durationFlag{&flags.spec.WalltimeMS}, "walltime", "checkpoint and suspend the job after running so long, such as 2h")
 	set.IntVar(&flags.spec.MaxRestarts, "max-restarts", 0, "`times` the job is restored by itself after its node was lost")
 	set.Lookup("workdir").Hidden = true
 	mustComplete(command, "cloud", c.clouds())
 	mustComplete(command, "cpu-baseline", fixed(cpuBaselines...))
+	mustComplete(command, "checkpoint-every", fixed("10m", "auto", "@hourly"))
 	mustComplete(command, "launch", fixed(launches...))
 	mustComplete(command, "connections", fixed(connections...))
 	mustComplete(command, "root", fixed("host", "dir:", "oci:"))
@@ -137,7 +148,12 @@ func overrideSpec(command *cobra.Command, spec *api.JobSpec, given api.JobSpec) 
 	override(changed("launch"), &spec.Launch, given.Launch)
 	override(changed("connections"), &spec.Connections, given.Connections)
 	override(changed("cpu-baseline"), &spec.CPUBaseline, given.CPUBaseline)
+	override(changed("checkpoint-every"), &spec.CheckpointEvery, given.CheckpointEvery)
 	override(changed("keep"), &spec.Keep, given.Keep)
+	override(changed("keep-hourly"), &spec.KeepHourly, given.KeepHourly)
+	override(changed("keep-daily"), &spec.KeepDaily, given.KeepDaily)
+	override(changed("drill-every"), &spec.DrillEvery, given.DrillEvery)
+	override(changed("walltime"), &spec.WalltimeMS, given.WalltimeMS)
 	override(changed("max-restarts"), &spec.MaxRestarts, given.MaxRestarts)
 }
 

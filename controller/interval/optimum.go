@@ -84,6 +84,18 @@ func Loss(interval time.Duration, cost Cost, mtbf time.Duration) float64 {
 	return min(paid+redone, 1)
 }
 
+// Lead is how long before the end of a job's walltime its last checkpoint must
+// begin to be durable in time: twice what is typical and some seconds, and
+// never more than a quarter of the walltime.
+func Lead(costs []Cost, walltime time.Duration) time.Duration {
+	return min(2*typical(costs).Durable+5*time.Second, walltime/4)
+}
+
+// Again is how long to wait after so many failures of what cannot wait long.
+func Again(failures int) time.Duration {
+	return min(5*time.Second<<min(max(failures, 1)-1, 10), 5*time.Minute)
+}
+
 // seconds makes a duration of a number that may be out of all bounds.
 func seconds(s float64) time.Duration {
 	const most = float64(math.MaxInt64 / int64(time.Second))
