@@ -88,5 +88,6 @@ install_missing
 link_redis_server
 
 (cd "$HERE/.." && go mod download) || die "go mod download failed: the modules in go.mod are fetched this once and need the network"
+[ "$purpose" != test ] || "$HERE/etcd.sh"
 "$HERE/criu.sh"
 say "ready"

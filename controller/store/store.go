@@ -8,7 +8,8 @@
 // Every committed change moves the store's revision on, and Wait lets readers
 // sleep until it does; long polls, event streams and the reconciler hang on it.
 //
-// Implementations: bolt (one file, embedded). Each passes storetest.
+// Implementations: bolt (one file, embedded) and etcd (shared by several
+// controllers). Each passes storetest.
 package store
 
 import (
@@ -46,6 +47,19 @@ var ErrNotFound = errors.New("not found")
 
 // ErrClosed is what every method answers after Close.
 var ErrClosed = errors.New("the store is closed")
+
+// ErrDeposed is what a shared store answers to a controller that does not lead.
+var ErrDeposed = errors.New("this controller does not lead: another one may")
+
+// NewerSchemaError refuses a store that a newer dormouse wrote.
+type NewerSchemaError struct {
+	Where  string // file or address of the store
+	Schema int
+}
+
+func (e *NewerSchemaError) Error() string {
+	return fmt.Sprintf("the store %s has schema %d and this dormouse knows up to %d: use the newer dormouse that wrote it", e.Where, e.Schema, Schema)
+}
 
 // DamagedError says that a store's contents cannot be trusted.
 type DamagedError struct {

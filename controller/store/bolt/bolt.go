@@ -149,7 +149,7 @@ func checkSchema(meta *bbolt.Bucket, file string) error {
 		return &store.DamagedError{Where: file, What: "it names no schema"}
 	}
 	if schema := binary.BigEndian.Uint64(raw); schema > store.Schema {
-		return fmt.Errorf("the store %s has schema %d and this dormouse knows up to %d: use the newer dormouse that wrote it", file, schema, store.Schema)
+		return &store.NewerSchemaError{Where: file, Schema: int(schema)}
 	}
 	return nil
 }
