@@ -1,18 +1,38 @@
-// Package scheduler decides where tasks go.
+// Package scheduler decides where tasks go, who waits and who gives way.
 //
-// It is pure: a snapshot of the nodes and a request come in, a placement or
-// the reason why there is none goes out; nothing is read, written or kept.
-// The tasks of a job are placed as a gang, all or none.
+// It is pure: a snapshot of nodes, jobs and the queue comes in, decisions go
+// out; nothing is read, written or kept, and the same input has the same answer.
 //
-// Place sorts the eligible nodes so that the least loaded comes first, by the
-// share of its processors that would be in use and then by name, gives it one
-// task, and repeats. As all tasks of a job are equal, it finds a placement
-// whenever there is one.
+// Place finds nodes for one gang, all of its tasks or none. Spread, the default,
+// gives one task after the other to the least loaded node; pack uses as few
+// nodes as possible and of those the most loaded. As all tasks of a job are
+// equal, both find a placement whenever there is one.
+//
+// Schedule goes through the queue, the most important and oldest first. What it
+// gives one job is taken for all that follow:
+//
+//	there is room                         start there
+//	there will be, as jobs are leaving    keep that room, wait
+//	there is if lesser jobs give way      evict the cheapest such set, keep their room, wait
+//	otherwise                             wait; jobs behind go ahead only where that does no harm
+//
+// A place does no harm to a waiting job when, whichever of the jobs on the node
+// end, and in whatever order, the node would hold as many of its tasks as
+// without whoever took the place. So no start is ever delayed by a job further
+// behind, and no run times need to be known. A job that would not fit on all the
+// nodes that are up even if they were idle waits for nodes, and keeps none free.
+//
+// Victims are of strictly lower priority than the job they give way for: first,
+// the least priority up to which jobs must give way is looked for (evicting a job
+// that outranks another one there would evict that one next, when it comes back),
+// then, among these, the set with the fewest bytes to checkpoint. It is minimal:
+// without any one of its members there would be no room.
 package scheduler
 
 import (
 	"cmp"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 
@@ -29,6 +49,9 @@ type Node struct {
 	CPUsUsed    float64
 	MemUsed     int64
 	CRIUVersion string
+	Labels      map[string]string
+	// Ports are taken there, such as 80/tcp, each by the job that it maps to.
+	Ports map[string]string
 }
 
 // Request is one gang to place.
@@ -37,6 +60,14 @@ type Request struct {
 	CPUs     float64 // per task
 	MemBytes int64   // per task
 	Cloud    string  // only there; empty: anywhere
+	// Labels are what a node must have.
+	Labels map[string]string
+	// Pack puts the tasks on as few nodes as possible, rather than spread them.
+	Pack bool
+	// Ports are those that the job needs to itself on its nodes, such as 80/tcp.
+	Ports []string
+	// Only names the nodes to use; empty: all.
+	Only []string
 	// Avoid names nodes to use only when no other placement exists.
 	Avoid []string
 	// Unfit gives the reason why a node that is ready and has room cannot take
@@ -70,64 +101,121 @@ func slots(n Node, r Request) int {
 
 // Place returns the node of each task, or a *NoRoomError.
 func Place(nodes []Node, r Request) ([]string, error) {
-	eligible := eligible(nodes, r)
-	preferred := slices.DeleteFunc(slices.Clone(eligible), func(n Node) bool { return slices.Contains(r.Avoid, n.ID) })
-	if placement := spread(preferred, r); placement != nil {
+	fits := func(i int) int {
+		if suits(nodes[i], r) != "" {
+			return 0
+		}
+		return slots(nodes[i], r)
+	}
+	if placement := fill(nodes, r, func(i int) int {
+		if slices.Contains(r.Avoid, nodes[i].ID) {
+			return 0
+		}
+		return fits(i)
+	}); placement != nil {
 		return placement, nil
 	}
-	if placement := spread(eligible, r); placement != nil {
+	if placement := fill(nodes, r, fits); placement != nil {
 		return placement, nil
 	}
 	return nil, explain(nodes, r)
 }
 
-func eligible(nodes []Node, r Request) []Node {
-	var fit []Node
-	for _, n := range nodes {
-		if n.State == api.NodeReady && inCloud(n, r) && (r.Unfit == nil || r.Unfit(n) == "") {
-			fit = append(fit, n)
+// suits says why a node may not take the tasks although it has room, or is not
+// theirs to take; empty: it may.
+func suits(n Node, r Request) string {
+	if n.State != api.NodeReady {
+		return fmt.Sprintf("node %s is %s", n.ID, n.State)
+	}
+	if !asked(n, r) {
+		return fmt.Sprintf("node %s is not one that was asked for", n.ID)
+	}
+	for _, port := range r.Ports {
+		if job := n.Ports[port]; job != "" {
+			return fmt.Sprintf("job %s publishes port %s on node %s", job, port, n.ID)
 		}
 	}
-	return fit
+	if r.Unfit != nil {
+		return r.Unfit(n)
+	}
+	return ""
 }
 
-func inCloud(n Node, r Request) bool { return r.Cloud == "" || n.Cloud == r.Cloud }
+// asked reports whether the node is in the cloud, and has the labels, that were
+// asked for.
+func asked(n Node, r Request) bool {
+	if r.Cloud != "" && n.Cloud != r.Cloud || len(r.Only) > 0 && !slices.Contains(r.Only, n.ID) {
+		return false
+	}
+	for key, value := range r.Labels {
+		if got, has := n.Labels[key]; !has || got != value {
+			return false
+		}
+	}
+	return true
+}
 
-// spread gives one task after the other to the least loaded node; nil when
+// fill gives every task a node, of which node i has fits(i) places; nil when
 // they do not all fit.
-func spread(nodes []Node, r Request) []string {
-	left := slices.Clone(nodes)
-	placement := make([]string, 0, max(r.Tasks, 0))
-	for range r.Tasks {
-		best := -1
-		for i, n := range left {
-			if slots(n, r) > 0 && (best < 0 || before(n, left[best], r)) {
-				best = i
+func fill(nodes []Node, r Request, fits func(i int) int) []string {
+	if r.Tasks < 1 {
+		return nil
+	}
+	room, total := make([]int, len(nodes)), 0
+	for i := range nodes {
+		room[i] = min(fits(i), r.Tasks)
+		total += room[i]
+	}
+	if total < r.Tasks {
+		return nil
+	}
+	taken := make([]int, len(nodes))
+	placement := make([]string, 0, r.Tasks)
+	for len(placement) < r.Tasks {
+		left := r.Tasks - len(placement)
+		best, most := -1, 0
+		for i := range nodes {
+			fit := min(room[i]-taken[i], left)
+			if fit > 0 && (best < 0 || before(candidate{nodes[i], taken[i], fit}, candidate{nodes[best], taken[best], most}, r)) {
+				best, most = i, fit
 			}
 		}
-		if best < 0 {
-			return nil
+		count := 1
+		if r.Pack {
+			count = most
 		}
-		left[best].CPUsUsed += r.CPUs
-		left[best].MemUsed += r.MemBytes
-		placement = append(placement, left[best].ID)
+		taken[best] += count
+		for range count {
+			placement = append(placement, nodes[best].ID)
+		}
 	}
 	return placement
 }
 
-// before reports whether a is to take a task rather than b.
-func before(a, b Node, r Request) bool {
-	return cmp.Or(cmp.Compare(load(a, r), load(b, r)), cmp.Compare(a.ID, b.ID)) < 0
+// candidate is a node that could take tasks next.
+type candidate struct {
+	node  Node
+	taken int // it takes already
+	fit   int // it could take
 }
 
-// load is the share of a node in use once it has one task more.
-func load(n Node, r Request) float64 {
+// before reports whether a is to take a task rather than b.
+func before(a, b candidate, r Request) bool {
+	loads := cmp.Compare(load(a.node, a.taken+1, r), load(b.node, b.taken+1, r))
+	if r.Pack {
+		return cmp.Or(b.fit-a.fit, -loads, cmp.Compare(a.node.ID, b.node.ID)) < 0
+	}
+	return cmp.Or(loads, cmp.Compare(a.node.ID, b.node.ID)) < 0
+}
+
+// load is the share of a node in use once it has so many tasks more.
+func load(n Node, tasks int, r Request) float64 {
 	share := 0.0
 	if n.CPUs > 0 {
-		share = (n.CPUsUsed + r.CPUs) / n.CPUs
+		share = (n.CPUsUsed + float64(tasks)*r.CPUs) / n.CPUs
 	}
 	if n.MemBytes > 0 {
-		share = max(share, float64(n.MemUsed+r.MemBytes)/float64(n.MemBytes))
+		share = max(share, float64(n.MemUsed+int64(tasks)*r.MemBytes)/float64(n.MemBytes))
 	}
 	return share
 }
@@ -137,7 +225,7 @@ func load(n Node, r Request) float64 {
 func Possible(nodes []Node, r Request) error {
 	var known []Node
 	for _, n := range nodes {
-		if inCloud(n, r) && n.CPUs > 0 {
+		if asked(n, r) && n.CPUs > 0 {
 			n.CPUsUsed, n.MemUsed = 0, 0
 			known = append(known, n)
 		}
@@ -172,38 +260,57 @@ func explain(nodes []Node, r Request) error {
 	if err := Possible(nodes, r); err != nil {
 		return err
 	}
-	ready, free, unfit := 0, 0, ""
+	var ready []Node
+	free, unfit := 0, ""
 	for _, n := range nodes {
-		if n.State != api.NodeReady || !inCloud(n, r) {
+		if n.State != api.NodeReady || !asked(n, r) {
 			continue
 		}
-		ready++
+		ready = append(ready, n)
 		if slots(n, r) == 0 {
 			continue
 		}
-		if r.Unfit != nil {
-			if reason := r.Unfit(n); reason != "" {
-				unfit = reason
-				continue
-			}
+		if reason := suits(n, r); reason != "" {
+			unfit = reason
+			continue
 		}
 		free += slots(n, r)
 	}
-	if ready == 0 {
+	switch {
+	case len(ready) == 0:
 		return &NoRoomError{Reason: fmt.Sprintf("no node%s is ready", ofCloud(r))}
-	}
-	if free == 0 && unfit != "" {
+	case free == 0 && unfit != "":
 		return &NoRoomError{Reason: unfit}
+	case r.Tasks > 1:
+		return &NoRoomError{Reason: fmt.Sprintf("needs %d places of %s, and the ready nodes%s have %d free", r.Tasks, needs(r.CPUs, r.MemBytes), ofCloud(r), free)}
 	}
-	return &NoRoomError{Reason: fmt.Sprintf("the ready nodes%s have room for %d of %s of %s and %s at the moment",
-		ofCloud(r), free, count(r.Tasks, "task"), cpus(r.CPUs), size(r.MemBytes))}
+	n := freest(ready)
+	return &NoRoomError{Reason: fmt.Sprintf("needs %s on one node%s, and the most that is free is %s, on %s",
+		needs(r.CPUs, r.MemBytes), ofCloud(r), needs(max(n.CPUs-n.CPUsUsed, 0), max(n.MemBytes-n.MemUsed, 0)), n.ID)}
 }
 
+// freest is the node with the most free processors, then memory.
+func freest(nodes []Node) Node {
+	return slices.MaxFunc(nodes, func(a, b Node) int {
+		return cmp.Or(cmp.Compare(a.CPUs-a.CPUsUsed, b.CPUs-b.CPUsUsed), cmp.Compare(a.MemBytes-a.MemUsed, b.MemBytes-b.MemUsed), cmp.Compare(b.ID, a.ID))
+	})
+}
+
+func needs(processors float64, memory int64) string { return cpus(processors) + " and " + size(memory) }
+
+// ofCloud names what the nodes that were asked for have in common.
 func ofCloud(r Request) string {
-	if r.Cloud == "" {
-		return ""
+	text := ""
+	if r.Cloud != "" {
+		text = " of cloud " + r.Cloud
 	}
-	return " of cloud " + r.Cloud
+	for i, key := range slices.Sorted(maps.Keys(r.Labels)) {
+		text += []string{" with label ", ", "}[min(i, 1)] + key + "=" + r.Labels[key]
+	}
+	if len(r.Only) > 0 {
+		text += " among " + strings.Join(r.Only, ", ")
+	}
+	return text
 }
 
 func cpus(n float64) string {

@@ -59,7 +59,7 @@ func TestReasonsAreSentences(t *testing.T) {
 		{"gang too large", []scheduler.Node{node("west-0", 2, gib)}, scheduler.Request{Tasks: 3, CPUs: 1},
 			"the nodes have room for at most 2 tasks of 1 cpu and 0 bytes at once, not 3", true},
 		{"full", []scheduler.Node{full}, scheduler.Request{Tasks: 1, CPUs: 1, Cloud: "west"},
-			"the ready nodes of cloud west have room for 0 of 1 task of 1 cpu and 0 bytes at the moment", false},
+			"needs 1 cpu and 0 bytes on one node of cloud west, and the most that is free is 0 cpus and 1 GiB, on west-0", false},
 		{"none ready", []scheduler.Node{down}, scheduler.Request{Tasks: 1, CPUs: 1}, "no node is ready", false},
 		{"none known", nil, scheduler.Request{Tasks: 1, CPUs: 1, Cloud: "west"}, "no node of cloud west is ready", false},
 		{"unfit", []scheduler.Node{node("west-0", 2, gib)}, scheduler.Request{Tasks: 1, CPUs: 1, Unfit: func(scheduler.Node) string { return "too old" }},
