@@ -74,7 +74,7 @@ func (a *Agent) retainNetworks(ctx context.Context) error {
 
 // prepareNetwork makes the job's network on this node.
 func (a *Agent) prepareNetwork(ctx context.Context, ref *agentpb.TaskRef, p *agentpb.NetworkPlan) (*agentpb.NetworkEndpoint, error) {
-	plan := network.Plan{Number: p.GetNumber(), Tunnel: p.GetTunnel(), Spans: p.GetSpans()}
+	plan := network.Plan{Number: p.GetNumber(), Tunnel: p.GetTunnel(), Spans: p.GetSpans(), Isolated: p.GetIsolated()}
 	var err error
 	if plan.Subnet, err = netip.ParsePrefix(p.GetSubnet()); err != nil {
 		return nil, fmt.Errorf("the network of job %s: %w", ref.GetJob(), err)

@@ -59,6 +59,18 @@ type Checkpoint struct {
 	Steps []CaptureSteps `json:"steps,omitempty"`
 	// Clones are the jobs that were made of it.
 	Clones []string `json:"clones,omitempty"`
+	// Drill is how its newest restore on trial went; nil: there was none.
+	Drill *Drill `json:"drill,omitempty"`
+}
+
+// Drill is what came of a restore on trial.
+type Drill struct {
+	Time time.Time `json:"time"`
+	OK   bool      `json:"ok"`
+	// RestoreMS is the time from the placement until all tasks ran; 0: not known.
+	RestoreMS float64  `json:"restore_ms"`
+	Nodes     []string `json:"nodes"`
+	Error     string   `json:"error,omitempty"`
 }
 
 // CaptureSteps are one task's measured steps of a checkpoint.
@@ -85,6 +97,7 @@ type VerifyReport struct {
 	OK         bool     `json:"ok"`
 	Bytes      int64    `json:"bytes"` // read and hashed
 	Problems   []string `json:"problems,omitempty"`
+	Drill      *Drill   `json:"drill,omitempty"` // of a restore on trial
 }
 
 // OperationKind names a long-running action.
@@ -101,6 +114,7 @@ const (
 	OpKill       OperationKind = "kill"
 	OpRecover    OperationKind = "recover"
 	OpVerify     OperationKind = "verify"
+	OpDrill      OperationKind = "drill"
 )
 
 // OperationPhase is the state of an operation.

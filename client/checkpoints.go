@@ -45,6 +45,15 @@ func (c *Client) Verify(ctx context.Context, id string) (*api.Operation, error) 
 	return c.operate(ctx, checkpointPath(id)+"/verify", struct{}{})
 }
 
+// Drill restores a checkpoint on trial, out of reach of everything, and throws
+// it away. The operation's Result is []api.VerifyReport.
+func (c *Client) Drill(ctx context.Context, id string) (*api.Operation, error) {
+	body := struct {
+		Restore bool `json:"restore"`
+	}{true}
+	return c.operate(ctx, checkpointPath(id)+"/verify", body)
+}
+
 // Clone makes a new job, which may have a name, from a checkpoint; the operation
 // says which.
 func (c *Client) Clone(ctx context.Context, id, cloud, name string) (*api.Operation, error) {

@@ -287,7 +287,7 @@ func (c *Controller) listJobs(ctx context.Context, all bool) ([]api.Job, error) 
 	err := c.store.View(ctx, func(tx store.Tx) error {
 		jobs, err := store.All[jobRecord](tx, store.Jobs)
 		for _, j := range jobs {
-			if all || !j.Phase.Final() {
+			if !j.Drill && (all || !j.Phase.Final()) {
 				list = append(list, j.Job)
 			}
 		}
@@ -373,7 +373,15 @@ func (c *Controller) routeCheckpoints(rest huma.API) {
 	})
 	routeEmpty(rest, huma.Operation{OperationID: "remove-checkpoint", Method: http.MethodDelete, Path: "/v1/checkpoints/{id}", Summary: "Forget a checkpoint"},
 		func(ctx context.Context, in *ByID) error { return c.removeCheckpoint(ctx, in.ID) })
-	route(rest, begins("verify-checkpoint", "/v1/checkpoints/{id}/verify", "Read and hash a checkpoint"), func(ctx context.Context, in *ByID) (api.Operation, error) {
+	route(rest, begins("verify-checkpoint", "/v1/checkpoints/{id}/verify", "Read and hash a checkpoint, or restore it on trial"), func(ctx context.Context, in *struct {
+		ByID
+		Body *struct {
+			Restore bool `json:"restore,omitempty" doc:"restore it on trial, out of reach of everything"`
+		}
+	}) (api.Operation, error) {
+		if in.Body != nil && in.Body.Restore {
+			return operation(c.drill(ctx, in.ID))
+		}
 		return operation(c.verifyCheckpoints(ctx, in.ID))
 	})
 	route(rest, begins("verify", "/v1/verify", "Read and hash all checkpoints"), func(ctx context.Context, _ *struct{}) (api.Operation, error) {

@@ -19,7 +19,7 @@ import (
 // alone (see interval), so a controller that was away catches up with one
 // checkpoint per job, and another that leads goes on where this one ended.
 func (c *Controller) automatic(ctx context.Context) {
-	watched := c.clock.Now()
+	watched := c.bootTime()
 	if err := c.finishRemovals(ctx); err != nil && ctx.Err() == nil {
 		c.log.Warn("checkpoints that are being removed are still there: they go with the next of their jobs", "error", err)
 	}
@@ -72,6 +72,7 @@ type due struct {
 	seen  history
 	dumps bool // it makes a checkpoint, of which a cloud makes so many at once
 	begin func(tx store.Tx, job *jobRecord) error
+	run   func() error // instead of begin, where one transaction does not do
 }
 
 // beginDue begins what is due now, as far as the clouds' limits let it, and
@@ -91,6 +92,13 @@ func (c *Controller) beginDue(ctx context.Context, watched time.Time) (next time
 		}
 		for i := range jobs {
 			all = append(all, c.dueOf(&jobs[i], clouds, watched)...)
+		}
+		trial, err := c.drillDue(ctx, tx, jobs)
+		if err != nil {
+			return err
+		}
+		if trial != nil {
+			all = append(all, *trial)
 		}
 		free, err = c.freeDumps(tx, jobs, clouds)
 		return err
@@ -117,6 +125,9 @@ func (c *Controller) beginDue(ctx context.Context, watched time.Time) (next time
 // beginOne begins one thing, unless the job has become busy or something was
 // done meanwhile.
 func (c *Controller) beginOne(ctx context.Context, d due) error {
+	if d.run != nil {
+		return d.run()
+	}
 	return c.store.Update(ctx, func(tx store.Tx) error {
 		job, err := getJob(tx, d.job)
 		if err != nil {
@@ -322,10 +333,7 @@ func (c *Controller) explain(tx store.Tx, job *jobRecord) (*api.Automatic, error
 	if err != nil {
 		return nil, err
 	}
-	c.mu.Lock()
-	watched := c.booted
-	c.mu.Unlock()
-	plan, planned := c.plan(job, clouds, watched)
+	plan, planned := c.plan(job, clouds, c.bootTime())
 	if !planned {
 		return nil, nil
 	}

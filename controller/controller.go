@@ -62,6 +62,8 @@ type Parts struct {
 	Heartbeat, Lease, Margin time.Duration
 	// Grace is what a killed job gets between SIGTERM and SIGKILL. Zero: 10 s.
 	Grace time.Duration
+	// Watch is how long a restore on trial must live. Zero: 3 s.
+	Watch time.Duration
 	// Bounds hold the interval of automatic checkpoints. Zero: interval.Usual.
 	Bounds interval.Bounds
 	// AgentURL is where a cloud's new agents dial.
@@ -109,6 +111,7 @@ func New(parts Parts) (*Controller, error) {
 	setDefault(&parts.Lease, 30*time.Second)
 	setDefault(&parts.Margin, parts.Lease/3)
 	setDefault(&parts.Grace, 10*time.Second)
+	setDefault(&parts.Watch, 3*time.Second)
 	key := parts.PKI.ManifestKey()
 	c := &Controller{
 		parts: parts, store: parts.Store, clock: parts.Clock, log: parts.Logger,

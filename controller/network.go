@@ -62,7 +62,7 @@ func (d *doing) plan() (*agentpb.NetworkPlan, error) {
 	plan := &agentpb.NetworkPlan{
 		Subnet: subnet.String(), Gateway: gateway.String(), Number: d.job.Network, Tasks: int32(d.job.Tasks),
 		Spans:  slices.ContainsFunc(refs, func(r taskRef) bool { return r.Node != refs[0].Node }),
-		Tunnel: TunnelWireGuard,
+		Tunnel: TunnelWireGuard, Isolated: d.job.Drill,
 	}
 	for _, p := range d.job.Spec.Publish {
 		plan.Publish = append(plan.Publish, &agentpb.Publish{
@@ -169,7 +169,7 @@ func (d *doing) releaseTasks(ctx context.Context) (effect, error) {
 	if err != nil {
 		return nil, err
 	}
-	return applyStates(replies, (*agentpb.Reply).GetRestored), nil
+	return d.allUp(applyStates(replies, (*agentpb.Reply).GetRestored)), nil
 }
 
 // newSecret makes what the tasks of one job know each other by.

@@ -201,6 +201,8 @@ func (d *doing) take(ctx context.Context) (effect, error) {
 		return d.grace(ctx)
 	case protocol.StepVerify:
 		return d.verify(ctx)
+	case protocol.StepWatch:
+		return d.watch(ctx)
 	}
 	return nil, fmt.Errorf("this dormouse does not know the step %q", d.op.Step)
 }
@@ -269,6 +271,9 @@ func (c *Controller) endOperation(tx store.Tx, op *opRecord, job *jobRecord) err
 		return nil
 	}
 	job.Operation = ""
+	if op.Kind == api.OpDrill {
+		return c.concludeDrill(tx, op, job, op.Phase == api.OpDone)
+	}
 	if err := c.concludeJob(tx, op, job); err != nil {
 		return err
 	}

@@ -146,9 +146,10 @@ func (j *jobRecord) settleOn(placement []string, nodes []scheduler.Node, phase a
 	}
 }
 
-func placementText(placement []string) string {
-	unique := slices.Compact(slices.Sorted(slices.Values(placement)))
-	return sentences(unique)
+func placementText(placement []string) string { return sentences(unique(placement)) }
+
+func unique(placement []string) []string {
+	return slices.Compact(slices.Sorted(slices.Values(placement)))
 }
 
 func requestFor(job *jobRecord, cloud string) scheduler.Request {

@@ -28,6 +28,8 @@ type jobRecord struct {
 	// Secret is what the job's tasks know each other by. It leaves the
 	// controller only to the job's own agents.
 	Secret []byte `json:"secret,omitempty"`
+	// Drill is set when the job is a checkpoint's restore on trial.
+	Drill bool `json:"drill,omitempty"`
 	// Kept are ended tasks whose logs are still on their nodes.
 	Kept []taskRef `json:"kept,omitempty"`
 	// History is what automatic checkpoints go by.
@@ -89,6 +91,10 @@ type opRecord struct {
 	Steps map[int]api.CaptureSteps `json:"steps,omitempty"`
 	// Endpoints are the ways to the job's network, by node.
 	Endpoints map[string]endpoint `json:"endpoints,omitempty"`
+	// Placed is when a restore found its Nodes, and Up when all tasks ran there.
+	Placed time.Time `json:"placed,omitzero"`
+	Nodes  []string  `json:"nodes,omitempty"`
+	Up     time.Time `json:"up,omitzero"`
 	// Frozen is when the freeze was ordered.
 	Frozen time.Time `json:"frozen,omitzero"`
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 
 	"dormouse/api"
 	"dormouse/controller/retention"
@@ -98,6 +99,9 @@ func neededBy(tx store.Tx, cp api.Checkpoint) (string, error) {
 // stillNeeded refuses the removal of a checkpoint that has come to be needed.
 func stillNeeded(tx store.Tx, cp api.Checkpoint) error {
 	who, err := neededBy(tx, cp)
+	if err == nil && strings.HasPrefix(who, "d-") {
+		return refused("checkpoint %s is being restored on trial: wait until that has ended", cp.ID)
+	}
 	if err == nil && who != "" {
 		err = refused("checkpoint %s is all that job %s, its clone, has", cp.ID, who)
 	}

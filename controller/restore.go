@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"dormouse/api"
 	"dormouse/api/agentpb"
@@ -126,6 +127,10 @@ func (d *doing) place(ctx context.Context) (effect, error) {
 		}
 		job.settleOn(placement, nodes, phase)
 		op.Run = job.Run
+		op.Placed, op.Nodes, op.Up = d.clock.Now().UTC(), unique(placement), time.Time{}
+		if job.Drill {
+			return nil // the history is of jobs that are seen
+		}
 		return d.emit(tx, api.Event{Job: job.ID, Type: "placed", Message: "placed on " + placementText(placement), Node: placement[0]})
 	}, nil
 }
@@ -270,7 +275,15 @@ func (d *doing) restore(ctx context.Context) (effect, error) {
 	if err != nil {
 		return nil, err
 	}
-	return applyStates(replies, (*agentpb.Reply).GetRestored), nil
+	return d.allUp(applyStates(replies, (*agentpb.Reply).GetRestored)), nil
+}
+
+// allUp notes, with an effect, that all tasks run.
+func (d *doing) allUp(change effect) effect {
+	return func(tx store.Tx, op *opRecord, job *jobRecord) error {
+		op.Up = d.clock.Now().UTC()
+		return change(tx, op, job)
+	}
 }
 
 // concludeRestore gives a job its phase after it was restored, or was not.

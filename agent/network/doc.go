@@ -17,6 +17,9 @@
 // lets jobs reach the outside but neither each other nor the node's own sockets,
 // and lets the outside reach what a job publishes.
 //
+// An isolated network, which a restore on trial has, is made without up0: there
+// is no way out of its routers but the tunnels between them.
+//
 // Between nodes packets are routed, never bridged: the router of each node
 // answers the tasks' ARP requests for addresses elsewhere and has a route for
 // each of them to tun0, so no broadcast crosses the underlay and all kinds of

@@ -313,3 +313,30 @@ func link(t *testing.T, near, far *namespace) {
 		t.Fatal(err)
 	}
 }
+
+func TestIsolatedNetworkIsConnectedToNothing(t *testing.T) {
+	f := newFabric(t)
+	a, b := f.node(), f.node()
+	isolated := newJob("j-trial", over(TunnelWireGuard), func(p *Plan) { p.Isolated = true })
+	tasks := span(t, isolated, a, b)
+	atAll(t, f.ns, "9000")
+	atAll(t, a.ns, "9000")
+	for _, task := range tasks {
+		atAll(t, task.ns, "7000")
+		for _, address := range []string{fabricAddress.String(), a.underlay.String(), b.underlay.String(), uplinkOf(0).node.String()} {
+			unreachable(t, task.ns, address+":9000")
+		}
+	}
+	for _, address := range []string{tasks[0].address.String(), uplinkOf(0).router.String()} {
+		unreachable(t, a.ns, address+":7000")
+	}
+	reach(t, tasks[0].ns, onPort(tasks[1].address, 7000)) // but itself it does reach
+}
+
+func TestIsolatedNetworkPublishesNothing(t *testing.T) {
+	n := newFabric(t).node()
+	j := newJob("j-trial", publishing(Publish{Port: 80}), func(p *Plan) { p.Isolated = true })
+	if _, err := n.Prepare(t.Context(), j.key, j.plan); err == nil || !strings.Contains(err.Error(), "publishes nothing") {
+		t.Errorf("want a refusal, got %v", err)
+	}
+}

@@ -38,6 +38,9 @@ type Plan struct {
 	Tunnel  string    // empty: TunnelWireGuard
 	Publish []Publish // of the whole job
 	Spans   bool      // over several nodes, so that a tunnel is needed
+	// Isolated leaves out the link to the node: the job reaches nothing but
+	// itself, and nothing reaches it.
+	Isolated bool
 }
 
 // Publish lets the outside reach a port of a task through the node it is on.
@@ -106,6 +109,9 @@ func (p Plan) check() (Plan, error) {
 		return p, fmt.Errorf("there is no tunnel %q: it can be %s or %s", p.Tunnel, TunnelWireGuard, TunnelVXLAN)
 	case p.Spans && p.Tunnel == TunnelVXLAN && (p.Number == 0 || p.Number >= 1<<24):
 		return p, fmt.Errorf("the number of a VXLAN network is 1 to %d, not %d", 1<<24-1, p.Number)
+	}
+	if p.Isolated && len(p.Publish) > 0 {
+		return p, errors.New("an isolated network publishes nothing")
 	}
 	published := make([]Publish, 0, len(p.Publish))
 	for _, port := range p.Publish {

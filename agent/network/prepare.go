@@ -121,7 +121,7 @@ func (m *Manager) rebuild(ctx context.Context, n *network) error {
 	}{
 		{"holder", func() error { return m.startHolder(ctx, n) }},
 		{"router", func() error { return m.openRouter(n) }},
-		{"uplink", func() error { return m.buildUplink(n.router, n.Slot) }},
+		{"uplink", func() error { return m.buildUplink(n) }},
 		{"tunnel", func() error { return m.buildTunnel(ctx, n) }},
 		{"rules", func() error { return filterRouter(n.router, n.Plan, nil) }},
 		{"node", func() error { return m.filterNode() }},

@@ -89,11 +89,14 @@ func buildRouter(router *namespace, plan Plan) error {
 	return up(router, bridgeName)
 }
 
-// buildUplink joins the router to the node.
-func (m *Manager) buildUplink(router *namespace, slot int) error {
-	addresses := uplinkOf(slot)
+// buildUplink joins the router to the node, unless the network is isolated.
+func (m *Manager) buildUplink(n *network) error {
+	if n.Plan.Isolated {
+		return nil
+	}
+	router, addresses := n.router, uplinkOf(n.Slot)
 	attributes := netlink.NewLinkAttrs()
-	attributes.Name = m.uplinkDevice(slot)
+	attributes.Name = m.uplinkDevice(n.Slot)
 	pair := &netlink.Veth{LinkAttrs: attributes, PeerName: uplinkName, PeerNamespace: netlink.NsFd(router.file.Fd())}
 	if err := m.node.links.LinkAdd(pair); err != nil {
 		return fmt.Errorf("make the network's link to the node: %w", err)

@@ -569,6 +569,7 @@ type Welcome struct {
 	ManifestKey   []byte                 `protobuf:"bytes,5,opt,name=manifest_key,json=manifestKey,proto3" json:"manifest_key,omitempty"`  // ed25519 public key that manifests are signed with
 	Keep          []*TaskRef             `protobuf:"bytes,6,rep,name=keep,proto3" json:"keep,omitempty"`
 	Destroy       []*TaskRef             `protobuf:"bytes,7,rep,name=destroy,proto3" json:"destroy,omitempty"`
+	UploadRate    int64                  `protobuf:"varint,8,opt,name=upload_rate,json=uploadRate,proto3" json:"upload_rate,omitempty"` // as HeartbeatAck's
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -652,6 +653,13 @@ func (x *Welcome) GetDestroy() []*TaskRef {
 	return nil
 }
 
+func (x *Welcome) GetUploadRate() int64 {
+	if x != nil {
+		return x.UploadRate
+	}
+	return 0
+}
+
 type Heartbeat struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Seq           uint64                 `protobuf:"varint,1,opt,name=seq,proto3" json:"seq,omitempty"`
@@ -713,8 +721,11 @@ func (x *Heartbeat) GetMemAvailable() int64 {
 }
 
 type HeartbeatAck struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Seq           uint64                 `protobuf:"varint,1,opt,name=seq,proto3" json:"seq,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Seq   uint64                 `protobuf:"varint,1,opt,name=seq,proto3" json:"seq,omitempty"`
+	// The node's share of what its cloud may send to the repository, in bytes per
+	// second; 0: without limit.
+	UploadRate    int64 `protobuf:"varint,2,opt,name=upload_rate,json=uploadRate,proto3" json:"upload_rate,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -752,6 +763,13 @@ func (*HeartbeatAck) Descriptor() ([]byte, []int) {
 func (x *HeartbeatAck) GetSeq() uint64 {
 	if x != nil {
 		return x.Seq
+	}
+	return 0
+}
+
+func (x *HeartbeatAck) GetUploadRate() int64 {
+	if x != nil {
+		return x.UploadRate
 	}
 	return 0
 }
@@ -2257,11 +2275,14 @@ type NetworkPlan struct {
 	Gateway string                 `protobuf:"bytes,2,opt,name=gateway,proto3" json:"gateway,omitempty"` // the subnet's last usable address, on every node
 	// Of the virtual networks on one underlay no two live ones have the same
 	// number. 24 bits, not 0.
-	Number        uint32     `protobuf:"varint,3,opt,name=number,proto3" json:"number,omitempty"`
-	Tunnel        string     `protobuf:"bytes,4,opt,name=tunnel,proto3" json:"tunnel,omitempty"` // wireguard or vxlan
-	Publish       []*Publish `protobuf:"bytes,5,rep,name=publish,proto3" json:"publish,omitempty"`
-	Tasks         int32      `protobuf:"varint,6,opt,name=tasks,proto3" json:"tasks,omitempty"` // of the whole job
-	Spans         bool       `protobuf:"varint,7,opt,name=spans,proto3" json:"spans,omitempty"` // over several nodes, so that a tunnel is needed
+	Number  uint32     `protobuf:"varint,3,opt,name=number,proto3" json:"number,omitempty"`
+	Tunnel  string     `protobuf:"bytes,4,opt,name=tunnel,proto3" json:"tunnel,omitempty"` // wireguard or vxlan
+	Publish []*Publish `protobuf:"bytes,5,rep,name=publish,proto3" json:"publish,omitempty"`
+	Tasks   int32      `protobuf:"varint,6,opt,name=tasks,proto3" json:"tasks,omitempty"` // of the whole job
+	Spans   bool       `protobuf:"varint,7,opt,name=spans,proto3" json:"spans,omitempty"` // over several nodes, so that a tunnel is needed
+	// Connected to nothing but the job's own nodes: no way to the outside or to
+	// the node, nor from there.
+	Isolated      bool `protobuf:"varint,8,opt,name=isolated,proto3" json:"isolated,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2341,6 +2362,13 @@ func (x *NetworkPlan) GetTasks() int32 {
 func (x *NetworkPlan) GetSpans() bool {
 	if x != nil {
 		return x.Spans
+	}
+	return false
+}
+
+func (x *NetworkPlan) GetIsolated() bool {
+	if x != nil {
+		return x.Isolated
 	}
 	return false
 }
@@ -3449,7 +3477,7 @@ const file_agent_proto_rawDesc = "" +
 	"\tagent_pid\x18\n" +
 	" \x01(\x03R\bagentPid\x122\n" +
 	"\x05tasks\x18\v \x03(\v2\x1c.dormouse.agent.v1.TaskStateR\x05tasks\x12\x1a\n" +
-	"\bunderlay\x18\f \x01(\tR\bunderlay\"\x89\x02\n" +
+	"\bunderlay\x18\f \x01(\tR\bunderlay\"\xaa\x02\n" +
 	"\aWelcome\x12\x17\n" +
 	"\anode_id\x18\x01 \x01(\tR\x06nodeId\x12!\n" +
 	"\fheartbeat_ms\x18\x02 \x01(\x03R\vheartbeatMs\x12\x19\n" +
@@ -3459,13 +3487,17 @@ const file_agent_proto_rawDesc = "" +
 	"repository\x12!\n" +
 	"\fmanifest_key\x18\x05 \x01(\fR\vmanifestKey\x12.\n" +
 	"\x04keep\x18\x06 \x03(\v2\x1a.dormouse.agent.v1.TaskRefR\x04keep\x124\n" +
-	"\adestroy\x18\a \x03(\v2\x1a.dormouse.agent.v1.TaskRefR\adestroy\"V\n" +
+	"\adestroy\x18\a \x03(\v2\x1a.dormouse.agent.v1.TaskRefR\adestroy\x12\x1f\n" +
+	"\vupload_rate\x18\b \x01(\x03R\n" +
+	"uploadRate\"V\n" +
 	"\tHeartbeat\x12\x10\n" +
 	"\x03seq\x18\x01 \x01(\x04R\x03seq\x12\x12\n" +
 	"\x04load\x18\x02 \x01(\x01R\x04load\x12#\n" +
-	"\rmem_available\x18\x03 \x01(\x03R\fmemAvailable\" \n" +
+	"\rmem_available\x18\x03 \x01(\x03R\fmemAvailable\"A\n" +
 	"\fHeartbeatAck\x12\x10\n" +
-	"\x03seq\x18\x01 \x01(\x04R\x03seq\"C\n" +
+	"\x03seq\x18\x01 \x01(\x04R\x03seq\x12\x1f\n" +
+	"\vupload_rate\x18\x02 \x01(\x03R\n" +
+	"uploadRate\"C\n" +
 	"\aTaskRef\x12\x10\n" +
 	"\x03job\x18\x01 \x01(\tR\x03job\x12\x14\n" +
 	"\x05index\x18\x02 \x01(\x05R\x05index\x12\x10\n" +
@@ -3578,7 +3610,7 @@ const file_agent_proto_rawDesc = "" +
 	"\x05hosts\x18\x05 \x03(\v2\x1c.dormouse.agent.v1.HostEntryR\x05hosts\x12\x12\n" +
 	"\x04hold\x18\x06 \x01(\bR\x04hold\"D\n" +
 	"\x0ePrepareNetwork\x122\n" +
-	"\x04plan\x18\x01 \x01(\v2\x1e.dormouse.agent.v1.NetworkPlanR\x04plan\"\xd1\x01\n" +
+	"\x04plan\x18\x01 \x01(\v2\x1e.dormouse.agent.v1.NetworkPlanR\x04plan\"\xed\x01\n" +
 	"\vNetworkPlan\x12\x16\n" +
 	"\x06subnet\x18\x01 \x01(\tR\x06subnet\x12\x18\n" +
 	"\agateway\x18\x02 \x01(\tR\agateway\x12\x16\n" +
@@ -3586,7 +3618,8 @@ const file_agent_proto_rawDesc = "" +
 	"\x06tunnel\x18\x04 \x01(\tR\x06tunnel\x124\n" +
 	"\apublish\x18\x05 \x03(\v2\x1a.dormouse.agent.v1.PublishR\apublish\x12\x14\n" +
 	"\x05tasks\x18\x06 \x01(\x05R\x05tasks\x12\x14\n" +
-	"\x05spans\x18\a \x01(\bR\x05spans\"e\n" +
+	"\x05spans\x18\a \x01(\bR\x05spans\x12\x1a\n" +
+	"\bisolated\x18\b \x01(\bR\bisolated\"e\n" +
 	"\aPublish\x12\x12\n" +
 	"\x04task\x18\x01 \x01(\x05R\x04task\x12\x1a\n" +
 	"\bprotocol\x18\x02 \x01(\tR\bprotocol\x12\x12\n" +

@@ -37,10 +37,10 @@ func (c *cli) printCheckpoints(checkpoints []api.Checkpoint) error {
 	for _, checkpoint := range checkpoints {
 		rows = append(rows, []string{
 			checkpoint.ID, checkpoint.Job, string(checkpoint.State), string(checkpoint.Trigger), checkpoint.Label, c.age(checkpoint.Created),
-			humanMS(checkpoint.PauseMS), humanSize(checkpoint.SizeBytes), humanSize(checkpoint.StoredBytes), humanSize(checkpoint.NewBytes), checkpoint.Parent,
+			humanMS(checkpoint.PauseMS), humanSize(checkpoint.SizeBytes), humanSize(checkpoint.StoredBytes), humanSize(checkpoint.NewBytes), checkpoint.Parent, firstOf(c.drillText(checkpoint.Drill), "-"),
 		})
 	}
-	return c.printTable([]string{"ID", "JOB", "STATE", "TRIGGER", "LABEL", "AGE", "PAUSE", "SIZE", "STORED", "NEW", "PARENT"}, rows)
+	return c.printTable([]string{"ID", "JOB", "STATE", "TRIGGER", "LABEL", "AGE", "PAUSE", "SIZE", "STORED", "NEW", "PARENT", "DRILL"}, rows)
 }
 
 // argument is the optional argument of a command.

@@ -96,6 +96,10 @@ func (c *cli) showCheckpoint(checkpoint *api.Checkpoint) error {
 		line("durable after", humanMS(checkpoint.DurableMS))
 	}
 	line("CRIU", checkpoint.CRIUVersion)
+	line("restored on trial", c.drillText(checkpoint.Drill))
+	if drill := checkpoint.Drill; drill != nil {
+		line("trial's error", drill.Error)
+	}
 	if err := table.Flush(); err != nil || len(checkpoint.Steps) == 0 {
 		return err
 	}

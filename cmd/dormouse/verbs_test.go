@@ -470,8 +470,8 @@ func TestTablesAreAlignedForPeople(t *testing.T) {
 	for line, want := range map[string]string{
 		"ps": "ID          NAME     PHASE    CLOUD  TASKS  CHECKPOINTS  RESTARTS  AGE  EXIT  REASON\n" +
 			"j-aaaaaaaa  counter  running  east   1      2            1         60s  -     -\n",
-		"checkpoints": "ID          JOB         STATE    TRIGGER  LABEL  AGE  PAUSE  SIZE      STORED   NEW       PARENT\n" +
-			"c-bbbbbbbb  j-aaaaaaaa  durable  user     first  30s  84 ms  1.00 GiB  600 MiB  6.00 MiB  c-cccccccc\n",
+		"checkpoints": "ID          JOB         STATE    TRIGGER  LABEL  AGE  PAUSE  SIZE      STORED   NEW       PARENT      DRILL\n" +
+			"c-bbbbbbbb  j-aaaaaaaa  durable  user     first  30s  84 ms  1.00 GiB  600 MiB  6.00 MiB  c-cccccccc  -\n",
 		"nodes": "NAME    CLOUD  STATE  CPUS    MEMORY               TASKS  CRIU   ADDRESS     REASON\n" +
 			"east-1  east   ready  1 of 2  512 MiB of 2.00 GiB  1      4.2.1  100.64.0.2  -\n",
 		"clouds":          "NAME  DRIVER  NODES\neast  local   2\n",

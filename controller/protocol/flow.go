@@ -49,6 +49,7 @@ const (
 	StepSignal    = "signal"
 	StepGrace     = "grace"
 	StepVerify    = "verify"
+	StepWatch     = "watch" // whether what was restored on trial lives
 )
 
 // FlowOf is the plan of an operation of a job of so many tasks. signal is what
@@ -79,6 +80,11 @@ func FlowOf(kind api.OperationKind, tasks, signal int) Flow {
 			return Flow{steps: []string{StepSignal}}
 		}
 		return Flow{steps: []string{StepSignal, StepGrace, StepDestroy}, commit: StepSignal}
+	case api.OpDrill:
+		return Flow{
+			steps: join([]string{StepLook, StepPlace}, restoring(tasks), []string{StepWatch, StepUnplace}),
+			undo:  []string{StepUnplace}, commit: StepWatch, elsewhere: true,
+		}
 	case api.OpVerify:
 		return Flow{steps: []string{StepVerify}}
 	}
