@@ -57,6 +57,7 @@ type Agent struct {
 	sessionMu sync.Mutex
 	current   *session
 
+	bandwidth  bandwidth
 	repoMu     sync.Mutex
 	repo       *repository.Repository
 	repoConfig string
@@ -72,9 +73,8 @@ func New(config Config) (_ *Agent, err error) {
 	}
 	a := &Agent{
 		config: config, log: config.Logger, life: context.Background(),
-		lanes: newLanes(), answers: newAnswers(),
-		plugins: []plugins.Plugin{tcp.Plugin{}},
-		tasks:   map[string]*task{}, captures: map[string]*capturing{},
+		lanes: newLanes(), answers: newAnswers(), bandwidth: newBandwidth(),
+		tasks: map[string]*task{}, captures: map[string]*capturing{},
 		requests: requests{waiting: map[string]*agentpb.AppRequest{}},
 	}
 	defer func() {
@@ -242,6 +242,7 @@ func (a *Agent) holdAll(ctx context.Context) {
 // welcome does what the controller's first message says. asked is when the
 // agent said hello.
 func (a *Agent) welcome(ctx context.Context, w *agentpb.Welcome, asked time.Duration) error {
+	a.bandwidth.set(w.GetUploadRate())
 	if err := a.openRepository(ctx, w.GetRepository(), w.GetManifestKey()); err != nil {
 		return err
 	}

@@ -45,7 +45,7 @@ func (a *Agent) openRepository(ctx context.Context, config, manifestKey []byte) 
 	if err != nil {
 		return err
 	}
-	repo, err := repository.Open(ctx, backend, repository.Options{CacheDir: filepath.Join(a.config.State, "repository-cache")})
+	repo, err := repository.Open(ctx, throttled{backend, a.bandwidth}, repository.Options{CacheDir: filepath.Join(a.config.State, "repository-cache")})
 	if err != nil {
 		return fmt.Errorf("open the repository %s: %w", c.Path, err)
 	}

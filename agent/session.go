@@ -178,6 +178,7 @@ func (s *session) acknowledged(seq uint64) (sent time.Duration, ok bool) {
 func (s *session) receive(ctx context.Context, message *agentpb.ToAgent) {
 	switch body := message.GetBody().(type) {
 	case *agentpb.ToAgent_HeartbeatAck:
+		s.agent.bandwidth.set(body.HeartbeatAck.GetUploadRate())
 		sent, ok := s.acknowledged(body.HeartbeatAck.GetSeq())
 		if !ok {
 			return

@@ -205,7 +205,8 @@ func (s *agentService) Connect(stream grpc.BidiStreamingServer[agentpb.FromAgent
 	if err != nil {
 		return status.Error(codes.Unavailable, err.Error())
 	}
-	se := &session{node: id, out: make(chan *agentpb.ToAgent), done: make(chan struct{}), end: end}
+	welcome.UploadRate = c.uploadRate(hello.GetCloud(), id)
+	se := &session{node: id, cloud: hello.GetCloud(), out: make(chan *agentpb.ToAgent), done: make(chan struct{}), end: end}
 	return s.serve(ctx, stream, se, welcome)
 }
 
@@ -274,7 +275,7 @@ func (s *agentService) acknowledge(ctx context.Context, se *session, seq uint64)
 		return status.Error(codes.Unavailable, err.Error())
 	}
 	select {
-	case se.out <- &agentpb.ToAgent{Body: &agentpb.ToAgent_HeartbeatAck{HeartbeatAck: &agentpb.HeartbeatAck{Seq: seq}}}:
+	case se.out <- &agentpb.ToAgent{Body: &agentpb.ToAgent_HeartbeatAck{HeartbeatAck: &agentpb.HeartbeatAck{Seq: seq, UploadRate: c.uploadRate(se.cloud, se.node)}}}:
 		return nil
 	case <-ctx.Done():
 		return ctx.Err()

@@ -130,6 +130,11 @@ func (d *doing) upload(ctx context.Context) (effect, error) {
 	if err != nil {
 		return nil, err
 	}
+	sent, err := d.sending(ctx)
+	defer sent()
+	if err != nil {
+		return nil, err
+	}
 	replies, err := d.each(ctx, func(taskRef) *agentpb.Command {
 		return &agentpb.Command{Body: &agentpb.Command_Upload{Upload: &agentpb.Upload{Checkpoint: d.op.Checkpoint, Parent: parent}}}
 	})

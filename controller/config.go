@@ -48,6 +48,12 @@ type CloudConfig struct {
 	// encrypted, which is also what auto and nothing mean; or vxlan, in the clear,
 	// where the operator trusts the network between the nodes.
 	Tunnel string `yaml:"tunnel"`
+	// ConcurrentCheckpoints is how many checkpoints the cloud makes at once before
+	// automatic ones wait; as many as it has nodes unless given.
+	ConcurrentCheckpoints int `yaml:"concurrent_checkpoints"`
+	// UploadBytesPerSecond is what all nodes of the cloud together may send to
+	// the repository; no limit unless given.
+	UploadBytesPerSecond int64 `yaml:"upload_bytes_per_second"`
 	// Local configures the driver of that name.
 	Local *LocalCloud `yaml:"config"`
 }
@@ -145,6 +151,12 @@ func (c *CloudConfig) check() error {
 	case TunnelVXLAN:
 	default:
 		return fmt.Errorf("cloud %s: there is no tunnel %q: known are auto, wireguard, vxlan", c.Name, c.Tunnel)
+	}
+	switch {
+	case c.ConcurrentCheckpoints < 0:
+		return fmt.Errorf("cloud %s: concurrent_checkpoints must be greater than 0, got %d", c.Name, c.ConcurrentCheckpoints)
+	case c.UploadBytesPerSecond < 0:
+		return fmt.Errorf("cloud %s: upload_bytes_per_second must be greater than 0, got %d", c.Name, c.UploadBytesPerSecond)
 	}
 	switch c.Driver {
 	case driverStatic:

@@ -41,6 +41,9 @@ type Cloud struct {
 	// Dumps is how many checkpoints the cloud makes at once before automatic ones
 	// wait; 0: as many as it has nodes.
 	Dumps int
+	// UploadRate is what all nodes of the cloud together may send to the
+	// repository, in bytes per second; 0: without limit.
+	UploadRate int64
 }
 
 // Parts are what a Controller is made of. Store, PKI and Repository are
@@ -72,17 +75,19 @@ type Parts struct {
 
 // Controller is the brain; see the package comment.
 type Controller struct {
-	parts    Parts
-	store    store.Store
-	clock    Clock
-	log      *slog.Logger
-	fleet    *fleet
-	streams  *attachments
-	metrics  *metrics
-	signer   repository.Signer
-	verifier *repository.Verifier
-	handler  http.Handler
-	grpc     *grpc.Server
+	parts   Parts
+	store   store.Store
+	clock   Clock
+	log     *slog.Logger
+	fleet   *fleet
+	streams *attachments
+	// bandwidth is shared out among the nodes that send to the repository.
+	bandwidth *bandwidth
+	metrics   *metrics
+	signer    repository.Signer
+	verifier  *repository.Verifier
+	handler   http.Handler
+	grpc      *grpc.Server
 
 	mu        sync.Mutex
 	clouds    map[string]Cloud
@@ -115,7 +120,7 @@ func New(parts Parts) (*Controller, error) {
 	key := parts.PKI.ManifestKey()
 	c := &Controller{
 		parts: parts, store: parts.Store, clock: parts.Clock, log: parts.Logger,
-		fleet: newFleet(), streams: newAttachments(),
+		fleet: newFleet(), streams: newAttachments(), bandwidth: newBandwidth(),
 		signer:   repository.NewSigner(key),
 		verifier: repository.NewVerifier(key.Public().(ed25519.PublicKey)),
 		clouds:   make(map[string]Cloud), operating: make(map[string]bool),

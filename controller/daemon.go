@@ -270,7 +270,7 @@ func (d *Daemon) addClouds(ctx context.Context, env Env) error {
 		return err
 	}
 	for _, config := range d.config.Clouds {
-		cloud := Cloud{Name: config.Name, DriverName: config.Driver, Tunnel: config.Tunnel}
+		cloud := Cloud{Name: config.Name, DriverName: config.Driver, Tunnel: config.Tunnel, Dumps: config.ConcurrentCheckpoints, UploadRate: config.UploadBytesPerSecond}
 		if config.Driver == driverLocal {
 			cloud.Nodes = config.nodes()
 			cloud.Driver, err = local.New(local.Options{

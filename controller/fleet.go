@@ -35,10 +35,11 @@ type callSite struct {
 
 // session is one Connect stream.
 type session struct {
-	node string
-	out  chan *agentpb.ToAgent
-	done chan struct{} // closed when the stream ends
-	end  context.CancelCauseFunc
+	node  string
+	cloud string
+	out   chan *agentpb.ToAgent
+	done  chan struct{} // closed when the stream ends
+	end   context.CancelCauseFunc
 }
 
 func newFleet() *fleet { return &fleet{links: make(map[string]*link)} }

@@ -21,8 +21,6 @@ func every(n int, apart time.Duration) (list []api.Checkpoint) {
 	return list
 }
 
-func nothing(string) bool { return false }
-
 // kept are the ids that Surplus leaves.
 func kept(list []api.Checkpoint, policy Policy, needed func(string) bool) (ids []string) {
 	drop := Surplus(list, policy, needed)

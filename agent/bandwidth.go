@@ -1,0 +1,57 @@
+package agent
+
+import (
+	"context"
+	"io"
+
+	"golang.org/x/time/rate"
+
+	"dormouse/repository/backend"
+)
+
+// sendAtOnce is how much is sent to the repository without looking at the
+// limit in between.
+const sendAtOnce = 64 << 10
+
+// bandwidth limits what this node sends to the repository, all uploads
+// together. The controller changes the limit as uploads come and go in the
+// node's cloud.
+type bandwidth struct{ *rate.Limiter }
+
+func newBandwidth() bandwidth { return bandwidth{rate.NewLimiter(rate.Inf, sendAtOnce)} }
+
+// set limits it to so many bytes per second; 0: not at all.
+func (b bandwidth) set(bytes int64) {
+	limit := rate.Limit(bytes)
+	if bytes <= 0 {
+		limit = rate.Inf
+	}
+	if limit != b.Limit() {
+		b.SetLimit(limit)
+	}
+}
+
+// throttled is a backend to which no more is sent than the bandwidth allows.
+type throttled struct {
+	backend.Backend
+	bandwidth bandwidth
+}
+
+// Save implements backend.Backend.
+func (t throttled) Save(ctx context.Context, h backend.Handle, rd io.Reader, size int64) error {
+	return t.Backend.Save(ctx, h, &throttledReader{ctx, rd, t.bandwidth}, size)
+}
+
+type throttledReader struct {
+	ctx       context.Context // of the Save that reads
+	rd        io.Reader
+	bandwidth bandwidth
+}
+
+func (r *throttledReader) Read(p []byte) (int, error) {
+	n, err := r.rd.Read(p[:min(len(p), sendAtOnce)])
+	if waited := r.bandwidth.WaitN(r.ctx, n); waited != nil {
+		return n, waited
+	}
+	return n, err
+}
