@@ -1,5 +1,7 @@
 package api
 
+import "time"
+
 // NodeState is whether a node can run tasks.
 type NodeState string
 
@@ -51,6 +53,8 @@ type Problem struct {
 	Title  string `json:"title"`
 	Status int    `json:"status"`
 	Detail string `json:"detail"`
+	// RetryAfter is the header of that name: when it is worth asking again.
+	RetryAfter time.Duration `json:"-"`
 }
 
 // Error makes a Problem usable as the error of a client's call.

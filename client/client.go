@@ -11,8 +11,12 @@
 //   - *CertificateError: something answered that is not the pinned controller.
 //   - the context's error.
 //
-// Nothing is retried: a caller who waits for something long, such as an
-// operation, decides itself how long a controller may be away.
+// A call that changes something carries an Idempotency-Key, and is repeated under
+// the same key when its connection breaks, or the controller stops or is busy,
+// before it is answered: the controller does it once. That ends with the
+// Config's Patience. Calls that only ask are not repeated, nor is any that found
+// nobody at first: a caller who waits for something long, such as an operation,
+// decides itself how long a controller may be away.
 //
 // Long-running actions (Checkpoint, Suspend, Resume, ...) answer an
 // api.Operation at once; Operation with a wait follows it. Logs and Events are
@@ -53,7 +57,13 @@ type Config struct {
 	// CAFile holds the PEM certificates that may have signed the controller's
 	// certificate. Empty: the system's authorities.
 	CAFile string
+	// Patience is for how long a call that changes something is repeated until it
+	// is answered. Zero: 30 s. Negative: it is not.
+	Patience time.Duration
 }
+
+// defaultPatience outlasts a controller's restart.
+const defaultPatience = 30 * time.Second
 
 // Client calls one controller.
 type Client struct {
@@ -61,6 +71,8 @@ type Client struct {
 	token  string
 	caFile string
 	http   *http.Client
+
+	patience time.Duration
 }
 
 // New checks the configuration; it does not connect.
@@ -84,7 +96,13 @@ func New(config Config) (*Client, error) {
 		TLSClientConfig:     tlsConfig,
 		TLSHandshakeTimeout: dialTimeout,
 	}
-	return &Client{base: base, token: config.Token, caFile: config.CAFile, http: &http.Client{Transport: transport}}, nil
+	if config.Patience == 0 {
+		config.Patience = defaultPatience
+	}
+	return &Client{
+		base: base, token: config.Token, caFile: config.CAFile, patience: config.Patience,
+		http: &http.Client{Transport: transport},
+	}, nil
 }
 
 func readCA(file string) (*x509.CertPool, error) {
@@ -128,7 +146,16 @@ func list[T any](ctx context.Context, c *Client, path string, query url.Values) 
 
 // call sends in (nil: no body) and reads one JSON answer into out (nil: ignored).
 func (c *Client) call(ctx context.Context, method, path string, query url.Values, in, out any) error {
-	response, err := c.send(ctx, method, path, query, in)
+	if method == http.MethodGet {
+		return c.exchange(ctx, method, path, query, "", in, out)
+	}
+	return c.insist(ctx, func(key string) error {
+		return c.exchange(ctx, method, path, query, key, in, out)
+	})
+}
+
+func (c *Client) exchange(ctx context.Context, method, path string, query url.Values, key string, in, out any) error {
+	response, err := c.send(ctx, method, path, query, key, in)
 	if err != nil {
 		return err
 	}
@@ -143,11 +170,14 @@ func (c *Client) call(ctx context.Context, method, path string, query url.Values
 }
 
 // send returns the response of a call that succeeded; its body is the caller's
-// to close.
-func (c *Client) send(ctx context.Context, method, path string, query url.Values, in any) (*http.Response, error) {
+// to close. key is the Idempotency-Key, if any.
+func (c *Client) send(ctx context.Context, method, path string, query url.Values, key string, in any) (*http.Response, error) {
 	request, err := c.request(ctx, method, path, query, in)
 	if err != nil {
 		return nil, err
+	}
+	if key != "" {
+		request.Header.Set("Idempotency-Key", key)
 	}
 	response, err := c.http.Do(request)
 	if err != nil {
@@ -194,7 +224,7 @@ func problem(response *http.Response) error {
 	kind, _, _ := mime.ParseMediaType(response.Header.Get("Content-Type"))
 	found := &api.Problem{}
 	if (kind == "application/problem+json" || kind == "application/json") && json.Unmarshal(body, found) == nil && found.Error() != "" {
-		found.Status = response.StatusCode
+		found.Status, found.RetryAfter = response.StatusCode, retryAfter(response)
 		return found
 	}
 	return &api.Problem{

@@ -24,7 +24,7 @@ func (c *Client) Events(ctx context.Context, job string, follow bool, each func(
 	if follow {
 		query.Set("follow", "true")
 	}
-	response, err := c.send(ctx, http.MethodGet, "/v1/events", query, nil)
+	response, err := c.send(ctx, http.MethodGet, "/v1/events", query, "", nil)
 	if err != nil {
 		return err
 	}

@@ -37,7 +37,7 @@ func (c *Client) Logs(ctx context.Context, job string, options LogOptions, each 
 	if options.Follow {
 		query.Set("follow", "true")
 	}
-	response, err := c.send(ctx, http.MethodGet, jobPath(job)+"/logs", query, nil)
+	response, err := c.send(ctx, http.MethodGet, jobPath(job)+"/logs", query, "", nil)
 	if err != nil {
 		return err
 	}

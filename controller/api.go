@@ -45,7 +45,7 @@ func (c *Controller) newHandler() http.Handler {
 		writeProblem(w, newProblem(http.StatusNotFound, "there is no %s %s", r.Method, r.URL.Path))
 	})
 	// One byte more than huma allows, so that huma's refusal is the answer.
-	authorized := http.MaxBytesHandler(c.authorize(c.counted(mux)), maxBody+1)
+	authorized := http.MaxBytesHandler(c.authorize(c.counted(c.once(mux))), maxBody+1)
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.ProtoMajor == 2 && strings.HasPrefix(r.Header.Get("Content-Type"), "application/grpc") {
 			c.grpc.ServeHTTP(w, r)

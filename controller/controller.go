@@ -159,6 +159,7 @@ func (c *Controller) Start(ctx context.Context) error {
 	}
 	c.work.Go(func() { c.watchNodes(c.run) })
 	c.work.Go(func() { c.reconcile(c.run) })
+	c.work.Go(func() { c.tidy(c.run) })
 	c.work.Go(func() { c.automatic(c.run) })
 	return nil
 }

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net/http"
 
 	"dormouse/api"
 	"dormouse/controller/protocol"
@@ -45,7 +46,10 @@ func (c *Controller) submit(ctx context.Context, spec api.JobSpec) (*jobRecord, 
 		if err := putJob(tx, job); err != nil {
 			return err
 		}
-		return c.emit(tx, api.Event{Job: job.ID, Type: "submitted", Message: "submitted"})
+		if err := c.emit(tx, api.Event{Job: job.ID, Type: "submitted", Message: "submitted"}); err != nil {
+			return err
+		}
+		return c.answered(ctx, tx, http.StatusCreated, job.JobDetail)
 	})
 	c.log.Info("job pending", "job", job.ID, "command", spec.Command[0])
 	return job, err
@@ -98,9 +102,17 @@ func (c *Controller) onJob(ctx context.Context, ref string, act func(tx store.Tx
 			return err
 		}
 		op, err = act(tx, job)
-		return err
+		return c.accepted(ctx, tx, op, err)
 	})
 	return op, err
+}
+
+// accepted ends the transaction of a request that has begun an operation.
+func (c *Controller) accepted(ctx context.Context, tx store.Tx, op *opRecord, err error) error {
+	if err != nil {
+		return err
+	}
+	return c.answered(ctx, tx, http.StatusAccepted, op.Operation)
 }
 
 // checkpoint begins to checkpoint a running job.
@@ -231,7 +243,7 @@ func (c *Controller) clone(ctx context.Context, ref, cloud, name string) (*opRec
 			return err
 		}
 		op, err = c.beginRestore(tx, api.OpClone, job, request{Cloud: cloud, From: id})
-		return err
+		return c.accepted(ctx, tx, op, err)
 	})
 	return op, err
 }
@@ -285,7 +297,7 @@ func (c *Controller) kill(ctx context.Context, ref, signalName string) (*opRecor
 			return err
 		}
 		op, err = c.beginKill(tx, job, number)
-		return err
+		return c.accepted(ctx, tx, op, err)
 	})
 	return op, err
 }
@@ -363,7 +375,10 @@ func (c *Controller) remove(ctx context.Context, ref string) error {
 		if err := c.emit(tx, api.Event{Job: id, Type: "removed", Message: "removed with its checkpoints and logs"}); err != nil {
 			return err
 		}
-		return tx.Delete(store.Jobs, id)
+		if err := tx.Delete(store.Jobs, id); err != nil {
+			return err
+		}
+		return c.answered(ctx, tx, http.StatusNoContent, nil)
 	})
 	if err == nil && len(checkpoints) > 0 {
 		c.work.Go(func() { c.collectGarbage(c.run) })
@@ -393,7 +408,14 @@ func (c *Controller) removeCheckpoint(ctx context.Context, ref string) error {
 	if err != nil {
 		return err
 	}
-	if err := c.forgetCheckpoint(ctx, id, free); err != nil {
+	// What is begun is finished, whoever is killed meanwhile: that is the answer.
+	err = c.forgetCheckpoint(ctx, id, func(tx store.Tx, cp api.Checkpoint) error {
+		if err := free(tx, cp); err != nil {
+			return err
+		}
+		return c.answered(ctx, tx, http.StatusNoContent, nil)
+	})
+	if err != nil {
 		return err
 	}
 	c.work.Go(func() { c.collectGarbage(c.run) })
@@ -440,7 +462,7 @@ func (c *Controller) verifyCheckpoints(ctx context.Context, ref string) (*opReco
 		}
 		var err error
 		op, err = c.beginOperation(tx, api.OpVerify, nil, ask)
-		return err
+		return c.accepted(ctx, tx, op, err)
 	})
 	return op, err
 }

@@ -88,6 +88,13 @@ func newSimulation(t *testing.T, nodes ...string) *simulation {
 	for _, node := range nodes {
 		s.join(node)
 	}
+	s.awaitReady(nodes...)
+	return s
+}
+
+// awaitReady waits until the nodes are ready.
+func (s *simulation) awaitReady(nodes ...string) {
+	s.t.Helper()
 	s.eventually("all nodes are ready", func(tx store.Tx) (bool, error) {
 		for _, node := range nodes {
 			n, err := store.Get[nodeRecord](tx, store.Nodes, node)
@@ -97,7 +104,6 @@ func newSimulation(t *testing.T, nodes ...string) *simulation {
 		}
 		return true, nil
 	})
-	return s
 }
 
 func ignoreMissing(err error) error {
@@ -240,16 +246,25 @@ func (s *simulation) send(method, path string, body any) (status int, raw []byte
 	}
 	request.Header.Set("Authorization", "Bearer "+adminToken)
 	request.Header.Set("Content-Type", "application/json")
-	response, err := s.client.Do(request)
+	response, raw, err := s.roundTrip(request)
 	if err != nil {
 		return 0, nil, err
 	}
-	defer response.Body.Close()
-	raw, err = io.ReadAll(response.Body)
 	if kind := response.Header.Get("Content-Type"); response.StatusCode >= 400 && kind != "application/problem+json" {
 		err = fmt.Errorf("%s %s: status %d with content type %q: %s", method, path, response.StatusCode, kind, raw)
 	}
 	return response.StatusCode, raw, err
+}
+
+// roundTrip makes one request and reads its answer.
+func (s *simulation) roundTrip(request *http.Request) (*http.Response, []byte, error) {
+	response, err := s.client.Do(request)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer response.Body.Close()
+	raw, err := io.ReadAll(response.Body)
+	return response, raw, err
 }
 
 // killNode cuts a node's power, from a goroutine of a test.

@@ -35,11 +35,12 @@ const (
 	Events      Table = "events"      // by number, %016x
 	Tokens      Table = "tokens"      // join tokens, by the SHA-256 of the token
 	Cleanups    Table = "cleanups"    // tasks that nodes must still destroy, by node/job/index/run
+	Receipts    Table = "receipts"    // answers to requests, by the hash of whose and which key, and by age
 )
 
 // Tables are all tables, for implementations that make them ahead.
 func Tables() []Table {
-	return []Table{Jobs, Operations, Checkpoints, Nodes, Events, Tokens, Cleanups}
+	return []Table{Jobs, Operations, Checkpoints, Nodes, Events, Tokens, Cleanups, Receipts}
 }
 
 // ErrNotFound is what Tx.Get answers for a key that is not there.

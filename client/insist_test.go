@@ -1,0 +1,128 @@
+package client
+
+import (
+	"errors"
+	"net"
+	"net/http"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"dormouse/api"
+)
+
+// brokenAnswers are servers that do not answer a request that they got.
+var brokenAnswers = map[string]func(w http.ResponseWriter){
+	"broken connection": func(w http.ResponseWriter) {
+		if conn, _, err := w.(http.Hijacker).Hijack(); err == nil {
+			conn.Close()
+		}
+	},
+	"half an answer": func(w http.ResponseWriter) {
+		if conn, _, err := w.(http.Hijacker).Hijack(); err == nil {
+			conn.Write([]byte("HTTP/1.1 201 Created\r\nContent-Length: 100\r\n\r\n{"))
+			conn.Close()
+		}
+	},
+	"stopping controller": func(w http.ResponseWriter) {
+		w.Header().Set("Content-Type", "application/problem+json")
+		w.WriteHeader(http.StatusServiceUnavailable)
+		w.Write([]byte(`{"title":"Service Unavailable","status":503,"detail":"the controller is stopping: try again"}`))
+	},
+	"busy controller": func(w http.ResponseWriter) {
+		w.Header().Set("Content-Type", "application/problem+json")
+		w.Header().Set("Retry-After", "1")
+		w.WriteHeader(http.StatusTooManyRequests)
+		w.Write([]byte(`{"title":"Too Many Requests","status":429,"detail":"more than 1 request a second"}`))
+	},
+}
+
+func TestCallThatGotNoAnswerIsRepeatedUnderItsKey(t *testing.T) {
+	for name, fail := range brokenAnswers {
+		t.Run(name, func(t *testing.T) {
+			var keys []string
+			c := newClient(t, func(w http.ResponseWriter, r *http.Request) {
+				if keys = append(keys, r.Header.Get("Idempotency-Key")); len(keys) == 1 {
+					fail(w)
+					return
+				}
+				answer(t, w, http.StatusCreated, "application/json", api.JobDetail{Job: api.Job{ID: "j-1"}})
+			})
+			job, err := c.Submit(t.Context(), api.JobSpec{Command: []string{"x"}})
+			if err != nil || job.ID != "j-1" {
+				t.Fatalf("want the second answer, got %v, %v", job, err)
+			}
+			if len(keys) != 2 || keys[0] == "" || keys[0] != keys[1] {
+				t.Errorf("want two requests with one key, got %q", keys)
+			}
+		})
+	}
+}
+
+func TestDifferentCallsHaveDifferentKeys(t *testing.T) {
+	seen := map[string]bool{}
+	c := newClient(t, func(w http.ResponseWriter, r *http.Request) {
+		seen[r.Header.Get("Idempotency-Key")] = true
+		answer(t, w, http.StatusAccepted, "application/json", api.Operation{})
+	})
+	for range 3 {
+		if _, err := c.Suspend(t.Context(), "j"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if len(seen) != 3 || seen[""] {
+		t.Errorf("want three keys, got %v", seen)
+	}
+}
+
+func TestQuestionsAndRefusalsAreNotRepeated(t *testing.T) {
+	var requests atomic.Int32
+	c := newClient(t, func(w http.ResponseWriter, r *http.Request) {
+		requests.Add(1)
+		if r.Method == http.MethodGet {
+			brokenAnswers["broken connection"](w)
+			return
+		}
+		answer(t, w, http.StatusConflict, "application/problem+json", api.Problem{Status: 409, Detail: "no"})
+	})
+	if _, err := c.Suspend(t.Context(), "j"); !IsRefused(err) || requests.Load() != 1 {
+		t.Errorf("a refusal: %v after %d requests", err, requests.Load())
+	}
+	// net/http itself may repeat a GET whose reused connection broke.
+	before := requests.Load()
+	if _, err := c.Jobs(t.Context(), false); !IsUnreachable(err) || requests.Load() > before+2 {
+		t.Errorf("a question: %v after %d requests", err, requests.Load()-before)
+	}
+}
+
+func TestPatienceEnds(t *testing.T) {
+	var requests atomic.Int32
+	c := newClient(t, func(w http.ResponseWriter, _ *http.Request) {
+		requests.Add(1)
+		brokenAnswers["stopping controller"](w)
+	})
+	c.patience = time.Second
+	if _, err := c.Suspend(t.Context(), "j"); Status(err) != http.StatusServiceUnavailable {
+		t.Errorf("want the last answer, got %v", err)
+	}
+	if n := requests.Load(); n < 2 {
+		t.Errorf("want several requests in a second, got %d", n)
+	}
+}
+
+func TestControllerThatWasNeverThereIsNotWaitedFor(t *testing.T) {
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	address := listener.Addr().String()
+	listener.Close()
+	c, err := New(Config{URL: "http://" + address, Patience: time.Hour})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var unreachable *UnreachableError
+	if _, err := c.Suspend(t.Context(), "j"); !errors.As(err, &unreachable) {
+		t.Errorf("want an unreachable controller, got %v", err)
+	}
+}
