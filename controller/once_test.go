@@ -5,12 +5,14 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"net/http/httptest"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
 	"dormouse/api"
+	"dormouse/client"
 	"dormouse/controller/store"
 )
 
@@ -192,5 +194,83 @@ func TestReceiptsAreForgottenAfterADay(t *testing.T) {
 	}
 	if found, err := s.c.findReceipt(t.Context(), old); err != nil || found != nil {
 		t.Errorf("the old receipt: %v, %v", found, err)
+	}
+}
+
+// TestKilledBetweenEffectAndAnswer has the controller die with each answer in
+// its hands, and the real client ask the next one.
+func TestKilledBetweenEffectAndAnswer(t *testing.T) {
+	s := newSimulation(t, "east-0")
+	requests := 0
+	front := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if requests++; requests > 1 {
+			s.awaitReady("east-0")
+		}
+		r.URL.Host, r.URL.Scheme, r.RequestURI = strings.TrimPrefix(s.url, "https://"), "https", ""
+		response, raw, err := s.roundTrip(r)
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		if requests == 1 {
+			s.restart()
+			if conn, _, err := w.(http.Hijacker).Hijack(); err == nil {
+				conn.Close()
+			}
+			return
+		}
+		for name, values := range response.Header {
+			w.Header()[name] = values
+		}
+		w.WriteHeader(response.StatusCode)
+		w.Write(raw)
+	}))
+	defer front.Close()
+	c, err := client.New(client.Config{URL: front.URL, Token: adminToken})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	ctx, job := t.Context(), ""
+	for _, step := range []struct {
+		name string
+		do   func() error
+		left func() bool
+	}{
+		{"submit", func() error {
+			detail, err := c.Submit(ctx, api.JobSpec{Command: []string{"x"}})
+			if err == nil {
+				job = detail.ID
+			}
+			return err
+		}, func() bool { s.awaitPhase(job, api.PhaseRunning); return s.count(store.Jobs) == 1 }},
+		{"checkpoint", func() error {
+			_, err := c.Checkpoint(ctx, job, "")
+			return err
+		}, func() bool { s.settled(job); return s.count(store.Checkpoints) == 1 }},
+		{"suspend", func() error {
+			_, err := c.Suspend(ctx, job)
+			return err
+		}, func() bool { s.awaitPhase(job, api.PhaseSuspended); return s.count(store.Checkpoints) == 2 }},
+		{"resume", func() error {
+			_, err := c.Resume(ctx, job, client.Wake{})
+			return err
+		}, func() bool { return s.awaitPhase(job, api.PhaseRunning).Restarts == 1 }},
+		{"kill", func() error {
+			_, err := c.Kill(ctx, job, "")
+			return err
+		}, func() bool { s.awaitPhase(job, api.PhaseCancelled); return true }},
+		{"remove", func() error { return c.RemoveJob(ctx, job) }, func() bool { return s.count(store.Jobs) == 0 }},
+	} {
+		requests = 0
+		if err := step.do(); err != nil {
+			t.Fatalf("%s: %v", step.name, err)
+		}
+		if requests != 2 {
+			t.Errorf("%s: want one repetition, got %d requests", step.name, requests)
+		}
+		if !step.left() {
+			t.Errorf("%s was done twice:\n%s", step.name, s.dump())
+		}
 	}
 }
