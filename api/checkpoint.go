@@ -108,6 +108,9 @@ const (
 	OpStart      OperationKind = "start"
 	OpCheckpoint OperationKind = "checkpoint"
 	OpSuspend    OperationKind = "suspend"
+	OpPreempt    OperationKind = "preempt"
+	OpSwap       OperationKind = "swap"
+	OpDrain      OperationKind = "drain"
 	OpResume     OperationKind = "resume"
 	OpRestart    OperationKind = "restart"
 	OpClone      OperationKind = "clone"
@@ -134,6 +137,7 @@ type Operation struct {
 	ID       string         `json:"id"`
 	Kind     OperationKind  `json:"kind"`
 	Job      string         `json:"job"`
+	Node     string         `json:"node,omitempty"` // of operations on a node
 	Phase    OperationPhase `json:"phase"`
 	Progress float64        `json:"progress"` // 0 to 1
 	Error    string         `json:"error,omitempty"`

@@ -68,11 +68,14 @@ type Publish struct {
 	Target   int    `json:"target,omitempty" yaml:"target"`     // of the task; the same unless given
 }
 
-// Values of JobSpec.Launch and JobSpec.Connections.
+// Values of JobSpec.Launch, JobSpec.Placement and JobSpec.Connections.
 const (
 	LaunchAuto  = "auto"
 	LaunchEach  = "each"
 	LaunchFirst = "first"
+
+	PlacementSpread = "spread"
+	PlacementPack   = "pack"
 
 	ConnectionsRefuse = "refuse"
 	ConnectionsClose  = "close"
@@ -89,6 +92,12 @@ type JobSpec struct {
 	MemBytes int64   `json:"mem_bytes,omitempty" yaml:"mem_bytes" doc:"memory per task, 512 MiB unless given"`
 	Priority int     `json:"priority,omitempty" yaml:"priority"`
 	Cloud    string  `json:"cloud,omitempty" yaml:"cloud" doc:"run only in this cloud"`
+	// Constraints are the labels, with their values, that a node must have. Every
+	// node has the labels node and cloud, its own names.
+	Constraints map[string]string `json:"constraints,omitempty" yaml:"constraints"`
+	// Placement is "spread" (the default), each task on the least loaded node, or
+	// "pack", on as few nodes as possible.
+	Placement string `json:"placement,omitempty" yaml:"placement"`
 	// Root is "host", "dir:PATH", "oci:PATH", "oci:REFERENCE" or a plain path.
 	Root    string            `json:"root,omitempty" yaml:"root"`
 	Env     map[string]string `json:"env,omitempty" yaml:"env"`
@@ -146,6 +155,9 @@ type Job struct {
 	Finished    *time.Time `json:"finished,omitempty"`
 	ExitCode    *int       `json:"exit_code,omitempty"` // of the first failing task; 128+signal when a signal ended it
 	Operation   string     `json:"operation,omitempty"` // id of the one under way
+	// Queued is set while a suspended job waits to come back by itself: it gave way
+	// to another, or left a node that was drained.
+	Queued bool `json:"queued,omitempty"`
 }
 
 // JobDetail is a job with everything `dormouse inspect` shows.

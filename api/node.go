@@ -31,6 +31,11 @@ type Node struct {
 	// Underlay is the address by which other nodes, and whoever calls a port that
 	// a job publishes, reach the node. Empty: none is known.
 	Underlay     string   `json:"underlay,omitempty"`
+	// Cordoned nodes get no more tasks, until they are uncordoned.
+	Cordoned bool `json:"cordoned,omitempty"`
+	// Labels are what constraints of jobs ask for, beside node and cloud.
+	Labels map[string]string `json:"labels,omitempty"`
+
 	Reason       string   `json:"reason,omitempty"`
 	CRIUVersion  string   `json:"criu_version,omitempty"`
 	Kernel       string   `json:"kernel,omitempty"`

@@ -153,7 +153,7 @@ func (c *Controller) admit(tx store.Tx, request *agentpb.JoinRequest) error {
 	switch {
 	case err == nil && record.Cloud != request.GetCloud():
 		return refused("there is a node %s in cloud %s already: choose another name", id, record.Cloud)
-	case err == nil && record.Driver == "" && record.State == api.NodeReady:
+	case err == nil && record.Driver == "" && (record.State == api.NodeReady || record.State == api.NodeCordoned):
 		return refused("there is a node %s already, and it is ready: choose another name", id)
 	case err == nil:
 		return nil
@@ -285,7 +285,7 @@ func (s *agentService) acknowledge(ctx context.Context, se *session, seq uint64)
 // reachable makes a node ready again that was only silent for a while.
 func (c *Controller) reachable(ctx context.Context, id string) error {
 	var state api.NodeState
-	err := c.store.View(ctx, func(tx store.Tx) error {
+	err := c.store.View(ctx, func(tx store.Tx) error { // spares the writers' lock
 		n, err := store.Get[nodeRecord](tx, store.Nodes, id)
 		state = n.State
 		return err
@@ -293,5 +293,11 @@ func (c *Controller) reachable(ctx context.Context, id string) error {
 	if err != nil || state != api.NodeUnreachable {
 		return err
 	}
-	return c.changeNode(ctx, id, api.NodeReady, "")
+	return c.store.Update(ctx, func(tx store.Tx) error {
+		n, err := store.Get[nodeRecord](tx, store.Nodes, id)
+		if err != nil || n.State != api.NodeUnreachable {
+			return err
+		}
+		return c.putNodeState(tx, n, n.heardState(), "")
+	})
 }

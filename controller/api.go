@@ -250,6 +250,26 @@ func (c *Controller) routeJobs(rest huma.API) {
 	route(rest, begins("suspend", "/v1/jobs/{id}/suspend", "Put a running job to sleep"), func(ctx context.Context, in *ByID) (api.Operation, error) {
 		return operation(c.suspend(ctx, in.ID))
 	})
+	route(rest, begins("preempt", "/v1/jobs/{id}/preempt", "Take a running job off its place, until there is room for it"), func(ctx context.Context, in *ByID) (api.Operation, error) {
+		return operation(c.preempt(ctx, in.ID))
+	})
+	route(rest, get("plan-preempt", "/v1/jobs/{id}/preempt", "What preempting a job would do and cost"), func(ctx context.Context, in *ByID) (api.PreemptPlan, error) {
+		return c.planPreempt(ctx, in.ID)
+	})
+	route(rest, begins("swap", "/v1/jobs/{id}/swap", "Put another job where a running one is"), func(ctx context.Context, in *struct {
+		ByID
+		Body struct {
+			In string `json:"in" doc:"the job to put there: pending or suspended"`
+		}
+	}) (api.Operation, error) {
+		return operation(c.swap(ctx, in.ID, in.Body.In))
+	})
+	route(rest, get("plan-swap", "/v1/jobs/{id}/swap", "What a swap would do and cost"), func(ctx context.Context, in *struct {
+		ByID
+		In string `query:"in" required:"true"`
+	}) (api.PreemptPlan, error) {
+		return c.planSwap(ctx, in.ID, in.In)
+	})
 	type wake struct {
 		ByID
 		Body *struct {
@@ -434,6 +454,18 @@ func (c *Controller) routePlatform(rest huma.API) {
 		func(ctx context.Context, in *ByID) error { return c.cutPower(ctx, in.ID) })
 	routeEmpty(rest, huma.Operation{OperationID: "start-node", Method: http.MethodPost, Path: "/v1/nodes/{id}/start", Summary: "Start a virtual node again"},
 		func(ctx context.Context, in *ByID) error { return c.powerOn(ctx, in.ID) })
+	route(rest, begins("drain", "/v1/nodes/{id}/drain", "Cordon a node and move everything off it"), func(ctx context.Context, in *ByID) (api.Operation, error) {
+		return operation(c.drain(ctx, in.ID))
+	})
+	routeEmpty(rest, huma.Operation{OperationID: "uncordon", Method: http.MethodPost, Path: "/v1/nodes/{id}/uncordon", Summary: "Let jobs onto a node again, and end its drain"},
+		func(ctx context.Context, in *ByID) error { return c.uncordon(ctx, in.ID) })
+	routeEmpty(rest, huma.Operation{OperationID: "label-node", Method: http.MethodPost, Path: "/v1/nodes/{id}/labels", Summary: "Set labels of a node; an empty value removes one"},
+		func(ctx context.Context, in *struct {
+			ByID
+			Body map[string]string
+		}) error {
+			return c.label(ctx, in.ID, in.Body)
+		})
 	route(rest, get("clouds", "/v1/clouds", "List the clouds"), func(ctx context.Context, _ *struct{}) ([]api.Cloud, error) {
 		return c.listClouds(ctx)
 	})
@@ -490,24 +522,14 @@ func (c *Controller) listNodes(ctx context.Context) ([]api.Node, error) {
 		if err != nil {
 			return err
 		}
-		jobs, err := store.All[jobRecord](tx, store.Jobs)
+		s, err := c.survey(tx)
 		if err != nil {
 			return err
 		}
-		nodes, err := snapshot(tx, jobs, "")
-		if err != nil {
-			return err
-		}
-		tasks := make(map[string]int)
-		for i := range jobs {
-			if jobs[i].Phase.Placed() {
-				for _, ref := range jobs[i].refs() {
-					tasks[ref.Node]++
-				}
-			}
-		}
-		for i, r := range records {
-			r.CPUsUsed, r.MemUsed, r.Tasks = nodes[i].CPUsUsed, nodes[i].MemUsed, tasks[r.ID]
+		used := s.usage()
+		for _, r := range records {
+			u := used[r.ID]
+			r.CPUsUsed, r.MemUsed, r.Tasks = u.cpus, u.mem, u.tasks
 			list = append(list, r.Node)
 		}
 		return nil

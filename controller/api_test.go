@@ -106,7 +106,7 @@ func TestResumeWithoutRoomIsRefusedWithTheReason(t *testing.T) {
 	s.do("/v1/jobs/"+id+"/suspend", nil)
 	s.running(api.JobSpec{CPUs: 2})
 	detail := s.want(http.StatusConflict, "POST", "/v1/jobs/"+id+"/resume", nil, nil)
-	if !strings.Contains(detail, "have room for 0 of 1 task of 4 cpus") {
+	if !strings.Contains(detail, "needs 4 cpus and 512 MiB on one node, and the most that is free is 2 cpus") {
 		t.Errorf("the refusal: %q", detail)
 	}
 	if job := s.jobNow(id); job.Phase != api.PhaseSuspended || job.Operation != "" {

@@ -191,6 +191,7 @@ func (d *doing) publish(ctx context.Context) (effect, error) {
 			cp.PauseMS = pause
 		}
 		job.Checkpoints++
+		job.Size, job.Took, job.CRIU = cp.SizeBytes, cp.DurableMS, cp.CRIUVersion
 		if err := noteDurable(tx, op, job, cp); err != nil {
 			return err
 		}
@@ -280,7 +281,7 @@ func (d *doing) destroy(ctx context.Context) (effect, error) {
 	if err := d.gone(ctx, refs); err != nil {
 		return nil, err
 	}
-	if d.op.Kind == api.OpSuspend {
+	if d.op.Kind != api.OpKill {
 		if _, err := d.discard(ctx); err != nil {
 			return nil, err
 		}

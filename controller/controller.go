@@ -67,6 +67,9 @@ type Parts struct {
 	Grace time.Duration
 	// Watch is how long a restore on trial must live. Zero: 3 s.
 	Watch time.Duration
+	// Retry is how long a job that could not be checkpointed to give way, or not be
+	// restored, is left alone at first; then twice as long each time. Zero: 10 s.
+	Retry time.Duration
 	// Bounds hold the interval of automatic checkpoints. Zero: interval.Usual.
 	Bounds interval.Bounds
 	// AgentURL is where a cloud's new agents dial.
@@ -117,6 +120,7 @@ func New(parts Parts) (*Controller, error) {
 	setDefault(&parts.Margin, parts.Lease/3)
 	setDefault(&parts.Grace, 10*time.Second)
 	setDefault(&parts.Watch, 3*time.Second)
+	setDefault(&parts.Retry, usualRetry)
 	key := parts.PKI.ManifestKey()
 	c := &Controller{
 		parts: parts, store: parts.Store, clock: parts.Clock, log: parts.Logger,
@@ -160,6 +164,7 @@ func (c *Controller) Start(ctx context.Context) error {
 	c.work.Go(func() { c.watchNodes(c.run) })
 	c.work.Go(func() { c.reconcile(c.run) })
 	c.work.Go(func() { c.tidy(c.run) })
+	c.work.Go(func() { c.placeJobs(c.run) })
 	c.work.Go(func() { c.automatic(c.run) })
 	return nil
 }

@@ -323,7 +323,7 @@ func (d *Daemon) WaitNodes(ctx context.Context) error {
 				if err != nil {
 					return false, err
 				}
-				if n.State != api.NodeReady {
+				if n.State != api.NodeReady && n.State != api.NodeCordoned {
 					waiting = fmt.Sprintf("node %s is %s; its agent's log is %s", n.ID, n.State, filepath.Join(d.path("nodes"), n.ID, "agent.log"))
 					return false, nil
 				}
@@ -449,7 +449,7 @@ func (c *Controller) failOperation(tx store.Tx, job *jobRecord, reason string) e
 	}
 	now := c.clock.Now().UTC()
 	op.Phase, op.Finished, op.Error = api.OpFailed, &now, reason
-	if op.Kind == api.OpCheckpoint || op.Kind == api.OpSuspend {
+	if op.Kind == api.OpCheckpoint || op.Kind == api.OpSuspend || op.Kind == api.OpPreempt {
 		cp, err := store.Get[api.Checkpoint](tx, store.Checkpoints, op.Checkpoint)
 		if err != nil {
 			return err

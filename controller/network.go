@@ -8,7 +8,6 @@ import (
 	"slices"
 
 	"dormouse/api/agentpb"
-	"dormouse/controller/scheduler"
 	"dormouse/controller/store"
 )
 
@@ -177,50 +176,4 @@ func newSecret() []byte {
 	secret := make([]byte, 32)
 	rand.Read(secret) // never fails: crypto/rand.Read
 	return secret
-}
-
-// portsTaken says of a node why it cannot publish what job asks for, because
-// another job's task there does; empty when it can.
-func portsTaken(jobs []jobRecord, job *jobRecord) func(scheduler.Node) string {
-	if len(job.Spec.Publish) == 0 {
-		return nil
-	}
-	type place struct {
-		node, protocol string
-		port           int
-	}
-	taken := make(map[place]string)
-	for i := range jobs {
-		other := &jobs[i]
-		if !other.Phase.Placed() || other.ID == job.ID {
-			continue
-		}
-		for _, p := range other.Spec.Publish {
-			taken[place{other.TaskStatus[p.Task].Node, p.Protocol, p.Port}] = other.ID
-		}
-	}
-	return func(n scheduler.Node) string {
-		for _, p := range job.Spec.Publish {
-			if other := taken[place{n.ID, p.Protocol, p.Port}]; other != "" {
-				return fmt.Sprintf("job %s publishes port %d/%s on node %s", other, p.Port, p.Protocol, n.ID)
-			}
-		}
-		return ""
-	}
-}
-
-// eitherUnfit joins two reasons why a node may not do; each may be nil.
-func eitherUnfit(a, b func(scheduler.Node) string) func(scheduler.Node) string {
-	if a == nil {
-		return b
-	}
-	if b == nil {
-		return a
-	}
-	return func(n scheduler.Node) string {
-		if reason := a(n); reason != "" {
-			return reason
-		}
-		return b(n)
-	}
 }

@@ -37,7 +37,7 @@ func (c *Controller) bootNodes(ctx context.Context) error {
 				continue
 			}
 			c.fleet.seen(n.ID, c.clock.Now())
-			if n.State != api.NodeReady {
+			if n.State != api.NodeReady && n.State != api.NodeCordoned {
 				continue
 			}
 			n.State, n.Reason = api.NodeUnreachable, "the controller was started and has not heard of it yet"
@@ -244,12 +244,7 @@ func (c *Controller) welcome(ctx context.Context, id string, hello *agentpb.Hell
 			return fmt.Errorf("node %s is not known: it must join first: %w", id, err)
 		}
 		noteHello(&n, hello)
-		n.Hellos++
-		state := api.NodeReady
-		if n.State == api.NodeCordoned {
-			state = api.NodeCordoned
-		}
-		if err := c.putNodeState(tx, n, state, ""); err != nil {
+		if err := c.putNodeState(tx, n, n.heardState(), ""); err != nil {
 			return err
 		}
 		held := make(map[taskRef]bool)
@@ -269,6 +264,14 @@ func (c *Controller) welcome(ctx context.Context, id string, hello *agentpb.Hell
 		return c.loseVanished(tx, id, held)
 	})
 	return w, err
+}
+
+// heardState is the state of a node whose agent is heard of.
+func (n *nodeRecord) heardState() api.NodeState {
+	if n.Cordoned {
+		return api.NodeCordoned
+	}
+	return api.NodeReady
 }
 
 func noteHello(n *nodeRecord, h *agentpb.Hello) {

@@ -203,6 +203,10 @@ func (d *doing) take(ctx context.Context) (effect, error) {
 		return d.verify(ctx)
 	case protocol.StepWatch:
 		return d.watch(ctx)
+	case protocol.StepYield:
+		return d.yield(ctx)
+	case protocol.StepEvict:
+		return d.evictAll(ctx)
 	}
 	return nil, fmt.Errorf("this dormouse does not know the step %q", d.op.Step)
 }
@@ -290,6 +294,10 @@ func (c *Controller) concludeJob(tx store.Tx, op *opRecord, job *jobRecord) erro
 		return c.concludeCheckpoint(tx, op, job, done)
 	case api.OpSuspend:
 		return c.concludeSuspend(tx, op, job, done)
+	case api.OpPreempt:
+		return c.concludePreempt(tx, op, job, done)
+	case api.OpSwap:
+		return c.concludeSwap(tx, op, job, done)
 	case api.OpResume, api.OpRestart, api.OpRecover, api.OpClone:
 		return c.concludeRestore(tx, op, job, done)
 	case api.OpKill:

@@ -32,6 +32,16 @@ type jobRecord struct {
 	Drill bool `json:"drill,omitempty"`
 	// Kept are ended tasks whose logs are still on their nodes.
 	Kept []taskRef `json:"kept,omitempty"`
+	// Yield is set from when the job begins to give up its place until it has one
+	// again: it comes back by itself.
+	Yield *yield `json:"yield,omitempty"`
+	// Stubborn is set after the job could not give way.
+	Stubborn *stubborn `json:"stubborn,omitempty"`
+	// Size and Took are the bytes of the newest durable checkpoint and how long it
+	// took, CRIU the version that a node needs to restore it.
+	Size int64   `json:"size,omitempty"`
+	Took float64 `json:"took_ms,omitempty"`
+	CRIU string  `json:"criu,omitempty"`
 	// History is what automatic checkpoints go by.
 	History history `json:"history,omitzero"`
 }
@@ -70,6 +80,11 @@ type request struct {
 	Tasks       int         `json:"tasks,omitempty"`       // of the job
 	Request     string      `json:"request,omitempty"`     // of a program inside the job
 	Why         string      `json:"why,omitempty"`         // it was begun, where that is not plain
+	For         string      `json:"for,omitempty"`         // the job that another gives way to
+	Out         string      `json:"out,omitempty"`         // the job that is swapped out
+	Yield       string      `json:"yield,omitempty"`       // the operation that takes it out
+	Nodes       []string    `json:"nodes,omitempty"`       // where a swapped job goes, by task
+	Node        string      `json:"node,omitempty"`        // to drain
 }
 
 // opRecord is an operation as it is stored.
@@ -89,6 +104,8 @@ type opRecord struct {
 	Parts map[int]json.RawMessage `json:"parts,omitempty"`
 	// Steps are the measured parts of the capture.
 	Steps map[int]api.CaptureSteps `json:"steps,omitempty"`
+	// Moved are the jobs that a drain took off its node.
+	Moved []string `json:"moved,omitempty"`
 	// Endpoints are the ways to the job's network, by node.
 	Endpoints map[string]endpoint `json:"endpoints,omitempty"`
 	// Placed is when a restore found its Nodes, and Up when all tasks ran there.
@@ -188,7 +205,10 @@ func getJob(tx store.Tx, id string) (*jobRecord, error) {
 	return &job, nil
 }
 
-func putJob(tx store.Tx, job *jobRecord) error { return store.Put(tx, store.Jobs, job.ID, job) }
+func putJob(tx store.Tx, job *jobRecord) error {
+	job.Queued = job.Phase == api.PhaseSuspended && job.Yield != nil
+	return store.Put(tx, store.Jobs, job.ID, job)
+}
 
 func getOperation(tx store.Tx, id string) (*opRecord, error) {
 	op, err := store.Get[opRecord](tx, store.Operations, id)

@@ -29,11 +29,15 @@ func (c *Controller) submit(ctx context.Context, spec api.JobSpec) (*jobRecord, 
 		},
 	}}
 	err := c.store.Update(ctx, func(tx store.Tx) error {
-		nodes, err := snapshot(tx, nil, "")
+		records, err := store.All[nodeRecord](tx, store.Nodes)
 		if err != nil {
 			return err
 		}
-		if err := scheduler.Possible(nodes, requestFor(job, spec.Cloud)); err != nil {
+		nodes := make([]scheduler.Node, len(records))
+		for i := range records {
+			nodes[i] = records[i].seen()
+		}
+		if err := scheduler.Possible(nodes, requestFor(job)); err != nil {
 			return invalid("%v", err)
 		}
 		number, err := tx.Sequence(store.Jobs)
@@ -128,6 +132,9 @@ func (c *Controller) checkpoint(ctx context.Context, ref, label string) (*opReco
 // suspend begins to put a running job to sleep.
 func (c *Controller) suspend(ctx context.Context, ref string) (*opRecord, error) {
 	return c.onJob(ctx, ref, func(tx store.Tx, job *jobRecord) (*opRecord, error) {
+		if job.waits() && job.Phase == api.PhaseSuspended {
+			return c.stayAsleep(tx, job)
+		}
 		if err := inPhase(job, "suspended", api.PhaseRunning); err != nil {
 			return nil, err
 		}

@@ -106,6 +106,9 @@ var errTryAgain = errors.New("what was seen has changed")
 // place finds nodes for the job's next run. A job that has lost its tasks
 // already waits for room; any other is refused.
 func (d *doing) place(ctx context.Context) (effect, error) {
+	if d.op.Run != 0 {
+		return nil, nil // the queue has placed it
+	}
 	unfit, err := d.unfit(ctx)
 	if err != nil {
 		return nil, err
@@ -114,13 +117,19 @@ func (d *doing) place(ctx context.Context) (effect, error) {
 		return nil, err
 	}
 	return func(tx store.Tx, op *opRecord, job *jobRecord) error {
-		placement, nodes, err := d.choose(tx, job, op, unfit)
+		placement, nodes, kept, err := d.takePlace(tx, job, op)
+		if err == nil && !kept {
+			placement, nodes, err = d.choose(tx, job, op, unfit)
+		}
 		if err != nil {
 			return errTryAgain
 		}
 		phase := api.PhaseRestoring
-		if op.Kind == api.OpRecover {
+		switch {
+		case op.Kind == api.OpRecover:
 			phase = api.PhaseRecovering
+		case op.Kind == api.OpSwap && op.Anew:
+			phase = api.PhaseStarting
 		}
 		if err := numberNetwork(tx, job); err != nil {
 			return err
@@ -141,6 +150,7 @@ func (d *doing) awaitRoom(ctx context.Context, unfit func(scheduler.Node) string
 	for {
 		revision := d.store.Revision()
 		var op *opRecord
+		var job *jobRecord
 		hope := false
 		err := d.store.View(ctx, func(tx store.Tx) (err error) {
 			if op, err = getOperation(tx, d.op.ID); err != nil || op.Phase != api.OpRunning {
@@ -149,8 +159,10 @@ func (d *doing) awaitRoom(ctx context.Context, unfit func(scheduler.Node) string
 			if hope, err = anyUnreachable(tx); err != nil {
 				return err
 			}
-			job, err := getJob(tx, op.Job)
-			if err != nil {
+			if job, err = getJob(tx, op.Job); err != nil {
+				return err
+			}
+			if _, _, kept, err := d.takePlace(tx, job, op); kept || err != nil {
 				return err
 			}
 			_, _, err = d.choose(tx, job, op, unfit)
@@ -160,7 +172,7 @@ func (d *doing) awaitRoom(ctx context.Context, unfit func(scheduler.Node) string
 		if !errors.As(err, &noRoom) {
 			return err
 		}
-		if noRoom.Never || !d.waits(op) && !hope {
+		if noRoom.Never || !op.waits(job) && !hope {
 			return &failure{Message: noRoom.Reason, Refused: true}
 		}
 		d.say(ctx, "waits for room: "+noRoom.Reason)
@@ -175,35 +187,6 @@ func (d *doing) awaitRoom(ctx context.Context, unfit func(scheduler.Node) string
 func anyUnreachable(tx store.Tx) (bool, error) {
 	nodes, err := store.All[nodeRecord](tx, store.Nodes)
 	return slices.ContainsFunc(nodes, func(n nodeRecord) bool { return n.State == api.NodeUnreachable }), err
-}
-
-// waits reports whether the operation waits for room rather than failing.
-func (d *doing) waits(op *opRecord) bool {
-	return op.Kind == api.OpRecover || op.Stopped
-}
-
-// choose places the job's next run on the snapshot that tx sees.
-func (c *Controller) choose(tx store.Tx, job *jobRecord, op *opRecord, unfit func(scheduler.Node) string) ([]string, []scheduler.Node, error) {
-	ask, err := op.request()
-	if err != nil {
-		return nil, nil, err
-	}
-	jobs, err := store.All[jobRecord](tx, store.Jobs)
-	if err != nil {
-		return nil, nil, err
-	}
-	nodes, err := snapshot(tx, jobs, job.ID)
-	if err != nil {
-		return nil, nil, err
-	}
-	cloud := ask.Cloud
-	if cloud == "" {
-		cloud = job.Spec.Cloud
-	}
-	request := requestFor(job, cloud)
-	request.Unfit, request.Avoid = eitherUnfit(unfit, portsTaken(jobs, job)), op.Avoid
-	placement, err := scheduler.Place(nodes, request)
-	return placement, nodes, err
 }
 
 // unfit says which nodes cannot take the checkpoint.
@@ -297,6 +280,9 @@ func (c *Controller) concludeRestore(tx store.Tx, op *opRecord, job *jobRecord, 
 	switch {
 	case op.Kind == api.OpResume:
 		job.Phase, job.Reason = api.PhaseSuspended, "resume failed: "+op.Error
+		if job.Yield != nil {
+			c.comeBackLater(job, job.Reason)
+		}
 		c.logJob(job)
 		return nil
 	case op.Kind == api.OpRestart && !op.Stopped:
@@ -322,7 +308,7 @@ func (c *Controller) nowRestored(tx store.Tx, op *opRecord, job *jobRecord) erro
 		job.From = op.Checkpoint
 		how = "restored from checkpoint " + op.Checkpoint
 	}
-	if op.Kind != api.OpClone {
+	if op.Kind != api.OpClone && (op.Kind != api.OpSwap || !op.Anew) {
 		job.Restarts++
 	}
 	if op.Kind != api.OpRecover {

@@ -101,7 +101,7 @@ func (c *Controller) concludeStart(tx store.Tx, op *opRecord, job *jobRecord, do
 // nowRunning notes that all tasks of a job run.
 func (c *Controller) nowRunning(tx store.Tx, job *jobRecord, how string) error {
 	now := c.clock.Now().UTC()
-	job.Phase, job.Reason = api.PhaseRunning, ""
+	job.Phase, job.Reason, job.Yield = api.PhaseRunning, "", nil
 	job.History.begin(now)
 	if job.Started == nil {
 		job.Started = &now

@@ -28,6 +28,7 @@ const (
 
 var (
 	jobName    = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$`)
+	labelText  = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._/-]{0,62}$`)
 	capName    = regexp.MustCompile(`^(CAP_)?[A-Z_]+$`)
 	userName   = regexp.MustCompile(`^[A-Za-z0-9._-]+(:[A-Za-z0-9._-]+)?$`)
 	baselines  = []string{"", "native", "x86-64-v2", "x86-64-v3", "x86-64-v4"}
@@ -49,7 +50,7 @@ func completeSpec(spec api.JobSpec, raw []byte) (api.JobSpec, error) {
 	if spec.MemBytes == 0 {
 		spec.MemBytes = defaultMem
 	}
-	for _, check := range []func(*api.JobSpec) error{checkCommand, checkResources, checkRoot, checkPlaces, checkNames, checkLaunch, checkNetwork, checkPolicies} {
+	for _, check := range []func(*api.JobSpec) error{checkCommand, checkResources, checkRoot, checkPlaces, checkNames, checkLaunch, checkNetwork, checkPolicies, checkPlacement} {
 		if err := check(&spec); err != nil {
 			return spec, err
 		}
@@ -145,6 +146,30 @@ func checkNames(s *api.JobSpec) error {
 	}
 	if !slices.Contains(baselines, s.CPUBaseline) {
 		return invalid("cpu_baseline must be native, x86-64-v2, x86-64-v3 or x86-64-v4, got %q", s.CPUBaseline)
+	}
+	return nil
+}
+
+// checkPlacement checks where tasks may go.
+func checkPlacement(s *api.JobSpec) error {
+	if !slices.Contains([]string{"", api.PlacementSpread, api.PlacementPack}, s.Placement) {
+		return invalid("placement must be spread or pack, got %q", s.Placement)
+	}
+	for key, value := range s.Constraints {
+		if err := checkLabel(key, value); err != nil {
+			return err
+		}
+		if value == "" {
+			return invalid("the constraint %s needs a value, as in %s=VALUE", key, key)
+		}
+	}
+	return nil
+}
+
+// checkLabel checks a label of a node. An empty value is none.
+func checkLabel(key, value string) error {
+	if !labelText.MatchString(key) || value != "" && !labelText.MatchString(value) {
+		return invalid("a label and its value are up to 63 letters, digits, dots, dashes, slashes and underscores, got %q=%q", key, value)
 	}
 	return nil
 }

@@ -50,6 +50,8 @@ const (
 	StepGrace     = "grace"
 	StepVerify    = "verify"
 	StepWatch     = "watch" // whether what was restored on trial lives
+	StepYield     = "yield" // wait until the job that is swapped out has gone
+	StepEvict     = "evict" // everything off a node, and wait where it goes
 )
 
 // FlowOf is the plan of an operation of a job of so many tasks. signal is what
@@ -66,13 +68,17 @@ func FlowOf(kind api.OperationKind, tasks, signal int) Flow {
 				[]string{StepThaw, StepUpload, StepPublish, StepDiscard, StepRetention}),
 			undo: append(severally(tasks, StepReopen), StepAbort), commit: StepPublish,
 		}
-	case api.OpSuspend:
+	case api.OpSuspend, api.OpPreempt:
 		return Flow{
 			steps: []string{StepPreflight, StepFreeze, StepCapture, StepUpload, StepPublish, StepDestroy, StepRetention},
 			undo:  append(severally(tasks, StepReopen), StepAbort), commit: StepPublish,
 		}
 	case api.OpResume, api.OpClone:
 		return Flow{steps: join([]string{StepLook, StepPlace}, restoring(tasks)), undo: []string{StepUnplace}, elsewhere: true}
+	case api.OpSwap:
+		return Flow{steps: join([]string{StepYield, StepLook, StepPlace}, restoring(tasks)), undo: []string{StepUnplace}, elsewhere: true}
+	case api.OpDrain:
+		return Flow{steps: []string{StepEvict}}
 	case api.OpRestart, api.OpRecover:
 		return Flow{steps: join([]string{StepLook, StepStop, StepPlace}, restoring(tasks)), undo: []string{StepUnplace}, elsewhere: true}
 	case api.OpKill:

@@ -39,6 +39,8 @@ type Waiting struct {
 	// Patient jobs were told to give up their place: they go behind whoever
 	// waited before them, and make nobody give way.
 	Patient bool
+	// Spares jobs make nobody give way either.
+	Spares bool
 	// Hold says why the job is not to be placed for now, although it waits; empty:
 	// it may.
 	Hold    string
@@ -117,7 +119,7 @@ func Schedule(nodes []Node, jobs []Running, queue []Waiting) []Decision {
 // needs is the same text for jobs that can be placed, or not, alike; empty when
 // that cannot be said.
 func (w *Waiting) needs() string {
-	if w.Request.Unfit != nil || len(w.Request.Avoid) > 0 || w.Patient {
+	if w.Request.Unfit != nil || len(w.Request.Avoid) > 0 || w.Patient || w.Spares {
 		return ""
 	}
 	r := w.Request
@@ -231,7 +233,7 @@ func (f *floor) decide(w *Waiting) Decision {
 		f.keep(w, placement, keptStays)
 		return Decision{ID: w.ID, Reason: "room is on " + strings.Join(f.silent(placement), ", ") + ", not heard of at the moment"}
 	}
-	if !w.Patient {
+	if !w.Patient && !w.Spares {
 		if victims := f.victims(w, func(j *Running) bool { return j.Stays == "" }); victims != nil {
 			ids := f.evict(victims)
 			f.keep(w, f.find(r, f.soon, true), keptStays)
@@ -379,7 +381,7 @@ func (f *floor) withoutKept() []Node {
 
 // staying says of the job that would have to give way, and cannot, why.
 func (f *floor) staying(w *Waiting) string {
-	if w.Patient {
+	if w.Patient || w.Spares {
 		return ""
 	}
 	for _, v := range f.victims(w, func(j *Running) bool { return j.Stays != keptStays }) {

@@ -1,0 +1,400 @@
+package controller
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"slices"
+	"time"
+
+	"dormouse/api"
+	"dormouse/controller/protocol"
+	"dormouse/controller/scheduler"
+	"dormouse/controller/store"
+)
+
+// How jobs get their places: survey makes of the store what the scheduler needs
+// to know, it decides about all that wait at once, and schedule writes what was
+// decided: operations that start or wake those that have room, and operations
+// that preempt those that give way. Operations that have to place their job
+// themselves (a recovery, a restart) are in the same queue, and look there with
+// choose whether it is their turn. Nothing that was decided is remembered but by
+// these operations: the next look at the store decides anew, and finds the room
+// of those that are giving way kept for the same job.
+
+// survey is the store as the scheduler sees it.
+type survey struct {
+	nodes   []scheduler.Node
+	running []scheduler.Running
+	queue   []scheduler.Waiting
+	jobs    map[string]*jobRecord // those that wait, and those that have a place
+	// next is when a job is no longer held back or stubborn; zero: none is.
+	next time.Time
+}
+
+// survey looks at all nodes and jobs.
+func (c *Controller) survey(tx store.Tx) (*survey, error) {
+	s := &survey{jobs: make(map[string]*jobRecord)}
+	records, err := store.All[nodeRecord](tx, store.Nodes)
+	if err != nil {
+		return nil, err
+	}
+	for _, r := range records {
+		s.nodes = append(s.nodes, r.seen())
+	}
+	jobs, err := store.All[jobRecord](tx, store.Jobs)
+	if err != nil {
+		return nil, err
+	}
+	now := c.clock.Now()
+	for i := range jobs {
+		if err := s.look(tx, &jobs[i], now); err != nil {
+			return nil, err
+		}
+	}
+	return s, nil
+}
+
+// seen is the node as the scheduler sees it, with nothing in use.
+func (n *nodeRecord) seen() scheduler.Node {
+	labels := maps.Clone(n.Labels)
+	if labels == nil {
+		labels = make(map[string]string, 2)
+	}
+	labels[labelNode], labels[labelCloud] = n.ID, n.Cloud
+	return scheduler.Node{
+		ID: n.ID, Cloud: n.Cloud, State: n.State, CPUs: n.CPUs, MemBytes: n.MemBytes, CRIUVersion: n.CRIUVersion, Labels: labels,
+	}
+}
+
+// look puts a job where it belongs: into the queue, among those that have a
+// place, or nowhere.
+func (s *survey) look(tx store.Tx, job *jobRecord, now time.Time) error {
+	var op *opRecord
+	if job.Operation != "" && job.Phase != api.PhaseStarting {
+		var err error
+		if op, err = getOperation(tx, job.Operation); err != nil {
+			return err
+		}
+	}
+	switch {
+	case job.waits():
+		s.jobs[job.ID] = job
+		s.queue = append(s.queue, s.waiting(job, now))
+	case op != nil && op.Step == protocol.StepPlace && op.Run == 0 && (op.Kind != api.OpSwap || len(op.Avoid) > 0):
+		ask, err := op.request()
+		if err != nil {
+			return err
+		}
+		s.jobs[job.ID] = job
+		w := s.waiting(job, now)
+		w.Since, w.Hold, w.Patient, w.Spares = op.Started, "", false, !op.waits(job)
+		w.Request.Avoid = op.Avoid
+		if ask.Cloud != "" {
+			w.Request.Cloud = ask.Cloud
+		}
+		if op.Anew {
+			w.Request.Unfit = nil
+		}
+		s.queue = append(s.queue, w)
+	case op != nil && op.Kind == api.OpSwap && op.Run == 0:
+		ask, err := op.request()
+		if err != nil {
+			return err
+		}
+		s.jobs[job.ID] = job
+		s.running = append(s.running, runningOn(job, ask.Nodes, "it is being put there"))
+	case job.Phase.Placed():
+		s.jobs[job.ID] = job
+		s.running = append(s.running, s.placed(job, op, now))
+	}
+	return nil
+}
+
+// waits reports whether the job is in the queue by itself, without an operation.
+func (j *jobRecord) waits() bool {
+	return j.Operation == "" && (j.Phase == api.PhasePending || j.Phase == api.PhaseSuspended && j.Yield != nil)
+}
+
+// waits reports whether an operation that places its job waits for room rather
+// than failing: nothing else could be done with the job.
+func (o *opRecord) waits(job *jobRecord) bool {
+	return o.Kind == api.OpRecover || o.Stopped || job.Yield != nil || o.Kind == api.OpSwap
+}
+
+// waiting is a job as one that waits.
+func (s *survey) waiting(job *jobRecord, now time.Time) scheduler.Waiting {
+	w := scheduler.Waiting{ID: job.ID, Priority: job.Priority, Created: job.Created, Since: job.Created, Request: requestFor(job)}
+	if job.Phase != api.PhasePending {
+		w.Request.Unfit = s.tooOld(job)
+	}
+	if y := job.Yield; y != nil {
+		w.Since, w.Patient = y.Since, y.Patient
+		if y.NotBefore.After(now) {
+			w.Hold = y.Why
+			s.note(y.NotBefore)
+		}
+	}
+	return w
+}
+
+// note remembers when to look again.
+func (s *survey) note(at time.Time) {
+	if s.next.IsZero() || at.Before(s.next) {
+		s.next = at
+	}
+}
+
+// tooOld says of nodes why they cannot restore the job; nil when all can, as far
+// as is known.
+func (s *survey) tooOld(job *jobRecord) func(scheduler.Node) string {
+	if !slices.ContainsFunc(s.nodes, func(n scheduler.Node) bool { return olderVersion(n.CRIUVersion, job.CRIU) }) {
+		return nil
+	}
+	return func(n scheduler.Node) string {
+		if olderVersion(n.CRIUVersion, job.CRIU) {
+			return fmt.Sprintf("node %s has CRIU %s and the job's checkpoint needs %s or newer", n.ID, n.CRIUVersion, job.CRIU)
+		}
+		return ""
+	}
+}
+
+// placed is a job as one that has a place, and op what is under way with it.
+func (s *survey) placed(job *jobRecord, op *opRecord, now time.Time) scheduler.Running {
+	on := make([]string, len(job.TaskStatus))
+	for i, t := range job.TaskStatus {
+		on[i] = t.Node
+	}
+	r := runningOn(job, on, "")
+	switch {
+	case job.Phase == api.PhaseSuspending, op != nil && op.Kind == api.OpKill && op.Step != protocol.StepSignal:
+		r.Leaving = true
+	case job.Phase != api.PhaseRunning:
+		r.Stays = fmt.Sprintf("it is %s", job.Phase)
+	case op != nil:
+		r.Stays = fmt.Sprintf("operation %s (%s) is under way", op.ID, op.Kind)
+	case job.Stubborn != nil && job.Stubborn.Until.After(now):
+		r.Stays = fmt.Sprintf("%s; it is asked again at %s", job.Stubborn.Why, job.Stubborn.Until.UTC().Format(time.TimeOnly))
+		s.note(job.Stubborn.Until)
+	}
+	return r
+}
+
+func runningOn(job *jobRecord, on []string, stays string) scheduler.Running {
+	bytes, _ := job.bytes()
+	r := scheduler.Running{
+		ID: job.ID, Priority: job.Priority, On: on, CPUs: job.Spec.CPUs, MemBytes: job.Spec.MemBytes, Stays: stays, Bytes: bytes,
+	}
+	for _, p := range job.Spec.Publish {
+		if r.Ports == nil {
+			r.Ports = make(map[string][]string)
+		}
+		node := on[p.Task]
+		r.Ports[node] = append(r.Ports[node], portText(p))
+	}
+	return r
+}
+
+func portText(p api.Publish) string { return fmt.Sprintf("%d/%s", p.Port, p.Protocol) }
+
+// bytes is what a checkpoint of the job would have to store, and how that is
+// known.
+func (j *jobRecord) bytes() (int64, string) {
+	if j.Size > 0 {
+		return j.Size, "the newest checkpoint"
+	}
+	return j.Spec.MemBytes * int64(j.Tasks), "the memory reserved"
+}
+
+// requestFor is what a job needs.
+func requestFor(job *jobRecord) scheduler.Request {
+	r := scheduler.Request{
+		Tasks: job.Tasks, CPUs: job.Spec.CPUs, MemBytes: job.Spec.MemBytes, Cloud: job.Spec.Cloud, Labels: job.Spec.Constraints,
+		Pack: job.Spec.Placement == api.PlacementPack,
+	}
+	for _, p := range job.Spec.Publish {
+		r.Ports = append(r.Ports, portText(p))
+	}
+	return r
+}
+
+// decide is what becomes of all that wait.
+func (s *survey) decide() []scheduler.Decision {
+	return scheduler.Schedule(s.nodes, s.running, s.queue)
+}
+
+// placeJobs schedules whenever the store has changed.
+func (c *Controller) placeJobs(ctx context.Context) {
+	for {
+		revision := c.store.Revision()
+		begun := c.clock.Now()
+		next, err := c.schedule(ctx)
+		if err != nil && ctx.Err() == nil {
+			c.log.Error("jobs cannot be placed", "error", err)
+		}
+		// With many jobs a look takes its time: at most half of all time.
+		if took := c.clock.Now().Sub(begun); took > cheapLook && c.pause(ctx, took) != nil {
+			return
+		}
+		if !c.awaitDue(ctx, revision, next) {
+			return
+		}
+	}
+}
+
+// cheapLook is a look that needs no rest after it.
+const cheapLook = 5 * time.Millisecond
+
+// schedule places the jobs that wait for it, and makes others give way.
+//
+// It returns when to look again although nothing has changed; zero: never.
+func (c *Controller) schedule(ctx context.Context) (next time.Time, err error) {
+	var due bool
+	err = c.store.View(ctx, func(tx store.Tx) error { // spares the writers' lock
+		s, err := c.survey(tx)
+		if err != nil || len(s.queue) == 0 {
+			return err
+		}
+		due, next = slices.ContainsFunc(s.decide(), s.changes), s.next
+		return nil
+	})
+	if err != nil || !due {
+		return next, err
+	}
+	return next, c.store.Update(ctx, func(tx store.Tx) error {
+		s, err := c.survey(tx)
+		if err != nil {
+			return err
+		}
+		for _, d := range s.decide() {
+			if s.changes(d) {
+				if err := c.carryOut(tx, s, d); err != nil {
+					return err
+				}
+			}
+		}
+		return nil
+	})
+}
+
+// changes reports whether a decision changes anything in the store.
+func (s *survey) changes(d scheduler.Decision) bool {
+	job := s.jobs[d.ID]
+	return len(d.Evict) > 0 || job.waits() && (d.Placement != nil || job.Reason != job.waitsFor(d) || job.Yield != nil && !job.Yield.Waits)
+}
+
+// waitsFor is a waiting job's reason. One that only waits as another does is
+// told so once: who it is changes too often.
+func (j *jobRecord) waitsFor(d scheduler.Decision) string {
+	reason := "waits for room: " + d.Reason
+	if j.Yield != nil {
+		reason = j.Yield.text() + "; " + reason
+	}
+	if d.Alike && j.Reason != "" && (j.Yield == nil || j.Yield.Waits) {
+		return j.Reason
+	}
+	return reason
+}
+
+// carryOut writes what was decided about a job, and begins what follows.
+func (c *Controller) carryOut(tx store.Tx, s *survey, d scheduler.Decision) error {
+	job := s.jobs[d.ID]
+	for _, victim := range d.Evict {
+		if _, err := c.giveWay(tx, s.jobs[victim], yield{To: job.ID}, api.TriggerPreempt); err != nil {
+			return err
+		}
+	}
+	switch {
+	case !job.waits():
+		return nil // its operation looks itself
+	case d.Placement == nil:
+		job.Reason = job.waitsFor(d)
+		if job.Yield != nil {
+			job.Yield.Waits = true
+		}
+		return putJob(tx, job)
+	}
+	return c.settleWaiting(tx, s, job, d.Placement)
+}
+
+// settleWaiting begins to start, or to wake, a job on its nodes.
+func (c *Controller) settleWaiting(tx store.Tx, s *survey, job *jobRecord, placement []string) error {
+	kind, phase := api.OpStart, api.PhaseStarting
+	if job.Phase == api.PhaseSuspended {
+		kind, phase = api.OpResume, api.PhaseRestoring
+	}
+	if err := numberNetwork(tx, job); err != nil {
+		return err
+	}
+	job.settleOn(placement, s.nodes, phase)
+	op, err := c.beginOperation(tx, kind, job, request{})
+	if err != nil {
+		return err
+	}
+	op.Run = job.Run
+	if err := putOperation(tx, op); err != nil {
+		return err
+	}
+	return c.emit(tx, api.Event{Job: job.ID, Type: "placed", Message: "placed on " + placementText(placement), Node: placement[0]})
+}
+
+// choose looks whether it is the turn of an operation that places its job, and
+// where that goes. Unfit, when it is given, knows more about nodes than the store.
+func (c *Controller) choose(tx store.Tx, job *jobRecord, op *opRecord, unfit func(scheduler.Node) string) ([]string, []scheduler.Node, error) {
+	s, err := c.survey(tx)
+	if err != nil {
+		return nil, nil, err
+	}
+	if err := s.enter(job, op, unfit); err != nil {
+		return nil, nil, err
+	}
+	for _, d := range s.decide() {
+		if d.ID != job.ID {
+			continue
+		}
+		if d.Placement == nil {
+			return nil, nil, &scheduler.NoRoomError{Reason: d.Reason, Never: d.Never}
+		}
+		return d.Placement, s.nodes, nil
+	}
+	return nil, nil, fmt.Errorf("job %s is not in the queue", job.ID)
+}
+
+// enter puts the job of an operation into the queue, in place of all else that
+// the survey knows of it.
+func (s *survey) enter(job *jobRecord, op *opRecord, unfit func(scheduler.Node) string) error {
+	ask, err := op.request()
+	if err != nil {
+		return err
+	}
+	s.running = slices.DeleteFunc(s.running, func(r scheduler.Running) bool { return r.ID == job.ID })
+	s.queue = slices.DeleteFunc(s.queue, func(w scheduler.Waiting) bool { return w.ID == job.ID })
+	w := scheduler.Waiting{
+		ID: job.ID, Priority: job.Priority, Created: job.Created, Since: op.Started, Spares: !op.waits(job), Request: requestFor(job),
+	}
+	w.Request.Unfit, w.Request.Avoid = unfit, op.Avoid
+	if ask.Cloud != "" {
+		w.Request.Cloud = ask.Cloud
+	}
+	s.queue = append(s.queue, w)
+	return nil
+}
+
+// usage is what is reserved of one node.
+type usage struct {
+	cpus  float64
+	mem   int64
+	tasks int
+}
+
+// usage is what is reserved of the nodes, as `dormouse nodes` shows it.
+func (s *survey) usage() map[string]usage {
+	used := make(map[string]usage)
+	for _, r := range s.running {
+		for _, id := range r.On {
+			u := used[id]
+			used[id] = usage{u.cpus + r.CPUs, u.mem + r.MemBytes, u.tasks + 1}
+		}
+	}
+	return used
+}
