@@ -25,7 +25,7 @@ import (
 // Agent is the daemon of one node.
 type Agent struct {
 	config   Config
-	endpoint endpoint
+	masters  *controllers
 	log      *slog.Logger
 	lock     *os.File // flock on the state directory
 	lease    *lease
@@ -40,7 +40,6 @@ type Agent struct {
 	spool    *spooler
 	lanes    *lanes
 	answers  *answers
-	client   agentpb.AgentServiceClient
 	life     context.Context // of Run
 	streams  sync.WaitGroup  // logs and execs under way
 
@@ -82,7 +81,7 @@ func New(config Config) (_ *Agent, err error) {
 			a.Close()
 		}
 	}()
-	if a.endpoint, err = parseEndpoint(config.Join, config.ServerName); err != nil {
+	if a.masters, err = parseControllers(config.Join, config.ServerName); err != nil {
 		return nil, err
 	}
 	for _, dir := range []string{a.tasksDir(), a.workDir(""), a.pagesDir(), a.uploadsDir(), a.criuLogsDir()} {

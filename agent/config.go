@@ -21,7 +21,7 @@ type Config struct {
 	Cloud string `yaml:"cloud" json:"cloud"`
 
 	// Join is the controller: https://HOST:PORT, HOST:PORT, or
-	// unix:///PATH of its socket.
+	// unix:///PATH of its socket; several with commas between.
 	Join string `yaml:"join" json:"join"`
 	// ServerName is the name that the controller's certificate must carry.
 	// Empty: the host in Join, or "dormouse" for a socket.

@@ -18,6 +18,8 @@ import (
 // Bounds of talking to the controller.
 const (
 	joinTimeout = 20 * time.Second
+	// attemptTimeout bounds the try of one controller of several.
+	attemptTimeout = 5 * time.Second
 	// maxMessage holds the manifest of a job with many thousand tasks.
 	maxMessage = 64 << 20
 )

@@ -46,11 +46,12 @@ func (a *Agent) hello() *agentpb.Hello {
 // underlay is where other nodes reach this one: as configured, or the address
 // from which the controller is reached.
 func (a *Agent) underlay() netip.Addr {
-	if a.config.Underlay.IsValid() || a.endpoint.network != "tcp" {
+	to := a.masters.now()
+	if a.config.Underlay.IsValid() || to.network != "tcp" {
 		return a.config.Underlay
 	}
 	// udp(7): connect sends nothing, and chooses the source address.
-	connection, err := net.Dial("udp", a.endpoint.address)
+	connection, err := net.Dial("udp", to.address)
 	if err != nil {
 		return netip.Addr{}
 	}

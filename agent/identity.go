@@ -120,16 +120,15 @@ func (a *Agent) requestIdentity(ctx context.Context, roots *x509.CertPool, token
 	if err != nil {
 		return err
 	}
-	conn, err := a.endpoint.connect(&tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS13})
-	if err != nil {
-		return err
-	}
-	defer conn.Close()
+	defer a.masters.close()
 	ctx, cancel := context.WithTimeout(ctx, joinTimeout)
 	defer cancel()
-	answer, err := agentpb.NewAgentServiceClient(conn).Join(ctx, &agentpb.JoinRequest{
-		Token: token, Node: a.config.Node, Cloud: a.config.Cloud, Csr: csr,
-	}, grpc.WaitForReady(true))
+	var answer *agentpb.JoinResponse
+	config := &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS13}
+	err = a.masters.ask(ctx, config, func(ctx context.Context, client agentpb.AgentServiceClient, options ...grpc.CallOption) (err error) {
+		answer, err = client.Join(ctx, &agentpb.JoinRequest{Token: token, Node: a.config.Node, Cloud: a.config.Cloud, Csr: csr}, options...)
+		return err
+	})
 	if err != nil {
 		return fmt.Errorf("join %s: %w", a.config.Join, err)
 	}

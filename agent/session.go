@@ -12,6 +12,7 @@ import (
 	"github.com/shirou/gopsutil/v3/load"
 	"github.com/shirou/gopsutil/v3/mem"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/metadata"
 
 	"dormouse/api/agentpb"
 )
@@ -20,11 +21,21 @@ import (
 const (
 	firstPause = 100 * time.Millisecond
 	maxPause   = 5 * time.Second
+	// With several controllers a session does not wait for TCP to notice that one
+	// is gone: the next is tried when nothing was heard for so long, or for a third
+	// of the lease if that is shorter.
+	silenceLimit = 5 * time.Second
+	// welcomeLimit bounds the wait for a Welcome, which is written to the store first.
+	welcomeLimit = 10 * time.Second
+	// shortPause is the longest pause between two of several controllers: those
+	// that do not lead answer at once.
+	shortPause = time.Second
 )
 
 // session is one Connect stream, from its Hello to its end.
 type session struct {
 	agent  *Agent
+	client agentpb.AgentServiceClient
 	stream grpc.BidiStreamingClient[agentpb.FromAgent, agentpb.ToAgent]
 	done   <-chan struct{} // of the stream's context
 	end    context.CancelCauseFunc
@@ -33,21 +44,20 @@ type session struct {
 	mu   sync.Mutex
 	seq  uint64
 	sent map[uint64]time.Duration // heartbeats without acknowledgement, by boot time
+
+	silence time.Duration // after which another controller is tried; 0: never
 }
 
 // serve keeps a session with the controller until ctx ends.
 func (a *Agent) serve(ctx context.Context, id *identity) error {
-	conn, err := a.endpoint.connect(&tls.Config{
-		RootCAs: id.roots, Certificates: []tls.Certificate{id.certificate}, MinVersion: tls.VersionTLS13,
-	})
-	if err != nil {
-		return err
+	config := &tls.Config{RootCAs: id.roots, Certificates: []tls.Certificate{id.certificate}, MinVersion: tls.VersionTLS13}
+	defer a.masters.close()
+	pause, longest := firstPause, maxPause
+	if a.masters.several() {
+		longest = shortPause
 	}
-	defer conn.Close()
-	a.client = agentpb.NewAgentServiceClient(conn)
-	pause := firstPause
 	for ctx.Err() == nil {
-		welcomed, err := a.session(ctx)
+		welcomed, err := a.session(ctx, config)
 		if ctx.Err() != nil {
 			break
 		}
@@ -59,41 +69,60 @@ func (a *Agent) serve(ctx context.Context, id *identity) error {
 		case <-ctx.Done():
 		case <-time.After(pause):
 		}
-		pause = min(2*pause, maxPause)
+		pause = min(2*pause, longest)
 	}
 	return nil
 }
 
-// session runs one stream and reports whether the controller welcomed it.
-func (a *Agent) session(parent context.Context) (welcomed bool, err error) {
+// session runs one stream and reports whether the controller welcomed it. When
+// it did not, or does not go on, the next session is with the next controller.
+func (a *Agent) session(parent context.Context, config *tls.Config) (welcomed bool, err error) {
 	ctx, end := context.WithCancelCause(parent)
 	defer end(nil)
-	stream, err := a.client.Connect(ctx)
+	client, to, err := a.masters.client(config)
+	if err != nil {
+		return false, err
+	}
+	var trailer metadata.MD
+	defer func() { a.masters.failed(trailer) }()
+	late := time.AfterFunc(welcomeLimit, func() {
+		if a.masters.several() {
+			end(fmt.Errorf("controller %s does not answer", to.address))
+		}
+	})
+	defer late.Stop()
+	stream, err := client.Connect(ctx)
 	if err != nil {
 		return false, err
 	}
 	asked := bootTime()
 	if err := stream.Send(&agentpb.FromAgent{Body: &agentpb.FromAgent_Hello{Hello: a.hello()}}); err != nil {
-		return false, fmt.Errorf("say hello: %w", streamError(stream, err))
+		trailer, err = streamError(stream, err)
+		return false, fmt.Errorf("say hello: %w", err)
 	}
 	first, err := stream.Recv()
 	if err != nil {
-		return false, err
+		trailer = stream.Trailer()
+		return false, causeOf(ctx, err)
 	}
 	welcome := first.GetWelcome()
 	if welcome == nil {
 		return false, errors.New("the controller's first message is no welcome")
 	}
+	late.Stop()
 	s := &session{
-		agent: a, stream: stream, done: ctx.Done(), end: end,
+		agent: a, client: client, stream: stream, done: ctx.Done(), end: end,
 		out: make(chan *agentpb.FromAgent, 256), sent: map[uint64]time.Duration{},
+	}
+	if a.masters.several() {
+		s.silence = min(silenceLimit, time.Duration(welcome.GetLeaseMs())*time.Millisecond/3)
 	}
 	if err := a.welcome(ctx, welcome, asked); err != nil {
 		return false, err
 	}
 	a.attachSession(s)
 	defer a.attachSession(nil)
-	a.log.Info("connected", "controller", a.config.Join, "node", welcome.GetNodeId())
+	a.log.Info("connected", "controller", to.address, "node", welcome.GetNodeId())
 
 	var writing sync.WaitGroup
 	writing.Go(func() { s.write(ctx, time.Duration(welcome.GetHeartbeatMs())*time.Millisecond) })
@@ -104,23 +133,27 @@ func (a *Agent) session(parent context.Context) (welcomed bool, err error) {
 	for {
 		message, err := stream.Recv()
 		if err != nil {
-			if cause := context.Cause(ctx); cause != nil {
-				err = cause
-			}
-			return true, err
+			trailer = stream.Trailer()
+			return true, causeOf(ctx, err)
 		}
 		s.receive(parent, message)
 	}
 }
 
-// streamError replaces the io.EOF of a failed Send by the stream's status.
-func streamError(stream interface {
-	Recv() (*agentpb.ToAgent, error)
-}, err error) error {
-	if _, status := stream.Recv(); status != nil {
-		return status
+// causeOf is why ctx was ended, when it was, and err otherwise.
+func causeOf(ctx context.Context, err error) error {
+	if cause := context.Cause(ctx); cause != nil {
+		return cause
 	}
 	return err
+}
+
+// streamError replaces the io.EOF of a failed Send by the stream's status.
+func streamError(stream grpc.BidiStreamingClient[agentpb.FromAgent, agentpb.ToAgent], err error) (metadata.MD, error) {
+	if _, status := stream.Recv(); status != nil {
+		return stream.Trailer(), status
+	}
+	return nil, err
 }
 
 // write is the only sender of the stream.
@@ -141,6 +174,10 @@ func (s *session) write(ctx context.Context, period time.Duration) {
 			return
 		case message = <-s.out:
 		case <-ticker.C:
+			if quiet := s.quiet(); s.silence > 0 && quiet > s.silence {
+				s.end(fmt.Errorf("the controller has acknowledged nothing for %s", quiet.Round(time.Millisecond)))
+				return
+			}
 			message = s.heartbeat()
 		}
 	}
@@ -160,6 +197,17 @@ func (s *session) heartbeat() *agentpb.FromAgent {
 	beat.Seq = s.seq
 	s.sent[s.seq] = bootTime()
 	return &agentpb.FromAgent{Body: &agentpb.FromAgent_Heartbeat{Heartbeat: beat}}
+}
+
+// quiet is the age of the oldest heartbeat without acknowledgement.
+func (s *session) quiet() time.Duration {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	now, oldest := bootTime(), time.Duration(0)
+	for _, sent := range s.sent {
+		oldest = max(oldest, now-sent)
+	}
+	return oldest
 }
 
 // acknowledged returns when heartbeat seq was sent.

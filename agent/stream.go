@@ -59,7 +59,13 @@ func (a *Agent) openStream(ref *agentpb.TaskRef, request *agentpb.OpenStream) er
 func (a *Agent) attach(name string, serve func(context.Context, *attachment) error) error {
 	ctx, cancel := context.WithCancel(a.life)
 	defer cancel()
-	stream, err := a.client.Attach(ctx)
+	a.sessionMu.Lock()
+	current := a.current
+	a.sessionMu.Unlock()
+	if current == nil {
+		return errors.New("the controller that asked for the stream is gone")
+	}
+	stream, err := current.client.Attach(ctx)
 	if err != nil {
 		return err
 	}

@@ -269,7 +269,7 @@ func (s *agentService) receive(ctx context.Context, stream grpc.BidiStreamingSer
 func (s *agentService) acknowledge(ctx context.Context, se *session, seq uint64) error {
 	c := s.c
 	if !c.fleet.renew(se, c.clock.Now()) {
-		return status.Error(codes.Aborted, "the node was taken for lost, or has a newer stream: connect again")
+		return status.Error(codes.Aborted, "the node was taken for lost, has a newer stream, or another controller leads: connect again")
 	}
 	if err := c.reachable(ctx, se.node); err != nil {
 		return status.Error(codes.Unavailable, err.Error())

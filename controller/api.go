@@ -109,7 +109,11 @@ func (c *Controller) healthz(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	w.Header().Set("Content-Type", "application/json")
-	fmt.Fprintln(w, `{"status":"ok"}`)
+	role := "follower"
+	if c.parts.Cluster.Leads() {
+		role = "leader"
+	}
+	fmt.Fprintf(w, "{\"status\":\"ok\",\"role\":%q}\n", role)
 }
 
 func writeProblem(w http.ResponseWriter, p *problem) {
@@ -468,6 +472,9 @@ func (c *Controller) routePlatform(rest huma.API) {
 		})
 	route(rest, get("clouds", "/v1/clouds", "List the clouds"), func(ctx context.Context, _ *struct{}) ([]api.Cloud, error) {
 		return c.listClouds(ctx)
+	})
+	route(rest, get("controllers", "/v1/controllers", "List the controllers that share the store, the leader first"), func(context.Context, *struct{}) ([]api.Controller, error) {
+		return c.parts.Cluster.Controllers(), nil
 	})
 	route(rest, get("version", "/v1/version", "The controller's version"), func(context.Context, *struct{}) (api.Version, error) {
 		return api.Version{Version: c.parts.Version, Go: runtime.Version()}, nil

@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
+	"net/url"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -25,14 +27,45 @@ type Config struct {
 	AnyPort bool `yaml:"-"`
 	// Names are further names and addresses that the server certificate is for.
 	Names []string `yaml:"names"`
-	// State is the directory of everything the controller keeps.
-	State      string           `yaml:"state"`
+	// State is the directory of everything the controller keeps, but what is in etcd.
+	State string `yaml:"state"`
+	// Name of this controller among several; the host's unless given. Advertise is
+	// the URL by which the others and agents reach it; https://LISTEN unless given.
+	Name       string           `yaml:"name"`
+	Advertise  string           `yaml:"advertise"`
+	Store      StoreConfig      `yaml:"store"`
 	Repository RepositoryConfig `yaml:"repository"`
 	Clouds     []CloudConfig    `yaml:"clouds"`
 	// Lease and Heartbeat of the agents; 30 s and 1 s unless given.
 	Lease     time.Duration `yaml:"lease"`
 	Heartbeat time.Duration `yaml:"heartbeat"`
 }
+
+// StoreConfig says where jobs, operations and all other records are kept.
+type StoreConfig struct {
+	// Backend is bolt, a file in the state directory, unless it is etcd.
+	Backend string `yaml:"backend"`
+	// The rest is for etcd. Endpoints are the members' URLs, all http or all https;
+	// Prefix begins all keys, /dormouse/ unless given.
+	Endpoints []string `yaml:"endpoints"`
+	Prefix    string   `yaml:"prefix"`
+	// CA, Cert and Key are files: whom to believe, and what to show.
+	CA   string `yaml:"ca"`
+	Cert string `yaml:"cert"`
+	Key  string `yaml:"key"`
+	// User, and the file with its password, where etcd asks for them.
+	User         string `yaml:"user"`
+	PasswordFile string `yaml:"password_file"`
+	// SecretFile holds a secret that all controllers on one store have in common:
+	// their keys are encrypted with it.
+	SecretFile string `yaml:"secret_file"`
+}
+
+// The stores.
+const (
+	storeBolt = "bolt"
+	storeEtcd = "etcd"
+)
 
 // RepositoryConfig names the repository of checkpoints.
 type RepositoryConfig struct {
@@ -123,6 +156,9 @@ func (c *Config) complete() error {
 	if c.Repository.Path, err = filepath.Abs(c.Repository.Path); err != nil {
 		return err
 	}
+	if err := c.checkStore(); err != nil {
+		return err
+	}
 	setDefault(&c.Heartbeat, time.Second)
 	setDefault(&c.Lease, 30*time.Second)
 	if c.Lease < 3*c.Heartbeat {
@@ -138,6 +174,69 @@ func (c *Config) complete() error {
 		}
 		seen[c.Clouds[i].Name] = true
 	}
+	return nil
+}
+
+func (c *Config) checkStore() error {
+	if c.Store.Backend == "" {
+		c.Store.Backend = storeBolt
+	}
+	switch c.Store.Backend {
+	case storeBolt:
+		if len(c.Store.Endpoints) > 0 {
+			return errors.New("store.endpoints are for etcd: set store.backend to etcd")
+		}
+		return c.checkAdvertise()
+	case storeEtcd:
+	default:
+		return fmt.Errorf("there is no store backend %q: known are bolt, etcd", c.Store.Backend)
+	}
+	if len(c.Store.Endpoints) == 0 {
+		return errors.New("store.endpoints are missing: name the etcd members, as in [\"https://10.0.0.1:2379\"]")
+	}
+	for _, endpoint := range c.Store.Endpoints {
+		if u, err := url.Parse(endpoint); err != nil || u.Host == "" || u.Scheme != "http" && u.Scheme != "https" {
+			return fmt.Errorf("store.endpoints: %q is no URL such as https://10.0.0.1:2379", endpoint)
+		}
+	}
+	switch {
+	case c.Store.SecretFile == "":
+		return errors.New("store.secret_file is missing: name a file with a secret, the same for every controller; `head -c 32 /dev/urandom | base64` prints one")
+	case (c.Store.Cert == "") != (c.Store.Key == ""):
+		return errors.New("store.cert and store.key go together: give both or neither")
+	case c.Store.User != "" && c.Store.PasswordFile == "":
+		return errors.New("store.password_file is missing: store.user has a password")
+	}
+	for _, cloud := range c.Clouds {
+		if cloud.Driver == driverLocal {
+			return fmt.Errorf("cloud %s: virtual nodes belong to one machine, and several controllers may share an etcd: use driver static, or store.backend bolt", cloud.Name)
+		}
+	}
+	if c.Name == "" {
+		name, err := os.Hostname()
+		if err != nil {
+			return fmt.Errorf("find out the host name (%w): set name", err)
+		}
+		c.Name = name
+	}
+	if host, _, err := net.SplitHostPort(c.Listen); c.Advertise == "" && err == nil {
+		if ip := net.ParseIP(host); host == "" || ip != nil && ip.IsUnspecified() {
+			return fmt.Errorf("advertise is missing: %s names no address by which the other controllers reach this one", c.Listen)
+		}
+	}
+	return c.checkAdvertise()
+}
+
+func (c *Config) checkAdvertise() error {
+	if c.Advertise == "" {
+		return nil
+	}
+	u, err := url.Parse(c.Advertise)
+	if err != nil || u.Scheme != "https" || u.Hostname() == "" || strings.Trim(u.Path, "/") != "" {
+		return fmt.Errorf("advertise must be a URL such as https://controller-1.example:7117, got %q", c.Advertise)
+	}
+	c.Advertise = strings.TrimRight(c.Advertise, "/")
+	c.Names = append(c.Names, u.Hostname())
 	return nil
 }
 

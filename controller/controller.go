@@ -13,6 +13,7 @@ import (
 
 	"google.golang.org/grpc"
 
+	"dormouse/api"
 	"dormouse/controller/interval"
 	"dormouse/controller/pki"
 	"dormouse/controller/store"
@@ -46,6 +47,20 @@ type Cloud struct {
 	UploadRate int64
 }
 
+// Cluster is what a Controller knows of the others on its store. Leads is asked
+// before anything that only the leader may do and the store cannot refuse: to
+// prolong an agent's lease, to command it.
+type Cluster interface {
+	Leads() bool
+	Controllers() []api.Controller
+}
+
+// alone is the Cluster of a controller that shares its store with no other.
+type alone struct{ self api.Controller }
+
+func (a alone) Leads() bool                   { return true }
+func (a alone) Controllers() []api.Controller { return []api.Controller{a.self} }
+
 // Parts are what a Controller is made of. Store, PKI and Repository are
 // required; the caller closes them after Run has returned.
 type Parts struct {
@@ -55,10 +70,12 @@ type Parts struct {
 	// RepositoryConfig is handed to agents: {"backend":"local","path":DIR}.
 	RepositoryConfig json.RawMessage
 	AdminToken       string
-	JoinToken        string // lets agents of clouds without a driver join; empty: none
-	Clock            Clock  // nil: WallClock
-	Logger           *slog.Logger
-	Version          string
+	// Cluster tells of the other controllers on the store; nil: there are none.
+	Cluster   Cluster
+	JoinToken string // lets agents of clouds without a driver join; empty: none
+	Clock     Clock  // nil: WallClock
+	Logger    *slog.Logger
+	Version   string
 	// Heartbeat is the agents' period, Lease what they may be silent for before
 	// they freeze their tasks. Margin is what the controller waits beyond it
 	// before it takes a node for lost. Zero: 1 s, 30 s, a third of the lease.
@@ -112,6 +129,9 @@ func New(parts Parts) (*Controller, error) {
 	if parts.Clock == nil {
 		parts.Clock = WallClock{}
 	}
+	if parts.Cluster == nil {
+		parts.Cluster = alone{api.Controller{Version: parts.Version, Leads: true}}
+	}
 	if parts.Logger == nil {
 		parts.Logger = slog.New(slog.DiscardHandler)
 	}
@@ -124,7 +144,7 @@ func New(parts Parts) (*Controller, error) {
 	key := parts.PKI.ManifestKey()
 	c := &Controller{
 		parts: parts, store: parts.Store, clock: parts.Clock, log: parts.Logger,
-		fleet: newFleet(), streams: newAttachments(), bandwidth: newBandwidth(),
+		fleet: newFleet(parts.Cluster.Leads), streams: newAttachments(), bandwidth: newBandwidth(),
 		signer:   repository.NewSigner(key),
 		verifier: repository.NewVerifier(key.Public().(ed25519.PublicKey)),
 		clouds:   make(map[string]Cloud), operating: make(map[string]bool),

@@ -14,6 +14,8 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -22,7 +24,7 @@ import (
 	"dormouse/api"
 	"dormouse/controller/pki"
 	"dormouse/controller/store"
-	"dormouse/controller/store/bolt"
+	"dormouse/controller/store/etcd"
 	"dormouse/drivers"
 	"dormouse/drivers/local"
 	"dormouse/repository"
@@ -56,7 +58,12 @@ type Daemon struct {
 	clouds     []Cloud
 	fabric     *local.Fabric // of all local clouds
 	done       chan struct{}
+	failed     sync.Once
 	err        error
+
+	role    atomic.Pointer[role]
+	resign  context.CancelFunc // ends members; nil when this controller is alone
+	members sync.WaitGroup
 }
 
 // Start brings a controller up: it opens what is in the state directory,
@@ -83,7 +90,7 @@ func (d *Daemon) start(ctx context.Context, env Env) error {
 	if err := d.listen(); err != nil {
 		return err
 	}
-	shared, err := secret(d.path("join.token"))
+	joinToken, err := secret(d.path("join.token"))
 	if err != nil {
 		return err
 	}
@@ -91,14 +98,19 @@ func (d *Daemon) start(ctx context.Context, env Env) error {
 	if err != nil {
 		return err
 	}
-	d.controller, err = New(Parts{
+	parts := Parts{
 		Store: d.store, PKI: d.keys, Repository: d.repository, RepositoryConfig: repositoryConfig,
-		AdminToken: d.token, JoinToken: shared, Logger: d.log, Version: env.Version,
+		AdminToken: d.token, JoinToken: joinToken, Logger: d.log, Version: env.Version,
 		Heartbeat: d.config.Heartbeat, Lease: d.config.Lease, AgentURL: d.agentURL,
-	})
-	if err != nil {
+		Cluster: alone{api.Controller{Name: d.config.Name, URL: d.URL(), Version: env.Version, Leads: true}},
+	}
+	if shared, several := d.store.(*etcd.Store); several {
+		return d.startMember(ctx, shared, parts)
+	}
+	if d.controller, err = New(parts); err != nil {
 		return err
 	}
+	d.role.Store(&role{d.controller})
 	if err := d.controller.Start(ctx); err != nil {
 		return err
 	}
@@ -118,8 +130,13 @@ func (d *Daemon) openState(ctx context.Context) (err error) {
 	if d.lock, err = lockFile(d.path("lock"), d.config.State); err != nil {
 		return err
 	}
-	if d.store, err = openStore(d.path("controller.db")); err != nil {
+	if d.store, err = OpenStore(ctx, d.config, d.log); err != nil {
 		return err
+	}
+	if shared, several := d.store.(*etcd.Store); several {
+		if err := d.shareKeys(ctx, shared); err != nil {
+			return err
+		}
 	}
 	if d.keys, err = pki.Open(d.path("pki"), time.Now); err != nil {
 		return err
@@ -136,15 +153,6 @@ func (d *Daemon) openState(ctx context.Context) (err error) {
 	}
 	d.repository, err = repository.Open(ctx, backend, repository.Options{CacheDir: d.path("repository-cache")})
 	return err
-}
-
-// openStore keeps a nil *bolt.Store out of the interface.
-func openStore(file string) (store.Store, error) {
-	s, err := bolt.Open(file)
-	if err != nil {
-		return nil, err
-	}
-	return s, nil
 }
 
 func lockFile(file, state string) (*os.File, error) {
@@ -227,7 +235,7 @@ func (d *Daemon) serve() error {
 		return errors.Join(err, socket.Close())
 	}
 	d.server = &http.Server{
-		Handler: d.controller, ReadHeaderTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 64 << 10,
+		Handler: d, ReadHeaderTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 64 << 10,
 		TLSConfig: &tls.Config{
 			Certificates: []tls.Certificate{certificate}, ClientAuth: tls.VerifyClientCertIfGiven, ClientCAs: d.keys.Pool(), MinVersion: tls.VersionTLS13,
 		},
@@ -244,12 +252,19 @@ func (d *Daemon) serve() error {
 // watchServer ends the daemon when a listener breaks.
 func (d *Daemon) watchServer(ended <-chan error) {
 	for range 2 {
-		if err := <-ended; !errors.Is(err, http.ErrServerClosed) && d.err == nil {
-			d.err = fmt.Errorf("the controller's listener broke: %w", err)
-			d.server.Close()
+		if err := <-ended; !errors.Is(err, http.ErrServerClosed) {
+			d.fail(fmt.Errorf("the controller's listener broke: %w", err))
 		}
 	}
 	close(d.done)
+}
+
+// fail ends the daemon by itself.
+func (d *Daemon) fail(err error) {
+	d.failed.Do(func() {
+		d.err = err
+		d.server.Close()
+	})
 }
 
 func (d *Daemon) agentURL(cloud string) string {
@@ -293,7 +308,12 @@ func (d *Daemon) addClouds(ctx context.Context, env Env) error {
 }
 
 // URL is where REST answers.
-func (d *Daemon) URL() string { return "https://" + d.tcp.Addr().String() }
+func (d *Daemon) URL() string {
+	if d.config.Advertise != "" {
+		return d.config.Advertise
+	}
+	return "https://" + d.tcp.Addr().String()
+}
 
 // Token is the admin token.
 func (d *Daemon) Token() string { return d.token }
@@ -342,6 +362,10 @@ func (d *Daemon) WaitNodes(ctx context.Context) error {
 // may be called again, and after a Start that failed.
 func (d *Daemon) Close(ctx context.Context) error {
 	var errs []error
+	if d.resign != nil {
+		d.resign()
+		d.members.Wait()
+	}
 	if d.controller != nil {
 		d.controller.Stop()
 	}

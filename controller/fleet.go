@@ -7,12 +7,14 @@ import (
 	"time"
 
 	"dormouse/api/agentpb"
+	"dormouse/controller/store"
 )
 
 // fleet holds the streams to the agents, and the commands that wait for an
 // answer. A command outlives a stream: it is sent again on the next one, until
 // it is answered, its caller gives up, or the node is lost.
 type fleet struct {
+	leads func() bool // nothing is sent after it became false
 	mu    sync.Mutex
 	links map[string]*link
 }
@@ -42,7 +44,7 @@ type session struct {
 	end   context.CancelCauseFunc
 }
 
-func newFleet() *fleet { return &fleet{links: make(map[string]*link)} }
+func newFleet(leads func() bool) *fleet { return &fleet{leads: leads, links: make(map[string]*link)} }
 
 // link returns the node's link; the caller holds the lock.
 func (f *fleet) link(node string) *link {
@@ -99,12 +101,13 @@ func (f *fleet) revive(node string, now time.Time) {
 }
 
 // renew renews the lease of the node of s, and reports whether it may be
-// acknowledged: never once the node was taken for lost.
+// acknowledged: never once the node was taken for lost, and not by a controller
+// that another has replaced, which counts from its own start.
 func (f *fleet) renew(s *session, now time.Time) bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	l := f.link(s.node)
-	if l.lost || l.session != s {
+	if l.lost || l.session != s || !f.leads() {
 		return false
 	}
 	l.lastSeen = now
@@ -197,7 +200,7 @@ func (f *fleet) tell(ctx context.Context, node string, message *agentpb.ToAgent)
 		l := f.link(node)
 		current, lost, changed := l.session, l.lost, l.changed
 		f.mu.Unlock()
-		if lost {
+		if lost || !f.leads() {
 			return
 		}
 		if current != nil {
@@ -240,6 +243,9 @@ func (f *fleet) call(ctx context.Context, node string, command *agentpb.Command,
 		f.mu.Unlock()
 		if lost {
 			return nil, &nodeLostError{node}
+		}
+		if !f.leads() {
+			return nil, store.ErrDeposed
 		}
 		if current != nil && current != sentOn {
 			select {

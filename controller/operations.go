@@ -89,6 +89,11 @@ func (c *Controller) drive(ctx context.Context, id string) {
 		if ctx.Err() != nil {
 			return // taken again at the next start
 		}
+		if store.IsAway(err) {
+			log.Warn("the store is away: taking a step again", "step", out.Take, "error", err)
+			out = core.NotWritten()
+			continue
+		}
 		err = c.advance(ctx, id, core.Ended(asFailure(err)).Write, change)
 		switch {
 		case err == nil:

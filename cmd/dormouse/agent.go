@@ -50,7 +50,7 @@ users cannot see it.`,
 	}
 	set := command.Flags()
 	set.StringVar(&flags.file, "config", "", "read everything from a YAML or JSON `file`; flags override it")
-	set.StringVar(&flags.config.Join, "join", "", "the controller's `URL`")
+	set.StringVar(&flags.config.Join, "join", "", "the controller's `URL`; where there are several, all of them with commas between")
 	set.StringVar(&flags.config.Token, "token", "", "join `token`")
 	set.StringVar(&flags.config.TokenFile, "token-file", "", "`file` with the join token")
 	set.StringVar(&flags.config.CA, "ca", "", "`file` with the controller's CA certificate")

@@ -62,6 +62,39 @@ func (e *NewerSchemaError) Error() string {
 	return fmt.Sprintf("the store %s has schema %d and this dormouse knows up to %d: use the newer dormouse that wrote it", e.Where, e.Schema, Schema)
 }
 
+// UnreachableError says that a shared store does not answer. Nothing was changed.
+type UnreachableError struct {
+	Where string // what does not answer, with its addresses
+	Err   error
+}
+
+func (e *UnreachableError) Error() string {
+	return fmt.Sprintf("%s does not answer (%v): start it, or correct store.endpoints in the controller's configuration", e.Where, e.Err)
+}
+
+func (e *UnreachableError) Unwrap() error { return e.Err }
+
+// UncertainError says that a shared store stayed away while it was to commit: the
+// change may have been made, and may still be. Read again before acting on it.
+type UncertainError struct {
+	Where string
+	Err   error
+}
+
+func (e *UncertainError) Error() string {
+	return fmt.Sprintf("%s did not answer (%v), so it is not known whether the change was made: look again when it is back", e.Where, e.Err)
+}
+
+func (e *UncertainError) Unwrap() error { return e.Err }
+
+// IsAway reports whether err says nothing of what was asked, only that a shared
+// store cannot be used by this controller now.
+func IsAway(err error) bool {
+	var unreachable *UnreachableError
+	var uncertain *UncertainError
+	return errors.Is(err, ErrDeposed) || errors.As(err, &unreachable) || errors.As(err, &uncertain)
+}
+
 // DamagedError says that a store's contents cannot be trusted.
 type DamagedError struct {
 	Where string // file or address of the store
@@ -77,7 +110,8 @@ func (e *DamagedError) Error() string {
 // Contract: all methods are safe for concurrent use. Transactions are
 // serializable: an Update sees every commit before it and nothing of those
 // after it. When Update returns nil, the change survives the end of the
-// process and of the machine; when it returns an error, nothing was changed.
+// process and of the machine; when it returns an error, nothing was changed,
+// unless that is an *UncertainError, as only shared stores have.
 type Store interface {
 	// View calls fn with a read-only transaction: one consistent picture. The
 	// writing methods of its Tx fail. fn must not keep the Tx, and must not wait

@@ -123,19 +123,6 @@ func (p *pending) skipped(id string) {
 	}
 }
 
-// UncertainError says that etcd stayed away while a transaction was committed:
-// it may have happened, and may still happen. Read again before acting on it.
-type UncertainError struct {
-	Where string
-	Err   error
-}
-
-func (e *UncertainError) Error() string {
-	return fmt.Sprintf("the store %s did not answer (%v), so it is not known whether the change was made: look again when etcd is back", e.Where, e.Err)
-}
-
-func (e *UncertainError) Unwrap() error { return e.Err }
-
 // commit writes what w wrote if nothing was committed since from, and tries for
 // as long as patience lasts. It does not end with the context of whoever asked: a
 // commit under way is finished.
@@ -169,7 +156,7 @@ func (s *Store) commit(w *writer, from *image, g guard) error {
 		select {
 		case <-time.After(retryPause):
 		case <-ctx.Done():
-			return &UncertainError{Where: s.where(), Err: err}
+			return &store.UncertainError{Where: s.members(), Err: err}
 		}
 	}
 }
@@ -232,7 +219,7 @@ func (s *Store) lostTo(ctx context.Context, p *pending, from *image, g guard, re
 	if newest > from.commit {
 		// Ours may be the first of those that came.
 		if err := s.reach(ctx, newest); err != nil {
-			return &UncertainError{Where: s.where(), Err: err}
+			return &store.UncertainError{Where: s.members(), Err: err}
 		}
 		s.mu.Lock()
 		winner := p.winner
@@ -241,7 +228,7 @@ func (s *Store) lostTo(ctx context.Context, p *pending, from *image, g guard, re
 		case p.id:
 			return nil
 		case unknowable:
-			return &UncertainError{Where: s.where(), Err: errors.New("the history of what was written is gone")}
+			return &store.UncertainError{Where: s.members(), Err: errors.New("the history of what was written is gone")}
 		}
 	}
 	if schema := response.Responses[1].GetResponseRange(); len(schema.Kvs) == 0 || string(schema.Kvs[0].Value) != fmt.Sprint(from.schema) {

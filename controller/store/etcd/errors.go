@@ -14,18 +14,6 @@ import (
 	"dormouse/controller/store"
 )
 
-// UnreachableError says that no member of the etcd cluster answered.
-type UnreachableError struct {
-	Endpoints []string
-	Err       error
-}
-
-func (e *UnreachableError) Error() string {
-	return fmt.Sprintf("etcd at %s does not answer (%v): start it, or correct the endpoints in the configuration", strings.Join(e.Endpoints, ", "), e.Err)
-}
-
-func (e *UnreachableError) Unwrap() error { return e.Err }
-
 // definite reports whether an error is etcd's refusal, so that nothing happened
 // and repeating it is of no use.
 func definite(err error) bool {
@@ -42,30 +30,30 @@ func definite(err error) bool {
 
 // explain makes one sentence of what etcd or its client answers.
 func (s *Store) explain(err error) error {
-	at := strings.Join(s.options.Endpoints, ", ")
+	at := s.members()
 	known := rpctypes.Error(err)
 	var alert tls.AlertError
 	switch {
 	case s.life.Err() != nil:
 		return store.ErrClosed
 	case errors.Is(known, rpctypes.ErrNoSpace):
-		return fmt.Errorf("etcd at %s is full: defragment it and disarm its alarm, or raise --quota-backend-bytes", at)
+		return fmt.Errorf("%s is full: defragment it and disarm its alarm, or raise --quota-backend-bytes", at)
 	case errors.Is(known, rpctypes.ErrRequestTooLarge), status.Code(err) == codes.ResourceExhausted && strings.Contains(err.Error(), "larger than max"):
-		return fmt.Errorf("etcd at %s refuses a change of this size: raise its --max-request-bytes", at)
+		return fmt.Errorf("%s refuses a change of this size: raise its --max-request-bytes", at)
 	case errors.Is(known, rpctypes.ErrTooManyOps):
-		return fmt.Errorf("etcd at %s refuses a change of so many records: set its --max-txn-ops to 128 or more", at)
+		return fmt.Errorf("%s refuses a change of so many records: set its --max-txn-ops to 128 or more", at)
 	case errors.Is(known, rpctypes.ErrPermissionDenied):
-		return fmt.Errorf("etcd at %s does not let user %q read and write %s*: grant it that, as with `etcdctl role grant-permission --prefix=true ROLE readwrite %s`", at, s.options.User, s.prefix, s.prefix)
+		return fmt.Errorf("%s does not let user %q read and write %s*: grant it that, as with `etcdctl role grant-permission --prefix=true ROLE readwrite %s`", at, s.options.User, s.prefix, s.prefix)
 	case errors.Is(known, rpctypes.ErrUserEmpty):
-		return fmt.Errorf("etcd at %s asks for a user: set user and password_file", at)
+		return fmt.Errorf("%s asks for a user: set user and password_file", at)
 	case errors.Is(known, rpctypes.ErrAuthFailed), errors.Is(known, rpctypes.ErrAuthNotEnabled):
-		return fmt.Errorf("etcd at %s refuses user %q (%v): correct user and password_file", at, s.options.User, known)
+		return fmt.Errorf("%s refuses user %q (%v): correct user and password_file", at, s.options.User, known)
 	case errors.Is(err, context.Canceled):
 		return err
 	case errors.As(err, &alert), strings.Contains(err.Error(), "x509: "), strings.Contains(err.Error(), "tls: "):
-		return fmt.Errorf("etcd at %s and this controller do not accept each other's certificates (%s): correct ca, cert and key", at, plainText(err))
+		return fmt.Errorf("%s and this controller do not accept each other's certificates (%s): correct ca, cert and key", at, plainText(err))
 	}
-	return &UnreachableError{Endpoints: s.options.Endpoints, Err: errors.New(plainText(err))}
+	return &store.UnreachableError{Where: at, Err: errors.New(plainText(err))}
 }
 
 // plainText is what gRPC wraps into its own words.

@@ -211,8 +211,11 @@ func (s *Store) checkSchema(image *image) error {
 
 // where names the store in errors.
 func (s *Store) where() string {
-	return fmt.Sprintf("%s in etcd at %s", s.prefix, strings.Join(s.options.Endpoints, ", "))
+	return s.prefix + " in " + s.members()
 }
+
+// members names the etcd in errors.
+func (s *Store) members() string { return "etcd at " + strings.Join(s.options.Endpoints, ", ") }
 
 // View implements store.Store.
 func (s *Store) View(ctx context.Context, fn func(store.Tx) error) error {
@@ -255,7 +258,7 @@ func (s *Store) fresh(ctx context.Context) error {
 func (s *Store) reach(ctx context.Context, commit int64) error {
 	err := s.until(ctx, func() bool { return s.image.commit >= commit })
 	if err != nil && ctx.Err() != nil && s.life.Err() == nil {
-		return fmt.Errorf("etcd at %s tells of changes too late (%w): look whether it is overloaded", strings.Join(s.options.Endpoints, ", "), err)
+		return fmt.Errorf("%s tells of changes too late (%w): look whether it is overloaded", s.members(), err)
 	}
 	return err
 }
@@ -319,4 +322,29 @@ func (s *Store) Close() error {
 	s.work.Wait()
 	s.client.Close() // its error is that its context has ended
 	return nil
+}
+
+// Shared returns what the controllers keep in common beside the records; when
+// there is nothing, offer becomes it, unless that is nil.
+func (s *Store) Shared(ctx context.Context, offer []byte) ([]byte, error) {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	key := s.prefix + keyShared
+	if offer != nil {
+		_, err := s.client.Txn(ctx).
+			If(clientv3.Compare(clientv3.CreateRevision(key), "=", 0)).
+			Then(clientv3.OpPut(key, string(offer))).
+			Commit()
+		if err != nil {
+			return nil, s.explain(err)
+		}
+	}
+	response, err := s.client.Get(ctx, key)
+	if err != nil {
+		return nil, s.explain(err)
+	}
+	if len(response.Kvs) == 0 {
+		return nil, nil
+	}
+	return response.Kvs[0].Value, nil
 }

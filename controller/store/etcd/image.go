@@ -21,6 +21,7 @@ import (
 const (
 	keySchema   = "schema"
 	keyCommit   = "commit"
+	keyShared   = "keys"
 	keyLead     = "lead/"
 	keyRecord   = "r/"
 	keySequence = "s/"

@@ -310,7 +310,12 @@ func (t *Term) View(ctx context.Context, fn func(store.Tx) error) error {
 
 // Update implements store.Store.
 func (t *Term) Update(ctx context.Context, fn func(store.Tx) error) error {
-	return t.s.update(ctx, t.fence(), t.check, fn)
+	err := t.s.update(ctx, t.fence(), t.check, fn)
+	var uncertain *store.UncertainError
+	if errors.As(err, &uncertain) {
+		t.finish(err) // who leads next reads what has become of it
+	}
+	return err
 }
 
 // Revision implements store.Store.

@@ -158,3 +158,14 @@ func (s *Server) Pause() error { return s.command.Process.Signal(syscall.SIGSTOP
 
 // Continue undoes Pause.
 func (s *Server) Continue() error { return s.command.Process.Signal(syscall.SIGCONT) }
+
+// Client is a client of the server, to look and to meddle; it ends with the test.
+func (s *Server) Client(t testing.TB) *clientv3.Client {
+	t.Helper()
+	client, err := clientv3.New(clientv3.Config{Endpoints: []string{s.URL}, Logger: zap.NewNop(), DialTimeout: 10 * time.Second})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { client.Close() })
+	return client
+}
