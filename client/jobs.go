@@ -50,6 +50,30 @@ func (c *Client) Suspend(ctx context.Context, job string) (*api.Operation, error
 	return c.operate(ctx, jobPath(job)+"/suspend", struct{}{})
 }
 
+// Preempt takes a running job off its place until there is room for it again.
+func (c *Client) Preempt(ctx context.Context, job string) (*api.Operation, error) {
+	return c.operate(ctx, jobPath(job)+"/preempt", struct{}{})
+}
+
+// PlanPreempt tells what Preempt would do and cost.
+func (c *Client) PlanPreempt(ctx context.Context, job string) (*api.PreemptPlan, error) {
+	return one[api.PreemptPlan](ctx, c, http.MethodGet, jobPath(job)+"/preempt", nil, nil)
+}
+
+// Swap puts the job in, which is pending or suspended, where the running job out
+// is.
+func (c *Client) Swap(ctx context.Context, out, in string) (*api.Operation, error) {
+	body := struct {
+		In string `json:"in"`
+	}{in}
+	return c.operate(ctx, jobPath(out)+"/swap", body)
+}
+
+// PlanSwap tells what Swap would do and cost.
+func (c *Client) PlanSwap(ctx context.Context, out, in string) (*api.PreemptPlan, error) {
+	return one[api.PreemptPlan](ctx, c, http.MethodGet, jobPath(out)+"/swap", url.Values{"in": {in}}, nil)
+}
+
 // Wake says where a job is restored from and to.
 type Wake struct {
 	Cloud string `json:"cloud,omitempty"` // empty: where there is room

@@ -22,6 +22,21 @@ func (c *Client) StartNode(ctx context.Context, node string) error {
 	return c.call(ctx, http.MethodPost, "/v1/nodes/"+segment(node)+"/start", nil, nil, nil)
 }
 
+// Drain cordons a node and moves everything off it.
+func (c *Client) Drain(ctx context.Context, node string) (*api.Operation, error) {
+	return c.operate(ctx, "/v1/nodes/"+segment(node)+"/drain", struct{}{})
+}
+
+// Uncordon lets jobs onto a node again, and ends a drain of it.
+func (c *Client) Uncordon(ctx context.Context, node string) error {
+	return c.call(ctx, http.MethodPost, "/v1/nodes/"+segment(node)+"/uncordon", nil, nil, nil)
+}
+
+// LabelNode sets labels of a node; an empty value removes one.
+func (c *Client) LabelNode(ctx context.Context, node string, labels map[string]string) error {
+	return c.call(ctx, http.MethodPost, "/v1/nodes/"+segment(node)+"/labels", nil, labels, nil)
+}
+
 // Clouds lists the platforms the controller knows.
 func (c *Client) Clouds(ctx context.Context) ([]api.Cloud, error) {
 	return list[api.Cloud](ctx, c, "/v1/clouds", nil)

@@ -36,6 +36,8 @@ var jobName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$`)
 
 var cpuBaselines = []string{"native", "x86-64-v2", "x86-64-v3", "x86-64-v4"}
 
+var placements = []string{api.PlacementSpread, api.PlacementPack}
+
 // readJobFile reads a job from YAML (of which JSON is a part). Its fields have
 // the names of the API; a size may be text such as 2G, a volume SRC:DST[:ro].
 // Published ports that are texts are returned as such: what they mean depends on
@@ -229,6 +231,8 @@ func checkSpec(spec api.JobSpec) error {
 		return usagef("%d restarts cannot be allowed: --max-restarts is 0 or more", spec.MaxRestarts)
 	case spec.CPUBaseline != "" && !slices.Contains(cpuBaselines, spec.CPUBaseline):
 		return usagef("the CPU baseline %q is not one of %s", spec.CPUBaseline, strings.Join(cpuBaselines, ", "))
+	case spec.Placement != "" && !slices.Contains(placements, spec.Placement):
+		return usagef("the placement %q is not one of %s", spec.Placement, strings.Join(placements, ", "))
 	case spec.Dir != "" && !path.IsAbs(spec.Dir):
 		return usagef("the working directory %q is not absolute: it is one inside the sandbox, such as /data", spec.Dir)
 	}

@@ -21,15 +21,16 @@ const (
 func (c *cli) nodeCommand() *cobra.Command {
 	command := &cobra.Command{
 		Use:   "node COMMAND",
-		Short: "Cut or restore the power of a virtual node",
+		Short: "Label a node, or cut and restore the power of a virtual one",
 		Example: `  dormouse node kill east-0
-  dormouse node start east-0`,
+  dormouse node start east-0
+  dormouse node label east-0 disk=ssd`,
 	}
 	kill := c.nodeVerb("kill", "Cut the power of a virtual node",
 		"Cut the power of a virtual node of `dormouse up`: its agent and every process of\nits tasks are gone at once, as when a machine loses its power.", api.NodeLost, (*client.Client).KillNode)
 	start := c.nodeVerb("start", "Bring a virtual node back",
 		"Bring a virtual node of `dormouse up` back after its power was cut. It comes back\nempty: what ran on it is gone. Waits until jobs can run on it.", api.NodeReady, (*client.Client).StartNode)
-	command.AddCommand(kill, start)
+	command.AddCommand(kill, start, c.nodeLabelCommand())
 	onlyCommands(command)
 	return command
 }

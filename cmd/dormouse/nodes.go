@@ -2,7 +2,10 @@ package main
 
 import (
 	"fmt"
+	"maps"
+	"slices"
 	"strconv"
+	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -41,8 +44,17 @@ func (c *cli) printNodes(nodes []api.Node) error {
 	for _, node := range nodes {
 		rows = append(rows, []string{
 			node.Name, node.Cloud, string(node.State), fmt.Sprintf("%v of %v", node.CPUsUsed, node.CPUs),
-			fmt.Sprintf("%s of %s", humanSize(node.MemUsed), humanSize(node.MemBytes)), strconv.Itoa(node.Tasks), node.CRIUVersion, node.Underlay, node.Reason,
+			fmt.Sprintf("%s of %s", humanSize(node.MemUsed), humanSize(node.MemBytes)), strconv.Itoa(node.Tasks), node.CRIUVersion, node.Underlay, labelsText(node.Labels), node.Reason,
 		})
 	}
-	return c.printTable([]string{"NAME", "CLOUD", "STATE", "CPUS", "MEMORY", "TASKS", "CRIU", "ADDRESS", "REASON"}, rows)
+	return c.printTable([]string{"NAME", "CLOUD", "STATE", "CPUS", "MEMORY", "TASKS", "CRIU", "ADDRESS", "LABELS", "REASON"}, rows)
+}
+
+// labelsText words labels as they are given.
+func labelsText(labels map[string]string) string {
+	var texts []string
+	for _, key := range slices.Sorted(maps.Keys(labels)) {
+		texts = append(texts, key+"="+labels[key])
+	}
+	return strings.Join(texts, ",")
 }

@@ -64,7 +64,7 @@ with its status: 0 done, 1 failed, 4 refused.`,
 // printStepsOf shows what is measured so far of the checkpoint that an operation
 // takes.
 func (c *cli) printStepsOf(ctx context.Context, controller *client.Client, operation *api.Operation) error {
-	if operation.Checkpoint == "" || operation.Kind != api.OpCheckpoint && operation.Kind != api.OpSuspend {
+	if operation.Checkpoint == "" || operation.Kind != api.OpCheckpoint && operation.Kind != api.OpSuspend && operation.Kind != api.OpPreempt {
 		return nil
 	}
 	checkpoint, err := controller.GetCheckpoint(ctx, operation.Checkpoint)
@@ -85,7 +85,7 @@ func (c *cli) printOperations(operations []api.Operation) error {
 	rows := [][]string{}
 	for _, operation := range operations {
 		rows = append(rows, []string{
-			operation.ID, string(operation.Kind), operation.Job, string(operation.Phase), fmt.Sprintf("%.0f%%", operation.Progress*100),
+			operation.ID, string(operation.Kind), firstOf(operation.Job, operation.Node), string(operation.Phase), fmt.Sprintf("%.0f%%", operation.Progress*100),
 			firstOf(operation.Error, operation.Message, operation.Step), c.age(operation.Started),
 		})
 	}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"maps"
 	"os/user"
 
 	"github.com/spf13/cobra"
@@ -19,6 +20,7 @@ type submitFlags struct {
 	file                  string
 	spec                  api.JobSpec
 	env, volumes, publish []string
+	constraints           []string
 }
 
 func (c *cli) submitCommand() *cobra.Command {
@@ -51,6 +53,7 @@ under "spec"; publish may list texts as for --publish. Flags override the file.`
   dormouse submit --env SEED=7 --volume /srv/data:/data:ro --dir /data -- ./simulate
   dormouse submit --tasks 4 --cpus 1 -- mpirun ./program
   dormouse submit --tasks 2 -- sh -c 'if [ $DORMOUSE_TASK = 0 ]; then ./server; else ./client task-0; fi'
+  dormouse submit --priority 10 --constraint disk=ssd -- ./urgent
   dormouse submit --publish 8080:80 --connections close -- ./webserver
   dormouse submit --checkpoint-every auto --keep 3 --keep-daily 7 --max-restarts 10 -- ./simulate
   dormouse submit --root oci:./python.tar -- python3 -m http.server
@@ -79,8 +82,10 @@ under "spec"; publish may list texts as for --publish. Flags override the file.`
 	set.Float64Var(&flags.spec.CPUs, "cpus", defaultCPUs, "processors per task (`number`, 0.5 is half of one)")
 	flags.spec.MemBytes = defaultMem
 	set.Var(sizeFlag{&flags.spec.MemBytes}, "mem", "memory per task, such as 512M or 2G")
-	set.IntVar(&flags.spec.Priority, "priority", 0, "`priority`: higher goes first")
+	set.IntVar(&flags.spec.Priority, "priority", 0, "`priority`: higher goes first, and makes lower ones give way")
 	set.StringVar(&flags.spec.Cloud, "cloud", "", "run only in this `cloud`")
+	set.StringArrayVar(&flags.constraints, "constraint", nil, "run only on nodes with this label, `KEY=VALUE`; see `dormouse node label` (may be repeated)")
+	set.StringVar(&flags.spec.Placement, "placement", "", "`spread|pack`: each task on the least loaded node, or all on as few nodes as possible (default spread)")
 	set.StringVar(&flags.spec.Root, "root", "", "`root` file system: host, dir:PATH, oci:PATH or oci:REFERENCE (default host)")
 	set.StringArrayVarP(&flags.env, "env", "e", nil, "environment variable `NAME=VALUE`, or NAME to pass on yours (may be repeated)")
 	set.StringVarP(&flags.spec.Dir, "dir", "w", "", "working `directory` in the sandbox")
@@ -103,6 +108,7 @@ under "spec"; publish may list texts as for --publish. Flags override the file.`
 	mustComplete(command, "cloud", c.clouds())
 	mustComplete(command, "cpu-baseline", fixed(cpuBaselines...))
 	mustComplete(command, "checkpoint-every", fixed("10m", "auto", "@hourly"))
+	mustComplete(command, "placement", fixed(placements...))
 	mustComplete(command, "launch", fixed(launches...))
 	mustComplete(command, "connections", fixed(connections...))
 	mustComplete(command, "root", fixed("host", "dir:", "oci:"))
@@ -141,6 +147,7 @@ func overrideSpec(command *cobra.Command, spec *api.JobSpec, given api.JobSpec) 
 	override(changed("mem"), &spec.MemBytes, given.MemBytes)
 	override(changed("priority"), &spec.Priority, given.Priority)
 	override(changed("cloud"), &spec.Cloud, given.Cloud)
+	override(changed("placement"), &spec.Placement, given.Placement)
 	override(changed("root"), &spec.Root, given.Root)
 	override(changed("dir") || changed("workdir"), &spec.Dir, given.Dir)
 	override(changed("user"), &spec.User, given.User)
@@ -163,7 +170,7 @@ func override[T any](changed bool, field *T, given T) {
 	}
 }
 
-// addLists adds --env, --volume and --publish to what the file said.
+// addLists adds --env, --volume, --publish and --constraint to what the file said.
 func (c *cli) addLists(spec *api.JobSpec, flags submitFlags) error {
 	for _, text := range flags.env {
 		key, value, err := parseEnv(text, c.getenv)
@@ -189,6 +196,14 @@ func (c *cli) addLists(spec *api.JobSpec, flags submitFlags) error {
 		}
 		spec.Publish = append(spec.Publish, publish)
 	}
+	constraints, err := parseLabels(flags.constraints, false)
+	if err != nil {
+		return err
+	}
+	if spec.Constraints == nil {
+		spec.Constraints = constraints
+	}
+	maps.Copy(spec.Constraints, constraints)
 	root, err := parseRoot(spec.Root)
 	spec.Root = root
 	return err

@@ -209,6 +209,8 @@ func TestCommandsWaitForTheirOperation(t *testing.T) {
 	}{
 		{[]string{"checkpoint", "counter", "--label", "x"}, `POST /v1/jobs/counter/checkpoints`, api.OpCheckpoint, runningJob, operation(api.OpCheckpoint, api.OpDone), "c-bbbbbbbb\n", "c-bbbbbbbb"},
 		{[]string{"suspend", "counter"}, `POST /v1/jobs/counter/suspend`, api.OpSuspend, suspended, operation(api.OpSuspend, api.OpDone), "j-aaaaaaaa suspended as c-bbbbbbbb\n", "j-aaaaaaaa"},
+		{[]string{"preempt", "counter"}, `POST /v1/jobs/counter/preempt`, api.OpPreempt, suspended, operation(api.OpPreempt, api.OpDone), "j-aaaaaaaa suspended as c-bbbbbbbb\n", "j-aaaaaaaa"},
+		{[]string{"swap", "other", "counter"}, `POST /v1/jobs/other/swap`, api.OpSwap, runningJob, operation(api.OpSwap, api.OpDone), "j-aaaaaaaa running on east-1 from c-bbbbbbbb\n", "j-aaaaaaaa"},
 		{[]string{"resume", "counter", "--cloud", "west", "--from", "c-1"}, `POST /v1/jobs/counter/resume`, api.OpResume, runningJob, operation(api.OpResume, api.OpDone), "j-aaaaaaaa running on east-1 from c-bbbbbbbb\n", "j-aaaaaaaa"},
 		{[]string{"restart", "counter"}, `POST /v1/jobs/counter/restart`, api.OpRestart, runningJob, operation(api.OpRestart, api.OpDone), "j-aaaaaaaa running on east-1 from c-bbbbbbbb\n", "j-aaaaaaaa"},
 		{[]string{"kill", "counter"}, `POST /v1/jobs/counter/kill`, api.OpKill, cancelled, operation(api.OpKill, api.OpDone), "j-aaaaaaaa cancelled\n", "j-aaaaaaaa"},
@@ -472,8 +474,8 @@ func TestTablesAreAlignedForPeople(t *testing.T) {
 			"j-aaaaaaaa  counter  running  east   1      2            1         60s  -     -\n",
 		"checkpoints": "ID          JOB         STATE    TRIGGER  LABEL  AGE  PAUSE  SIZE      STORED   NEW       PARENT      DRILL\n" +
 			"c-bbbbbbbb  j-aaaaaaaa  durable  user     first  30s  84 ms  1.00 GiB  600 MiB  6.00 MiB  c-cccccccc  -\n",
-		"nodes": "NAME    CLOUD  STATE  CPUS    MEMORY               TASKS  CRIU   ADDRESS     REASON\n" +
-			"east-1  east   ready  1 of 2  512 MiB of 2.00 GiB  1      4.2.1  100.64.0.2  -\n",
+		"nodes": "NAME    CLOUD  STATE  CPUS    MEMORY               TASKS  CRIU   ADDRESS     LABELS  REASON\n" +
+			"east-1  east   ready  1 of 2  512 MiB of 2.00 GiB  1      4.2.1  100.64.0.2  -       -\n",
 		"clouds":          "NAME  DRIVER  NODES\neast  local   2\n",
 		"operations":      "o-11111111  checkpoint  j-aaaaaaaa  running  50%       capture  50s\n",
 		"inspect counter": "TASK  NODE    PHASE    PID   ADDRESS    EXIT  SIGNAL  REASON\n0     east-1  running  4711  10.90.0.1  -     -       -\n",
@@ -609,7 +611,7 @@ func TestEveryCommandHasHelpAndAnExample(t *testing.T) {
 	for _, command := range root.Commands() {
 		names = append(names, command.Name())
 	}
-	for _, name := range strings.Fields("submit ps inspect wait logs exec checkpoint checkpoints verify suspend resume restart clone kill rm nodes node clouds events operations env version completion") {
+	for _, name := range strings.Fields("submit ps inspect wait logs exec checkpoint checkpoints verify suspend resume restart clone preempt swap kill rm nodes node drain uncordon clouds events operations env version completion") {
 		if !slices.Contains(names, name) {
 			t.Errorf("there is no command %s", name)
 		}
@@ -647,4 +649,61 @@ func FuzzParseSizeNeverPanics(f *testing.F) {
 func FuzzJobFilesNeverPanic(f *testing.F) {
 	f.Add([]byte("command: [a]\nvolumes: [/a:/b, {source: x}]\nmem_bytes: 1G"))
 	f.Fuzz(func(t *testing.T, text []byte) { parseJobFile(text) })
+}
+
+func TestDryRunPrintsThePlanAndDoesNothing(t *testing.T) {
+	took := 1500.0
+	plan := api.PreemptPlan{Bytes: 3 << 20, EstimatedMS: &took, Out: []api.Eviction{{
+		Job: "j-aaaaaaaa", Name: "counter", Priority: 2, Nodes: []string{"east-0"}, Bytes: 3 << 20, BytesFrom: "the newest checkpoint",
+		EstimatedMS: &took, EstimatedFrom: "its newest checkpoint", Comes: "waits for room: needs 4 cpus",
+	}}, In: &api.Arrival{Job: "j-bbbbbbbb", Nodes: []string{"east-0"}, From: "c-1"}}
+	f := newFake(t, map[string]any{"GET /v1/jobs/counter/swap": plan, "GET /v1/jobs/counter/preempt": plan})
+	want := "out             j-aaaaaaaa (counter), priority 2, on east-0\n" +
+		"to checkpoint   3.00 MiB (known from the newest checkpoint)\n" +
+		"estimated time  1.50 s (known from its newest checkpoint)\n" +
+		"then            waits for room: needs 4 cpus\n" +
+		"in              j-bbbbbbbb, restored from c-1 on east-0\n"
+	dormouse(t, f.url, "swap", "counter", "urgent", "--dry-run").check(t, exitDone, want, "")
+	dormouse(t, f.url, "preempt", "counter", "-n").check(t, exitDone, "out             j-aaaaaaaa", "")
+	dormouse(t, f.url, "preempt", "counter", "-n", "-o", "json").check(t, exitDone, `"estimated_from": "its newest checkpoint"`, "")
+	if !f.called("GET /v1/jobs/counter/swap?in=urgent") || len(f.calls) != 3 {
+		t.Errorf("the controller was asked %v", f.calls)
+	}
+	unknown := plan
+	unknown.Out = []api.Eviction{{Job: "j-aaaaaaaa", Nodes: []string{"east-0"}, BytesFrom: "the memory reserved", EstimatedFrom: "no checkpoint was made yet"}}
+	f = newFake(t, map[string]any{"GET /v1/jobs/counter/preempt": unknown})
+	dormouse(t, f.url, "preempt", "counter", "-n").check(t, exitDone, "estimated time  not known: no checkpoint was made yet\n", "")
+}
+
+func TestDrainListsWhereJobsWent(t *testing.T) {
+	done := api.Operation{ID: "o-11111111", Kind: api.OpDrain, Node: "east-0", Phase: api.OpDone,
+		Result: json.RawMessage(`[{"job":"j-1","name":"counter","phase":"running","nodes":["west-0"]},{"job":"j-2","name":"","phase":"suspended","reason":"waits for room"}]`)}
+	f := newFake(t, map[string]any{"POST /v1/nodes/east-0/drain": done})
+	dormouse(t, f.url, "drain", "east-0").check(t, exitDone, "j-1  counter  running    west-0  -\nj-2  -        suspended  -       waits for room\n", "")
+	dormouse(t, f.url, "drain", "east-0", "--detach").check(t, exitDone, "o-11111111\n", "")
+	done.Result = json.RawMessage(`[]`)
+	f = newFake(t, map[string]any{"POST /v1/nodes/east-0/drain": done})
+	dormouse(t, f.url, "drain", "east-0").check(t, exitDone, "east-0 is empty\n", "")
+	done.Phase, done.Refused, done.Error = api.OpFailed, true, "node east-0 is cordoned, but not empty: job j-1: it could not be checkpointed"
+	f = newFake(t, map[string]any{"POST /v1/nodes/east-0/drain": done})
+	dormouse(t, f.url, "drain", "east-0").check(t, exitRefused, "", "it could not be checkpointed")
+}
+
+func TestNodeLabels(t *testing.T) {
+	f := newFake(t, map[string]any{
+		"POST /v1/nodes/east-0/labels":   http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusNoContent) }),
+		"POST /v1/nodes/east-0/uncordon": http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusNoContent) }),
+		"GET /v1/nodes":                  []api.Node{{ID: "east-0", Name: "east-0", State: api.NodeReady, Labels: map[string]string{"disk": "ssd"}}},
+	})
+	dormouse(t, f.url, "node", "label", "east-0", "disk=ssd", "old-").check(t, exitDone, "east-0 disk=ssd\n", "")
+	if !f.called(`POST /v1/nodes/east-0/labels {"disk":"ssd","old":""}`) {
+		t.Errorf("the controller was asked %v", f.calls)
+	}
+	dormouse(t, f.url, "uncordon", "east-0").check(t, exitDone, "east-0 ready\n", "")
+	dormouse(t, f.url, "node", "label", "east-0").check(t, exitUsage, "", "KEY=VALUE")
+	for _, bad := range []string{"disk", "=ssd", "disk="} {
+		dormouse(t, f.url, "node", "label", "east-0", bad).check(t, exitUsage, "", "is not a label: KEY=VALUE")
+		dormouse(t, f.url, "submit", "--constraint", bad, "--", "true").check(t, exitUsage, "", "is not a label: KEY=VALUE")
+	}
+	dormouse(t, f.url, "submit", "--placement", "anywhere", "--", "true").check(t, exitUsage, "", "not one of spread, pack")
 }
