@@ -203,6 +203,24 @@ func (c *Controller) beginPeriodic(tx store.Tx, job *jobRecord) error {
 	return err
 }
 
+// afterPeriodic waits, for a while, until no automatic checkpoint keeps a job
+// busy: nobody asked for it, so nobody is refused because of it.
+func (c *Controller) afterPeriodic(ctx context.Context, ref string) error {
+	_, err := c.until(ctx, c.clock.After(longestWait), func(tx store.Tx) (bool, error) {
+		job, err := findJob(tx, ref)
+		if err != nil || job.Operation == "" {
+			return true, err
+		}
+		op, err := getOperation(tx, job.Operation)
+		if err != nil {
+			return true, err
+		}
+		ask, err := op.request()
+		return op.Kind != api.OpCheckpoint || ask.Trigger != api.TriggerPeriodic, err
+	})
+	return err
+}
+
 // walltimeEnds is when the job's time is over; zero: never.
 func (j *jobRecord) walltimeEnds() time.Time {
 	if j.Spec.WalltimeMS == 0 || j.History.Awake.IsZero() || j.Phase != api.PhaseRunning {

@@ -167,6 +167,33 @@ func TestAutomaticCheckpointsNeverRunBesideAnotherOperation(t *testing.T) {
 	s.awaitCheckpoints(id, "the due one is made afterwards", func(list []api.Checkpoint) bool { return len(durable(list)) >= 2 })
 }
 
+func TestRequestWaitsForAnAutomaticCheckpointRatherThanBeingRefused(t *testing.T) {
+	for _, action := range []string{"suspend", "kill", "checkpoints"} {
+		s := newSimulation(t, "east-0")
+		hold := make(chan struct{})
+		held := s.faultOnce(protocol.StepUpload, func(*simAgent) fault { return fault{act: func() { <-hold }} })
+		id := s.running(api.JobSpec{CheckpointEvery: "1s"})
+		<-held
+		answered := make(chan int)
+		go func() {
+			status, _, err := s.send("POST", "/v1/jobs/"+id+"/"+action, nil)
+			if err != nil {
+				t.Error(err)
+			}
+			answered <- status
+		}()
+		select {
+		case status := <-answered:
+			t.Errorf("%s is answered with %d while an automatic checkpoint is under way", action, status)
+		case <-time.After(100 * time.Millisecond): // it waits, as far as one can see
+			close(hold)
+			if status := <-answered; status != http.StatusAccepted {
+				t.Errorf("%s after an automatic checkpoint: status %d", action, status)
+			}
+		}
+	}
+}
+
 func TestCloudMakesNoMoreCheckpointsAtOnceThanAllowed(t *testing.T) {
 	s := newSimulation(t, "east-0", "west-0") // unless given, as many as a cloud has nodes: one
 	var ids []string

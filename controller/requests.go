@@ -96,6 +96,9 @@ func inPhase(job *jobRecord, what string, phases ...api.Phase) error {
 
 // onJob runs one transaction on an idle job.
 func (c *Controller) onJob(ctx context.Context, ref string, act func(tx store.Tx, job *jobRecord) (*opRecord, error)) (*opRecord, error) {
+	if err := c.afterPeriodic(ctx, ref); err != nil {
+		return nil, err
+	}
 	var op *opRecord
 	err := c.store.Update(ctx, func(tx store.Tx) error {
 		job, err := findJob(tx, ref)
@@ -286,6 +289,9 @@ func (c *Controller) jobFromCheckpoint(ctx context.Context, id, name string) (*j
 // kill begins to end a job, or sends it a signal.
 func (c *Controller) kill(ctx context.Context, ref, signalName string) (*opRecord, error) {
 	number, err := parseSignal(signalName)
+	if err == nil {
+		err = c.afterPeriodic(ctx, ref)
+	}
 	if err != nil {
 		return nil, err
 	}
