@@ -51,7 +51,7 @@ func (c *Controller) drill(ctx context.Context, ref string) (*opRecord, error) {
 			return err
 		}
 		op, err = c.beginRestore(tx, api.OpDrill, job, request{From: id})
-		return err
+		return c.accepted(ctx, tx, op, err)
 	})
 	return op, err
 }

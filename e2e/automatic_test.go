@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"net"
+	"os"
 	"slices"
 	"strconv"
 	"strings"
@@ -195,4 +196,79 @@ func TestWalltimeEndsInSleep(t *testing.T) {
 	p.run("resume", job)
 	p.moves(job)
 	counts(t, p.output(job))
+}
+
+// drillSteps are the instants of a drill at which something is killed.
+func drillSteps() (names []string) {
+	for _, step := range strings.Fields("look place network connect restore open release watch unplace") {
+		names = append(names, "controller."+string(api.OpDrill)+"."+step)
+	}
+	for _, step := range strings.Fields("restore.files restore.before-criu restore.unlock restore.after-criu release.before release.after destroy.before destroy.after") {
+		names = append(names, "agent."+step)
+	}
+	return names
+}
+
+// TestNothingOfADrillIsLeftWhateverIsKilled: neither processes nor operations,
+// and the job and its checkpoint are as before.
+func TestNothingOfADrillIsLeftWhateverIsKilled(t *testing.T) {
+	for _, name := range drillSteps() {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			p, once := faulty(t, name, "kill")
+			prog := tasksOf(3, "clients and a server", "pair.py", "100000") // longer than the test
+			job := p.submitDespite(append([]string{"--tasks", strconv.Itoa(prog.tasks), "--mem", "64M", "--env", "MARK=" + once, "--"}, prog.command...)...)
+			p.waitLines(job, 5)
+			cp := p.checkpoint(job)
+			before := p.inspect(job)
+			if got := p.try("verify", "--restore", cp.ID); got.status != 0 {
+				t.Logf("the trial that was hit: %s", strings.TrimSpace(got.stderr))
+			}
+			p.until(job, "no trial is under way", func() bool {
+				return !slices.ContainsFunc(decode[[]api.Operation](p, "operations"), func(op api.Operation) bool { return op.Phase == api.OpRunning })
+			})
+			if _, err := os.Stat(once); err != nil {
+				t.Errorf("the step %s was never reached", name)
+			}
+			p.eachOnce(job, prog, once)
+			p.run("verify", "--restore", cp.ID)
+			p.eachOnce(job, prog, once)
+			if after := p.inspect(job); after.Run != before.Run || after.Phase != api.PhaseRunning {
+				t.Errorf("the job is %s in run %d and was in run %d", p.phase(job), after.Run, before.Run)
+			}
+			for _, node := range decode[[]api.Node](p, "nodes") {
+				if node.Tasks > 1 {
+					t.Errorf("node %s has %d tasks: the trial still holds room", node.Name, node.Tasks)
+				}
+			}
+			p.moves(job)
+			p.run("kill", job)
+		})
+	}
+}
+
+func TestControllerKilledWhileItRemovesACheckpoint(t *testing.T) {
+	for _, step := range []string{"marked", "removed"} {
+		t.Run(step, func(t *testing.T) {
+			t.Parallel()
+			p, once := faulty(t, "controller.removal."+step, "kill")
+			job := p.submit(append([]string{"--keep", "1", "--mem", "64M"}, counter...)...)
+			p.waitLines(job, 5)
+			p.checkpoint(job)
+			p.despite(job, api.PhaseRunning, "checkpoint", job)
+			p.until(job, "one checkpoint is left", func() bool {
+				all := p.checkpoints(job)
+				return len(all) == 1 && all[0].State == api.CheckpointDurable
+			})
+			if _, err := os.Stat(once); err != nil {
+				t.Errorf("the step %s was never reached", step)
+			}
+			if reports := decode[[]api.VerifyReport](p, "verify"); len(reports) != 1 || !reports[0].OK {
+				t.Errorf("the repository: %+v", reports)
+			}
+			p.run("restart", job)
+			p.moves(job)
+			counts(t, p.output(job))
+		})
+	}
 }
