@@ -59,6 +59,8 @@ func asProblem(err error) *problem {
 	switch {
 	case errors.As(err, &p):
 		return p
+	case errors.Is(err, store.ErrDeposed):
+		return newProblem(http.StatusServiceUnavailable, "%v: try again", store.ErrDeposed)
 	case store.IsAway(err):
 		return newProblem(http.StatusServiceUnavailable, "%v", err)
 	case errors.Is(err, store.ErrClosed), errors.Is(err, errStopping):

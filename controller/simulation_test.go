@@ -51,6 +51,7 @@ type world struct {
 	mu     sync.Mutex
 	agents map[string]*simAgent
 	addr   string
+	pick   func() string // where there are several controllers, the one to dial next
 	keys   *pki.PKI
 	boot   func(cloud string) drivers.BootstrapFunc
 	// fault decides what happens to a command, before it is carried out.
@@ -449,6 +450,9 @@ func (a *simAgent) stop() {
 func (a *simAgent) dial() (*grpc.ClientConn, error) {
 	a.mu.Lock()
 	addr, keys, cut := a.addr, a.keys, a.cut
+	if a.pick != nil {
+		addr = a.pick()
+	}
 	a.mu.Unlock()
 	if cut {
 		return nil, errors.New("the network is cut")

@@ -50,7 +50,7 @@ var ErrNotFound = errors.New("not found")
 var ErrClosed = errors.New("the store is closed")
 
 // ErrDeposed is what a shared store answers to a controller that does not lead.
-var ErrDeposed = errors.New("this controller does not lead: another one may")
+var ErrDeposed = errors.New("this controller does not lead")
 
 // NewerSchemaError refuses a store that a newer dormouse wrote.
 type NewerSchemaError struct {

@@ -73,6 +73,8 @@ import (
 const (
 	// DefaultPrefix is where the keys are unless told otherwise.
 	DefaultPrefix = "/dormouse/"
+	// DefaultLease lets a dead leader be replaced well within ten seconds.
+	DefaultLease = 5 * time.Second
 	// patience is how long a transaction bears with an etcd that does not answer.
 	patience = 5 * time.Second
 	// maxRequest is what the client is willing to send; the server decides.
@@ -90,7 +92,11 @@ type Options struct {
 	TLS *tls.Config
 	// User and Password, where etcd asks for them.
 	User, Password string
-	Logger         *slog.Logger // nil: none
+	// Lease is how long etcd holds on to a leader that it does not hear of; a dead
+	// one is replaced after this and what etcd needs to notice, up to a second.
+	// DefaultLease when zero; etcd has none below two seconds.
+	Lease  time.Duration
+	Logger *slog.Logger // nil: none
 }
 
 // Store is a store.Store in etcd.
@@ -149,6 +155,9 @@ func connect(options Options) (*Store, error) {
 	}
 	if !strings.HasSuffix(options.Prefix, "/") {
 		options.Prefix += "/"
+	}
+	if options.Lease == 0 {
+		options.Lease = DefaultLease
 	}
 	if options.Logger == nil {
 		options.Logger = slog.New(slog.DiscardHandler)

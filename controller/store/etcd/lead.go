@@ -19,9 +19,6 @@ import (
 )
 
 const (
-	// termLease is how long etcd holds on to a leader that it does not hear of. A
-	// dead one is replaced after this and what it takes etcd to notice, up to a second.
-	termLease = 5 * time.Second
 	// renewals is how often a lease is renewed while it lasts.
 	renewals = 4
 	// history is how much of etcd's is kept, for watches that were interrupted.
@@ -173,7 +170,7 @@ func (s *Store) stand(ctx context.Context, c Candidate) (*Term, error) {
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	asked := bootTime()
-	lease, err := s.client.Grant(ctx, int64(termLease/time.Second))
+	lease, err := s.client.Grant(ctx, int64(s.options.Lease/time.Second))
 	if err != nil {
 		return nil, s.explain(err)
 	}
@@ -194,7 +191,7 @@ func (s *Store) stand(ctx context.Context, c Candidate) (*Term, error) {
 
 // renewed notes that the lease was renewed by a request made at asked. A tenth
 // is for clocks that go at different rates.
-func (t *Term) renewed(asked time.Duration) { t.until.Store(int64(asked + termLease*9/10)) }
+func (t *Term) renewed(asked time.Duration) { t.until.Store(int64(asked + t.s.options.Lease*9/10)) }
 
 // Holds reports whether this controller certainly leads at this moment.
 func (t *Term) Holds() bool {
@@ -240,7 +237,7 @@ func (t *Term) keep() {
 		case <-t.s.life.Done():
 			t.finish(store.ErrClosed)
 			return
-		case <-time.After(termLease / renewals):
+		case <-time.After(t.s.options.Lease / renewals):
 		}
 	}
 }
