@@ -226,7 +226,7 @@ func (j *jobRecord) walltimeEnds() time.Time {
 	if j.Spec.WalltimeMS == 0 || j.History.Awake.IsZero() || j.Phase != api.PhaseRunning {
 		return time.Time{}
 	}
-	return j.History.Awake.Add(time.Duration(j.Spec.WalltimeMS) * time.Millisecond)
+	return j.History.Awake.Add(time.Duration(j.Spec.WalltimeMS)*time.Millisecond - j.History.Ran)
 }
 
 // sleepAt is when the job's last checkpoint must begin to be durable when its

@@ -13,6 +13,7 @@ import (
 	"dormouse/api/agentpb"
 	"dormouse/controller/protocol"
 	"dormouse/controller/store"
+	"dormouse/drivers"
 )
 
 func (s *simulation) checkpointsNow(id string) (list []api.Checkpoint) {
@@ -142,6 +143,32 @@ func TestCordonedNodeThatGoesIsNoFailure(t *testing.T) {
 	}
 }
 
+func TestNoticeOfThePlatformMovesJobsOffTheNode(t *testing.T) {
+	s := newSimulation(t, "east-0", "east-1")
+	id := s.running(api.JobSpec{})
+	node := s.jobNow(id).TaskStatus[0].Node
+	cloud, _ := s.c.cloud("east")
+	events := make(chan drivers.Event, 1)
+	events <- drivers.Event{Node: node, Power: drivers.PowerOn, Leaves: time.Now().Add(time.Minute), Reason: "the end of its spot time"}
+	close(events)
+	s.c.followDriver(cloud, events)
+	s.eventually("the job runs on the other node", func(tx store.Tx) (bool, error) {
+		job, err := getJob(tx, id)
+		return err == nil && job.Phase == api.PhaseRunning && job.TaskStatus[0].Node != node, err
+	})
+	list := s.checkpointsNow(id)
+	if len(list) != 1 || list[0].Trigger != api.TriggerDrain {
+		t.Errorf("want one checkpoint for the drain, got %+v", list)
+	}
+	if s.c.loseNode(t.Context(), node, "its power is off") != nil {
+		t.Fatal("the node cannot be lost")
+	}
+	s.eventually("its end is no failure", func(tx store.Tx) (bool, error) {
+		n, err := store.Get[nodeRecord](tx, store.Nodes, node)
+		return n.State == api.NodeLost && n.Tally.Losses == 0, err
+	})
+}
+
 func TestAutomaticCheckpointsNeverRunBesideAnotherOperation(t *testing.T) {
 	s := newSimulation(t, "east-0")
 	id := s.running(api.JobSpec{CheckpointEvery: "1s"})
@@ -262,6 +289,23 @@ func TestJobIsSuspendedBeforeItsWalltimeEnds(t *testing.T) {
 	s.do("/v1/jobs/"+id+"/resume", nil)
 	if job := s.awaitPhase(id, api.PhaseRunning); time.Until(job.walltimeEnds()) < 8*time.Second {
 		t.Errorf("a resumed job has %s left, want its whole walltime again", time.Until(job.walltimeEnds()))
+	}
+}
+
+func TestWalltimeStandsStillWhileTheJobGivesWay(t *testing.T) {
+	s := newSimulation(t, "east-0")
+	id := s.running(api.JobSpec{WalltimeMS: 3600_000, CPUs: 4})
+	s.setHistory(id, func(h *history) { h.Awake = h.Awake.Add(-40 * time.Minute) })
+	other := s.submit(api.JobSpec{CPUs: 4, Priority: 10})
+	s.awaitPhase(other, api.PhaseRunning)
+	s.awaitPhase(id, api.PhaseSuspended)
+	if end := s.jobNow(id).walltimeEnds(); !end.IsZero() {
+		t.Errorf("a job that gave way has an end, %s", end)
+	}
+	s.end(other, 0)
+	job := s.awaitPhase(id, api.PhaseRunning)
+	if left := time.Until(job.walltimeEnds()); left > 20*time.Minute || left < 19*time.Minute {
+		t.Errorf("want the 20 minutes that were left, got %s", left)
 	}
 }
 

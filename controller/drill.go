@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math"
 	"slices"
 	"strings"
 	"time"
@@ -39,6 +40,7 @@ func (c *Controller) drill(ctx context.Context, ref string) (*opRecord, error) {
 		return nil, err
 	}
 	job.ID, job.Drill, job.Spec.Publish = newID("d"), true, nil
+	job.Priority = math.MinInt32 // nothing gives way to a trial, or waits for it
 	var op *opRecord
 	err = c.store.Update(ctx, func(tx store.Tx) error {
 		if err := putJob(tx, job); err != nil {
@@ -176,7 +178,7 @@ func (c *Controller) drillDue(ctx context.Context, tx store.Tx, jobs []jobRecord
 	var next *jobRecord
 	for i := range jobs {
 		job := &jobs[i]
-		if job.Drill || job.Phase == api.PhasePending {
+		if job.Drill || job.waits() {
 			return nil, nil
 		}
 		wanted := job.Spec.DrillEvery > 0 && job.History.Undrilled >= job.Spec.DrillEvery && !job.Phase.Final()

@@ -11,9 +11,12 @@ import (
 // history is what automatic checkpoints go by: what was measured of a job, and
 // what was done. It outlives the checkpoints that it tells of.
 type history struct {
-	// Begun is when the present run began, and Awake when the job's walltime did.
+	// Begun is when the present run began.
 	Begun time.Time `json:"begun,omitzero"`
-	Awake time.Time `json:"awake,omitzero"`
+	// Awake is since when the job uses up its walltime, of which it used Ran before
+	// it gave way to another job.
+	Awake time.Time     `json:"awake,omitzero"`
+	Ran   time.Duration `json:"ran,omitempty"`
 	// Durable is when the newest durable checkpoint was asked for. Failed is when
 	// the newest failed attempt after it was, and Failures how many there were.
 	Durable  time.Time       `json:"durable,omitzero"`
@@ -26,6 +29,19 @@ type history struct {
 
 func (h *history) begin(now time.Time) {
 	h.Begun, h.Failed, h.Failures = now, time.Time{}, 0
+}
+
+// wake begins the job's walltime, or goes on with it after the job gave way.
+func (h *history) wake(now time.Time, gaveWay bool) {
+	h.Awake = now
+	if !gaveWay {
+		h.Ran = 0
+	}
+}
+
+// rest stops the job's walltime while it gives way to another.
+func (h *history) rest(now time.Time) {
+	h.Ran, h.Awake = h.Ran+now.Sub(h.Awake), time.Time{}
 }
 
 func (h *history) fail(asked time.Time) {
@@ -73,11 +89,11 @@ func milliseconds(ms float64) time.Duration { return time.Duration(ms * float64(
 
 func inMilliseconds(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
 
-// note counts the loss of a node, and the time that it was up. What was
+// note counts the loss of a node, and the time that it was up. A node that was
 // cordoned before it went was meant to go.
 func (n *nodeRecord) note(state api.NodeState, now time.Time) {
 	n.Tally = n.Tally.After(now.UTC(), up(n.State))
-	if state == api.NodeLost && (n.State == api.NodeReady || n.State == api.NodeUnreachable) {
+	if state == api.NodeLost && (n.State == api.NodeReady || n.State == api.NodeUnreachable) && !n.Cordoned {
 		n.Tally = n.Tally.Lose()
 	}
 }

@@ -220,6 +220,12 @@ func (c *Controller) followDriver(cloud Cloud, events <-chan drivers.Event) {
 		if c.run.Err() != nil {
 			continue // Stop: the daemon looks itself
 		}
+		if !e.Leaves.IsZero() && e.Power == drivers.PowerOn {
+			if err := c.nodeLeaves(c.run, e); err != nil && c.run.Err() == nil {
+				c.log.Error("a node that will leave cannot be drained", "node", e.Node, "error", err)
+			}
+			continue
+		}
 		if e.Power != drivers.PowerOff && e.Power != drivers.PowerGone {
 			continue
 		}
@@ -227,6 +233,21 @@ func (c *Controller) followDriver(cloud Cloud, events <-chan drivers.Event) {
 			c.log.Error("the loss of a node cannot be written", "node", e.Node, "error", err)
 		}
 	}
+}
+
+// nodeLeaves takes everything off a node that its platform will take away: each
+// job is checkpointed and goes on elsewhere, or waits for room.
+func (c *Controller) nodeLeaves(ctx context.Context, e drivers.Event) error {
+	c.log.Info("node leaves", "node", e.Node, "at", e.Leaves, "reason", e.Reason)
+	err := c.store.Update(ctx, func(tx store.Tx) error {
+		message := fmt.Sprintf("node %s will be taken away at %s: %s", e.Node, e.Leaves.UTC().Format(time.RFC3339), e.Reason)
+		return c.emit(tx, api.Event{Type: "node", Node: e.Node, Message: message})
+	})
+	if err != nil {
+		return err
+	}
+	_, err = c.drain(ctx, e.Node)
+	return err
 }
 
 // welcome decides the fate of everything that a node's agent holds, and makes

@@ -88,6 +88,7 @@ func (c *Controller) giveWay(tx store.Tx, job *jobRecord, why yield, trigger api
 func (c *Controller) concludePreempt(tx store.Tx, op *opRecord, job *jobRecord, done bool) error {
 	if done {
 		job.Stubborn = nil
+		job.History.rest(c.clock.Now().UTC())
 		job.Phase, job.Reason = api.PhaseSuspended, job.Yield.text()+", comes back when there is room"
 		for i := range job.TaskStatus {
 			job.TaskStatus[i].Phase, job.TaskStatus[i].Pid = api.PhaseSuspended, 0

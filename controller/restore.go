@@ -312,7 +312,7 @@ func (c *Controller) nowRestored(tx store.Tx, op *opRecord, job *jobRecord) erro
 		job.Restarts++
 	}
 	if op.Kind != api.OpRecover {
-		job.History.Awake = c.clock.Now().UTC()
+		job.History.wake(c.clock.Now().UTC(), job.Yield != nil)
 	}
 	return c.nowRunning(tx, job, how)
 }

@@ -85,7 +85,7 @@ func (d *doing) unplace(ctx context.Context) (effect, error) {
 // what is worth another try it is pending again: another node may do better.
 func (c *Controller) concludeStart(tx store.Tx, op *opRecord, job *jobRecord, done bool) error {
 	if done {
-		job.History.Awake = c.clock.Now().UTC()
+		job.History.wake(c.clock.Now().UTC(), false)
 		return c.nowRunning(tx, job, "started")
 	}
 	cause := op.Position.Cause

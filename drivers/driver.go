@@ -10,6 +10,7 @@ package drivers
 import (
 	"context"
 	"errors"
+	"time"
 )
 
 // Power is what the platform knows of a machine.
@@ -54,6 +55,9 @@ type Event struct {
 	Node   string
 	Power  Power
 	Reason string // one clause, for people
+	// Leaves is set, with Power on, when the platform gives notice that it will
+	// take the node away then, as for maintenance or the end of a spot machine.
+	Leaves time.Time
 }
 
 // Bootstrap is what a new machine needs to join: how it gets there (user data,
