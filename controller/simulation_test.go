@@ -131,7 +131,7 @@ func (s *simulation) open() {
 	s.c, err = New(Parts{
 		Store: s.store, PKI: keys, Repository: s.repository, RepositoryConfig: json.RawMessage(`{"backend":"memory"}`),
 		AdminToken: adminToken, JoinToken: "shared", Version: "test",
-		Heartbeat: 100 * time.Millisecond, Lease: time.Second, Margin: 300 * time.Millisecond, Grace: 200 * time.Millisecond, Watch: 100 * time.Millisecond,
+		Heartbeat: 100 * time.Millisecond, Lease: time.Second, Margin: 300 * time.Millisecond, Grace: 200 * time.Millisecond, Retry: 200 * time.Millisecond, Watch: 100 * time.Millisecond,
 		AgentURL: func(string) string { return "https://" + s.addr },
 	})
 	must(err)
