@@ -15,6 +15,7 @@ import (
 
 	"gopkg.in/yaml.v3"
 
+	"dormouse/controller/interval"
 	"dormouse/drivers"
 )
 
@@ -39,6 +40,15 @@ type Config struct {
 	// Lease and Heartbeat of the agents; 30 s and 1 s unless given.
 	Lease     time.Duration `yaml:"lease"`
 	Heartbeat time.Duration `yaml:"heartbeat"`
+	// Auto bounds the interval of the checkpoint policy auto; 30 s and 6 h unless
+	// given.
+	Auto AutoConfig `yaml:"auto"`
+}
+
+// AutoConfig bounds the interval of the checkpoint policy auto.
+type AutoConfig struct {
+	Shortest time.Duration `yaml:"shortest"`
+	Longest  time.Duration `yaml:"longest"`
 }
 
 // StoreConfig says where jobs, operations and all other records are kept.
@@ -163,6 +173,11 @@ func (c *Config) complete() error {
 	setDefault(&c.Lease, 30*time.Second)
 	if c.Lease < 3*c.Heartbeat {
 		return fmt.Errorf("the lease (%s) must be at least three heartbeats (%s)", c.Lease, c.Heartbeat)
+	}
+	setDefault(&c.Auto.Shortest, interval.Usual.Min)
+	setDefault(&c.Auto.Longest, interval.Usual.Max)
+	if c.Auto.Shortest < interval.Shortest || c.Auto.Longest < c.Auto.Shortest {
+		return fmt.Errorf("auto: the interval is from shortest to longest, and at least %s, not from %s to %s", interval.Shortest, c.Auto.Shortest, c.Auto.Longest)
 	}
 	seen := make(map[string]bool)
 	for i := range c.Clouds {

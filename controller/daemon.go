@@ -22,6 +22,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"dormouse/api"
+	"dormouse/controller/interval"
 	"dormouse/controller/pki"
 	"dormouse/controller/store"
 	"dormouse/controller/store/etcd"
@@ -102,6 +103,7 @@ func (d *Daemon) start(ctx context.Context, env Env) error {
 		Store: d.store, PKI: d.keys, Repository: d.repository, RepositoryConfig: repositoryConfig,
 		AdminToken: d.token, JoinToken: joinToken, Logger: d.log, Version: env.Version,
 		Heartbeat: d.config.Heartbeat, Lease: d.config.Lease, AgentURL: d.agentURL,
+		Bounds:  interval.Bounds{Min: d.config.Auto.Shortest, Max: d.config.Auto.Longest},
 		Cluster: alone{api.Controller{Name: d.config.Name, URL: d.URL(), Version: env.Version, Leads: true}},
 	}
 	if shared, several := d.store.(*etcd.Store); several {

@@ -70,7 +70,7 @@ func TestAutoExplainsItsInterval(t *testing.T) {
 		t.Errorf("the next is in %d ms, and the interval %g ms", wait, a.IntervalMS)
 	}
 	text := p.run("inspect", job)
-	for _, part := range []string{"every ", "a checkpoint costs ", "(measured once)", "its node fails once per ", " node days)", "next at "} {
+	for _, part := range []string{"every ", "a checkpoint costs ", "(measured once)", "its node fails once per ", " node days", "next at "} {
 		if !strings.Contains(text, part) {
 			t.Errorf("inspect does not say %q:\n%s", part, text)
 		}

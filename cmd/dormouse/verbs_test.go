@@ -437,6 +437,11 @@ func TestVerifyFailsOnDamage(t *testing.T) {
 	done.Result = json.RawMessage(`[{"checkpoint":"c-1","ok":true,"bytes":1024}]`)
 	f = newFake(t, map[string]any{"POST /v1/checkpoints/c-1/verify": done})
 	dormouse(t, f.url, "verify", "c-1", "-o", "json").check(t, exitDone, `"ok": true`, "")
+	done.Kind = api.OpDrill
+	done.Result = json.RawMessage(`[{"checkpoint":"c-1","ok":true,"bytes":0,"drill":{"time":"2026-03-01T12:00:00Z","ok":true,"restore_ms":310,"nodes":["east-1"]}}]`)
+	f = newFake(t, map[string]any{"POST /v1/checkpoints/c-1/verify": done})
+	dormouse(t, f.url, "verify", "--restore", "c-1").check(t, exitDone, "c-1         ok       restored on east-1 in 310 ms  -\n", "")
+	dormouse(t, f.url, "verify", "--restore").check(t, exitUsage, "", "--restore needs the checkpoint")
 }
 
 func TestRemovals(t *testing.T) {

@@ -92,7 +92,7 @@ func (c *cli) printReports(result json.RawMessage) error {
 		}
 		read := humanSize(report.Bytes)
 		if report.Drill != nil {
-			read = "restored on " + strings.Join(report.Drill.Nodes, ", ") + ", " + c.drillText(report.Drill)
+			read = fmt.Sprintf("restored on %s in %s", strings.Join(report.Drill.Nodes, ", "), humanMS(report.Drill.RestoreMS))
 		}
 		rows = append(rows, []string{report.Checkpoint, verdict, read, strings.Join(report.Problems, "; ")})
 	}

@@ -222,6 +222,36 @@ func TestAutoIsExplainedWithItsInputs(t *testing.T) {
 	}
 }
 
+// TestWorkedExamples are the numbers of docs/checkpoint-policies.md.
+func TestWorkedExamples(t *testing.T) {
+	const day = 86400.0
+	for _, example := range []struct {
+		cost         time.Duration
+		nodes        int
+		losses, days float64 // of the cloud, the same for each of the job's nodes
+		want         string
+		loss         string // per cent
+	}{
+		{1200 * time.Millisecond, 1, 2, 19.6, "every 25 min: a checkpoint costs 1.2 s (median of 5), its node fails once per 11 days (2 losses in 19.6 node days)", "0.16"},
+		{1200 * time.Millisecond, 16, 2, 19.6, "every 6.9 min: a checkpoint costs 1.2 s (median of 5), one of its 16 nodes fails once per 20 h (2 losses in 19.6 node days)", "0.58"},
+		{30 * time.Second, 1, 2, 19.6, "every 2.1 h: a checkpoint costs 30 s (median of 5), its node fails once per 11 days (2 losses in 19.6 node days)", "0.79"},
+		{30 * time.Second, 64, 12, 640, "every 34 min: a checkpoint costs 30 s (median of 5), one of its 64 nodes fails once per 20 h (12 losses in 640 node days)", "2.92"},
+	} {
+		cost, n := Cost{Pause: example.cost, Durable: 5 * time.Second}, float64(example.nodes)
+		job := Job{
+			ID: "j", Begun: noon, Durable: noon, Costs: []Cost{cost, cost, cost, cost, cost},
+			Clouds: map[string]Tally{"east": {Losses: example.losses, Up: example.days * day, At: noon}},
+		}
+		for range example.nodes {
+			job.Nodes = append(job.Nodes, Node{"east", Tally{Losses: example.losses / n, Up: example.days * day / n, At: noon}})
+		}
+		plan, _ := parse(t, Auto).For(job, Bounds{}, noon)
+		if loss := fmt.Sprintf("%.2f", 100*plan.Auto.Loss); plan.Why() != example.want || loss != example.loss {
+			t.Errorf("want %q and %s %%, got %q and %s %%", example.want, example.loss, plan.Why(), loss)
+		}
+	}
+}
+
 func TestOneSlowCheckpointDoesNotMoveTheCost(t *testing.T) {
 	var costs []Cost
 	for _, s := range []int{9, 1, 1, 60, 1, 1} {

@@ -178,7 +178,11 @@ func (in *Inputs) why(interval time.Duration) string {
 	if in.Nodes != 1 {
 		who = fmt.Sprintf("one of its %d nodes fails", in.Nodes)
 	}
-	text := fmt.Sprintf("%s, %s once per %s (%s in %s node days)", cost, who, Short(in.MTBF), count(in.Losses), days(in.NodeTime))
+	seen := fmt.Sprintf("%s in %s node days", count(in.Losses), days(in.NodeTime))
+	if in.NodeTime < portion(presumedMTBF, presumedWeight) {
+		seen += ", so this is mostly presumed"
+	}
+	text := fmt.Sprintf("%s, %s once per %s (%s)", cost, who, Short(in.MTBF), seen)
 	switch {
 	case interval == in.Optimum.Round(time.Millisecond):
 	case interval < in.Optimum:
