@@ -67,6 +67,11 @@ type capturing struct {
 	thawed    bool
 	result    captured
 	discarded bool
+
+	// An upload is ended by who drops what it stores.
+	uploading sync.Mutex
+	endUpload context.CancelFunc
+	dropped   bool
 }
 
 func captureKey(ref *agentpb.TaskRef, checkpoint string) string {
@@ -447,6 +452,7 @@ func (a *Agent) discard(ref *agentpb.TaskRef, checkpoint string) error {
 }
 
 func (a *Agent) dropCapture(c *capturing) error {
+	c.stopUpload()
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.discarded = true

@@ -33,6 +33,8 @@ func (a *Agent) upload(ctx context.Context, ref *agentpb.TaskRef, checkpoint str
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	ctx, end := c.uploadUntilDropped(ctx)
+	defer end()
 	if c.discarded {
 		return nil, fmt.Errorf("checkpoint %s was discarded", checkpoint)
 	}
@@ -63,6 +65,29 @@ func (a *Agent) upload(ctx context.Context, ref *agentpb.TaskRef, checkpoint str
 	}
 	failpoint.Hit("agent.upload.done")
 	return result, c.spool.close() // the part stays open, and protected, until the discard
+}
+
+// uploadUntilDropped ends ctx, too, when the capture is to be dropped: its
+// checkpoint was called off, and nobody waits for the upload.
+func (c *capturing) uploadUntilDropped(ctx context.Context) (context.Context, context.CancelFunc) {
+	ctx, end := context.WithCancel(ctx)
+	c.uploading.Lock()
+	defer c.uploading.Unlock()
+	c.endUpload = end
+	if c.dropped {
+		end()
+	}
+	return ctx, end
+}
+
+// stopUpload ends the upload that is under way, and any later one.
+func (c *capturing) stopUpload() {
+	c.uploading.Lock()
+	defer c.uploading.Unlock()
+	c.dropped = true
+	if c.endUpload != nil {
+		c.endUpload()
+	}
 }
 
 // processorTime is what this process has used. Of uploads beside each other,

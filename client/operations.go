@@ -23,3 +23,9 @@ func (c *Client) Operation(ctx context.Context, id string, wait time.Duration) (
 	}
 	return one[api.Operation](ctx, c, http.MethodGet, "/v1/operations/"+segment(id), query, nil)
 }
+
+// CancelOperation calls an operation off, where that is safe; it has ended when
+// what it did is undone. operation is an id or an unambiguous prefix of one.
+func (c *Client) CancelOperation(ctx context.Context, operation string) (*api.Operation, error) {
+	return c.operate(ctx, "/v1/operations/"+segment(operation)+"/cancel", struct{}{})
+}

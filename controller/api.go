@@ -451,6 +451,8 @@ func (c *Controller) routePlatform(rest huma.API) {
 	}) (api.Operation, error) {
 		return c.waitOperation(ctx, in.ID, in.Wait)
 	})
+	route(rest, begins("cancel-operation", "/v1/operations/{id}/cancel", "Call an operation off, where that is safe: what it did is undone"),
+		func(ctx context.Context, in *ByID) (api.Operation, error) { return operation(c.cancel(ctx, in.ID)) })
 	route(rest, get("nodes", "/v1/nodes", "List the nodes"), func(ctx context.Context, _ *struct{}) ([]api.Node, error) {
 		return c.listNodes(ctx)
 	})

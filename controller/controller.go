@@ -114,7 +114,9 @@ type Controller struct {
 	order     []string // of clouds
 	booted    time.Time
 	operating map[string]bool // operations that have a goroutine
-	started   bool
+	// interrupts end the steps that operations are taking.
+	interrupts map[string]context.CancelCauseFunc
+	started    bool
 
 	work sync.WaitGroup // everything that runs
 	run  context.Context
@@ -147,7 +149,7 @@ func New(parts Parts) (*Controller, error) {
 		fleet: newFleet(parts.Cluster.Leads), streams: newAttachments(), bandwidth: newBandwidth(),
 		signer:   repository.NewSigner(key),
 		verifier: repository.NewVerifier(key.Public().(ed25519.PublicKey)),
-		clouds:   make(map[string]Cloud), operating: make(map[string]bool),
+		clouds:   make(map[string]Cloud), operating: make(map[string]bool), interrupts: make(map[string]context.CancelCauseFunc),
 	}
 	c.run, c.stop = context.WithCancel(context.Background())
 	c.metrics = newMetrics(c)

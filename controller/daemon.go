@@ -487,5 +487,15 @@ func (c *Controller) failOperation(tx store.Tx, job *jobRecord, reason string) e
 			}
 		}
 	}
+	if op.Then != "" {
+		next, err := getOperation(tx, op.Then)
+		if err != nil {
+			return err
+		}
+		next.Phase, next.Finished, next.Error, next.After = api.OpFailed, &now, reason, ""
+		if err := putOperation(tx, next); err != nil {
+			return err
+		}
+	}
 	return putOperation(tx, op)
 }

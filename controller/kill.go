@@ -18,9 +18,24 @@ func (d *doing) signal(ctx context.Context) (effect, error) {
 	if number == 0 {
 		number = int(syscall.SIGTERM)
 	}
-	_, err := d.each(ctx, func(taskRef) *agentpb.Command {
+	patience, end := context.WithCancel(ctx)
+	defer end()
+	if d.ask.Signal == 0 {
+		// Who does not answer is destroyed all the same.
+		go func() { // ends with this function
+			select {
+			case <-d.clock.After(d.parts.Grace):
+				end()
+			case <-patience.Done():
+			}
+		}()
+	}
+	_, err := d.each(patience, func(taskRef) *agentpb.Command {
 		return &agentpb.Command{Body: &agentpb.Command_Signal{Signal: &agentpb.SignalTask{Signal: int32(number)}}}
 	})
+	if patience.Err() != nil && ctx.Err() == nil {
+		return nil, nil
+	}
 	return nil, err
 }
 

@@ -83,11 +83,28 @@ func (c *Controller) drive(ctx context.Context, id string) {
 			return
 		}
 		d.core = core
+		if d.op.Cancel != "" {
+			if called := core.Cancel(d.op.Cancel); called.Write != nil {
+				if err := c.advance(ctx, id, called.Write, nil); err == nil {
+					out = core.Written()
+				} else if ctx.Err() != nil {
+					return
+				} else {
+					log.Error("the undoing of an operation cannot be written: trying again", "error", err)
+					out = core.NotWritten()
+				}
+				continue
+			}
+		}
 		log.Debug("step", "kind", d.op.Kind, "job", d.op.Job, "step", out.Take, "attempt", d.op.Position.Attempt)
 		failpoint.Hit("controller." + string(d.op.Kind) + "." + out.Take)
-		change, err := d.take(ctx)
+		change, err := c.interruptible(ctx, d)
 		if ctx.Err() != nil {
 			return // taken again at the next start
+		}
+		if errors.Is(err, errCalledOff) {
+			out = core.Begin()
+			continue
 		}
 		if store.IsAway(err) {
 			log.Warn("the store is away: taking a step again", "step", out.Take, "error", err)
@@ -98,7 +115,7 @@ func (c *Controller) drive(ctx context.Context, id string) {
 		switch {
 		case err == nil:
 			out = core.Written()
-		case errors.Is(err, errTryAgain):
+		case errors.Is(err, errTryAgain), errors.Is(err, errCalledOff):
 			out = core.Begin()
 		case errors.Is(err, errCancelled) || ctx.Err() != nil:
 			return
@@ -235,6 +252,9 @@ func (c *Controller) advance(ctx context.Context, id string, next *protocol.Move
 				return err
 			}
 		}
+		if op.Cancel != "" && op.Position.Cause == nil && next.To.Cause == nil {
+			return errCalledOff
+		}
 		ask, err := op.request()
 		if err != nil {
 			return err
@@ -285,6 +305,9 @@ func (c *Controller) endOperation(tx store.Tx, op *opRecord, job *jobRecord) err
 	}
 	if err := c.concludeJob(tx, op, job); err != nil {
 		return err
+	}
+	if op.Then != "" {
+		return c.takeOver(tx, op, job)
 	}
 	return c.settle(tx, job)
 }

@@ -683,7 +683,7 @@ func TestOneOperationAtATime(t *testing.T) {
 	reached := s.faultOnce(protocol.StepUpload, func(*simAgent) fault { return fault{act: func() { <-release }} })
 	op := s.begin("/v1/jobs/"+id+"/checkpoints", nil)
 	<-reached
-	for _, action := range []string{"checkpoints", "suspend", "restart", "kill"} {
+	for _, action := range []string{"checkpoints", "suspend", "restart"} {
 		detail := s.want(http.StatusConflict, "POST", "/v1/jobs/"+id+"/"+action, nil, nil)
 		if !strings.Contains(detail, op.ID) {
 			t.Errorf("%s: the refusal does not name operation %s: %q", action, op.ID, detail)

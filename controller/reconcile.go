@@ -31,7 +31,7 @@ func (c *Controller) driveOperations(ctx context.Context) error {
 	err := c.store.View(ctx, func(tx store.Tx) error {
 		ops, err := store.All[opRecord](tx, store.Operations)
 		for _, op := range ops {
-			if op.Phase == api.OpRunning {
+			if op.Phase == api.OpRunning && op.After == "" {
 				running = append(running, op.ID)
 			}
 		}

@@ -91,6 +91,12 @@ type request struct {
 type opRecord struct {
 	api.Operation
 	Position protocol.State `json:"position"`
+	// Cancel is why the operation was called off, once it was.
+	Cancel string `json:"cancel,omitempty"`
+	// Then is the operation that takes the job over when this one has ended, and
+	// After, in that one, this one.
+	Then  string `json:"then,omitempty"`
+	After string `json:"after,omitempty"`
 	// Anew is set when a restart has no checkpoint and starts from the beginning.
 	Anew bool `json:"anew,omitempty"`
 	// Stopped is set once the job's old tasks are being destroyed: from then

@@ -8,7 +8,6 @@ import (
 	"net/http"
 
 	"dormouse/api"
-	"dormouse/controller/protocol"
 	"dormouse/controller/scheduler"
 	"dormouse/controller/store"
 )
@@ -289,7 +288,7 @@ func (c *Controller) jobFromCheckpoint(ctx context.Context, id, name string) (*j
 // kill begins to end a job, or sends it a signal.
 func (c *Controller) kill(ctx context.Context, ref, signalName string) (*opRecord, error) {
 	number, err := parseSignal(signalName)
-	if err == nil {
+	if err == nil && number != 0 {
 		err = c.afterPeriodic(ctx, ref)
 	}
 	if err != nil {
@@ -301,10 +300,9 @@ func (c *Controller) kill(ctx context.Context, ref, signalName string) (*opRecor
 		if err != nil {
 			return err
 		}
-		if number == 0 {
-			if err := c.cancelWaiting(tx, job); err != nil {
-				return err
-			}
+		if number == 0 && job.Operation != "" {
+			op, err = c.killNext(tx, job)
+			return c.accepted(ctx, tx, op, err)
 		}
 		if err := idle(tx, job); err != nil {
 			return err
@@ -312,22 +310,10 @@ func (c *Controller) kill(ctx context.Context, ref, signalName string) (*opRecor
 		op, err = c.beginKill(tx, job, number)
 		return c.accepted(ctx, tx, op, err)
 	})
+	if err == nil && op.After != "" {
+		c.interrupt(op.After)
+	}
 	return op, err
-}
-
-// cancelWaiting ends an operation that only waits for room.
-func (c *Controller) cancelWaiting(tx store.Tx, job *jobRecord) error {
-	if job.Operation == "" {
-		return nil
-	}
-	op, err := getOperation(tx, job.Operation)
-	if err != nil || op.Step != protocol.StepPlace || op.Run != 0 {
-		return err
-	}
-	now := c.clock.Now().UTC()
-	op.Phase, op.Finished, op.Error = api.OpCancelled, &now, "the job was ended by `dormouse kill`"
-	job.Operation = ""
-	return putOperation(tx, op)
 }
 
 func (c *Controller) beginKill(tx store.Tx, job *jobRecord, number int) (*opRecord, error) {

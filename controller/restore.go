@@ -274,6 +274,9 @@ func (c *Controller) concludeRestore(tx store.Tx, op *opRecord, job *jobRecord, 
 	if done {
 		return c.nowRestored(tx, op, job)
 	}
+	if op.Phase == api.OpCancelled && op.Then != "" {
+		return nil // the kill that follows concludes
+	}
 	if err := c.emit(tx, api.Event{Job: job.ID, Type: string(op.Kind), Message: string(op.Kind) + " failed: " + op.Error}); err != nil {
 		return err
 	}
@@ -287,6 +290,8 @@ func (c *Controller) concludeRestore(tx store.Tx, op *opRecord, job *jobRecord, 
 		return nil
 	case op.Kind == api.OpRestart && !op.Stopped:
 		return nil // as it was
+	case op.Kind == api.OpClone && op.Phase == api.OpCancelled:
+		return c.finish(tx, job, api.PhaseCancelled, "the clone was "+op.Error, nil)
 	}
 	checkpoint, err := newestDurable(tx, job)
 	if err != nil {

@@ -18,6 +18,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -364,7 +365,7 @@ func (w *world) stopAgents() {
 // join makes a node whose agent joins.
 func (s *simulation) join(node string) *simAgent {
 	cloud, _, _ := strings.Cut(node, "-")
-	a := &simAgent{world: s.world, node: node, cloud: cloud, tasks: make(map[taskRef]*simTask), answers: make(map[string]*agentpb.Reply), appAnswers: make(chan *agentpb.AppAnswer, 16)}
+	a := &simAgent{world: s.world, node: node, cloud: cloud, tasks: make(map[taskRef]*simTask), answers: make(map[string]*agentpb.Reply), lanes: make(map[string]chan struct{}), appAnswers: make(chan *agentpb.AppAnswer, 16)}
 	s.mu.Lock()
 	s.agents[node] = a
 	s.mu.Unlock()
@@ -411,7 +412,8 @@ type simAgent struct {
 	// guarded by world.mu
 	tasks   map[taskRef]*simTask
 	answers map[string]*agentpb.Reply
-	seen    []string // steps of commands, in order of arrival
+	seen    []string                 // steps of commands, in order of arrival
+	lanes   map[string]chan struct{} // closed when the newest command of a lane is done
 
 	appAnswers chan *agentpb.AppAnswer
 
@@ -551,8 +553,33 @@ func (a *simAgent) connect(ctx context.Context) error {
 			a.appAnswers <- answer
 		}
 		if command := message.GetCommand(); command != nil {
-			go a.handle(ctx, client, cancel, command)
+			turn := a.turn(command)
+			go func() {
+				defer turn()()
+				a.handle(ctx, client, cancel, command)
+			}()
 		}
+	}
+}
+
+// turn queues a command behind the earlier ones of its task, as a real agent
+// does; storing goes on beside them. The function waits, and the one it returns
+// lets the next one go.
+func (a *simAgent) turn(c *agentpb.Command) func() (done func()) {
+	lane := c.GetTask().String()
+	if u := c.GetUpload(); u != nil {
+		lane += u.GetCheckpoint()
+	}
+	over := make(chan struct{})
+	a.mu.Lock()
+	before := a.lanes[lane]
+	a.lanes[lane] = over
+	a.mu.Unlock()
+	return func() func() {
+		if before != nil {
+			<-before
+		}
+		return func() { close(over) }
 	}
 }
 
@@ -980,6 +1007,7 @@ type memoryRepository struct {
 	manifests map[string]*repository.Manifest
 	put       func() error // fails PutManifest
 	bad       map[string]error
+	hangs     atomic.Bool // verify does, until it is called off
 	collected int
 }
 
@@ -1031,7 +1059,11 @@ func (r *memoryRepository) GC(context.Context, repository.GCOptions) (repository
 	return repository.GCStats{}, nil
 }
 
-func (r *memoryRepository) Verify(_ context.Context, _ *repository.Verifier, ids []string, progress func(int64, int64)) (*repository.VerifyReport, error) {
+func (r *memoryRepository) Verify(ctx context.Context, _ *repository.Verifier, ids []string, progress func(int64, int64)) (*repository.VerifyReport, error) {
+	if r.hangs.Load() {
+		<-ctx.Done()
+		return nil, ctx.Err()
+	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	progress(1, 1)

@@ -89,6 +89,12 @@ func (c *Controller) concludeStart(tx store.Tx, op *opRecord, job *jobRecord, do
 		return c.nowRunning(tx, job, "started")
 	}
 	cause := op.Position.Cause
+	switch {
+	case cause.Cancelled && op.Then != "":
+		return nil // the kill that follows concludes
+	case cause.Cancelled:
+		return c.finish(tx, job, api.PhaseCancelled, "its start was "+cause.Message, nil)
+	}
 	if cause.Retryable && job.Starts < protocol.MaxAttempts {
 		job.Starts++
 		job.Phase, job.Reason = api.PhasePending, "waits to be started again: "+cause.Message

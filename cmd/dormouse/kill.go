@@ -13,7 +13,8 @@ func (c *cli) killCommand() *cobra.Command {
 		Use:   "kill JOB",
 		Short: "End a job, or send it a signal",
 		Long: `End a job: its processes get SIGTERM, and SIGKILL if they do not end. The job is
-then cancelled; its checkpoints stay.
+then cancelled; its checkpoints stay. An operation that the job is in is called off
+where that is safe, and otherwise waited for.
 
 With --signal, only send that signal; the job goes on if its processes do.`,
 		Example: `  dormouse kill counter

@@ -2,7 +2,10 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"slices"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -10,16 +13,23 @@ import (
 	"dormouse/client"
 )
 
+// lately is for how long an operation that has ended is listed.
+const lately = time.Hour
+
 func (c *cli) operationsCommand() *cobra.Command {
-	wait := false
+	wait, all := false, false
 	command := &cobra.Command{
-		Use:   "operations [OPERATION]",
+		Use:   "operations [JOB|OPERATION]",
 		Short: "Show operations that are under way or were done lately",
-		Long: `List operations, or show one; of a checkpoint, also what each task's part took so
-far (see ` + "`dormouse inspect --help`" + `). With --wait, wait until that one has ended, and exit
-with its status: 0 done, 1 failed, 4 refused.`,
+		Long: `List the operations that are under way or ended within the last hour, with --all
+all that are remembered; with JOB, only that job's. Or show one operation; of a
+checkpoint, also what each task's part took so far (see ` + "`dormouse inspect --help`" + `).
+With --wait, wait until that one has ended, and exit with its status: 0 done,
+1 failed or cancelled, 4 refused.`,
 		Example: `  dormouse operations
-  dormouse operations o-3f7k2m5q --wait`,
+  dormouse operations --all counter
+  dormouse operations o-3f7k2m5q --wait
+  dormouse operations cancel o-3f7k2m5q`,
 		Args:              atMostOne,
 		ValidArgsFunction: firstArgument(c.operationIDs()),
 		RunE: func(command *cobra.Command, args []string) error {
@@ -32,13 +42,19 @@ with its status: 0 done, 1 failed, 4 refused.`,
 			}
 			defer controller.Close()
 			if len(args) == 0 {
-				operations, err := controller.Operations(command.Context())
-				if err != nil {
-					return err
-				}
-				return c.printOperations(operations)
+				return c.listOperations(command.Context(), controller, "", all)
 			}
 			operation, err := controller.Operation(command.Context(), args[0], 0)
+			if client.IsNotFound(err) && !wait {
+				job, jobErr := controller.Job(command.Context(), args[0])
+				if client.IsNotFound(jobErr) {
+					return fmt.Errorf("there is no job and %w", err)
+				}
+				if jobErr != nil {
+					return jobErr
+				}
+				return c.listOperations(command.Context(), controller, job.ID, all)
+			}
 			if err != nil {
 				return err
 			}
@@ -48,16 +64,77 @@ with its status: 0 done, 1 failed, 4 refused.`,
 					return err
 				}
 			}
-			if c.json() {
-				return c.printDocument(operation)
-			}
-			if err := c.printOperations([]api.Operation{*operation}); err != nil {
-				return err
-			}
-			return c.printStepsOf(command.Context(), controller, operation)
+			return c.showOperation(command.Context(), controller, operation)
 		},
 	}
 	command.Flags().BoolVar(&wait, "wait", false, "wait until the operation has ended")
+	command.Flags().BoolVarP(&all, "all", "a", false, "also those that ended long ago")
+	addGrouped(command, "", c.operationsCancelCommand())
+	return command
+}
+
+// listOperations lists those of a job; of all jobs when job is empty.
+func (c *cli) listOperations(ctx context.Context, controller *client.Client, job string, all bool) error {
+	operations, err := controller.Operations(ctx)
+	if err != nil {
+		return err
+	}
+	return c.printOperations(slices.DeleteFunc(operations, func(o api.Operation) bool {
+		old := o.Finished != nil && c.now().Sub(*o.Finished) > lately
+		return job != "" && o.Job != job || old && !all
+	}))
+}
+
+func (c *cli) showOperation(ctx context.Context, controller *client.Client, operation *api.Operation) error {
+	if c.json() {
+		return c.printDocument(operation)
+	}
+	if err := c.printOperations([]api.Operation{*operation}); err != nil {
+		return err
+	}
+	return c.printStepsOf(ctx, controller, operation)
+}
+
+func (c *cli) operationsCancelCommand() *cobra.Command {
+	detach := false
+	command := &cobra.Command{
+		Use:   "cancel OPERATION",
+		Short: "Call an operation off, where that is safe",
+		Long: `Undo what an operation has done so far, and end it. A checkpoint is thrown away
+while it is not durable, and its job runs on; so it does when it was to be
+suspended. A job that was to be resumed sleeps on. A job that was to be started is
+cancelled, and one whose old run is gone has failed, until it is restarted.
+
+Refused once there is no way back: after a checkpoint is signed, while the tasks of
+a job are being destroyed, and for ` + "`dormouse kill`" + `. An agent that is in the middle of a
+step finishes that first.`,
+		Example:           `  dormouse operations cancel o-3f7k2m5q`,
+		Args:              exactly("OPERATION"),
+		ValidArgsFunction: firstArgument(c.operationIDs()),
+		RunE: func(command *cobra.Command, args []string) error {
+			controller, err := c.connect()
+			if err != nil {
+				return err
+			}
+			defer controller.Close()
+			operation, err := controller.CancelOperation(command.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			if !detach {
+				var ended *operationError
+				operation, err = c.follow(command.Context(), controller, operation)
+				if errors.As(err, &ended) && ended.operation.Phase == api.OpCancelled {
+					operation, err = ended.operation, nil
+				}
+				if err != nil {
+					return err
+				}
+			}
+			return c.show(operation, "%s %s", operation.ID, operation.Phase)
+		},
+	}
+	addDetach(command, &detach)
 	return command
 }
 

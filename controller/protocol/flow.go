@@ -1,6 +1,7 @@
 package protocol
 
 import (
+	"fmt"
 	"slices"
 	"time"
 
@@ -164,7 +165,31 @@ func (f Flow) next(at State, failed *Failure) Move {
 		return Move{To: State{Step: f.undo[0], Attempt: at.Attempt, Cause: failed}, Phase: api.OpRunning}
 	}
 	at.Cause = failed
-	return Move{To: at, Phase: api.OpFailed}
+	return Move{To: at, Phase: failed.end()}
+}
+
+// end is how an operation ends that was undone because of f.
+func (f *Failure) end() api.OperationPhase {
+	if f.Cancelled {
+		return api.OpCancelled
+	}
+	return api.OpFailed
+}
+
+// MayCancel reports whether an operation may be called off at a state, and
+// why not. What is being undone may: it is not tried again then. ending is set
+// when the job is to be ended anyway, so that nothing of it need be whole.
+func (f Flow) MayCancel(at State, ending bool) (ok bool, why string) {
+	i := slices.Index(f.steps, at.Step)
+	switch {
+	case at.Cause != nil:
+		return true, ""
+	case f.commit != "" && i >= slices.Index(f.steps, f.commit):
+		return false, fmt.Sprintf("its step %s and what follows cannot be undone", f.commit)
+	case at.Step == StepStop && !ending:
+		return false, "the job's tasks are being destroyed, and would be missing"
+	}
+	return true, ""
 }
 
 // again takes the same step with new commands.
@@ -188,7 +213,7 @@ func (f Flow) nextUndo(at State, failed *Failure) Move {
 	if at.Cause.Retryable && at.Attempt < MaxAttempts && !f.once {
 		return Move{To: State{Step: f.steps[0], Attempt: at.Attempt + 1}, Phase: api.OpRunning, Anew: true}
 	}
-	return Move{To: at, Phase: api.OpFailed}
+	return Move{To: at, Phase: at.Cause.end()}
 }
 
 // Progress is the share of the flow that is done at a state, of which the

@@ -6,6 +6,7 @@
 //	   Command the tasks           ->  Send: one command each, repeated until answered
 //	   Answered, Lost              ->  Over: all tasks are through, and this is how
 //	Ended: the step is over        ->  Write: this state, with what the step changed
+//	Cancel: it is called off       ->  Write: the undoing begins, or is the end
 //	Written, NotWritten            ->  Take the next step, Wait before it, or the End
 //
 // What is between two steps is a barrier: no task is in the next one before all
@@ -28,6 +29,8 @@ type Failure struct {
 	Message   string `json:"message"`
 	Refused   bool   `json:"refused,omitempty"`   // may not be done, as opposed to broken
 	Retryable bool   `json:"retryable,omitempty"` // worth another attempt after undoing
+	// Cancelled is set when somebody called the operation off.
+	Cancelled bool `json:"cancelled,omitempty"`
 	// Lost is set when nothing answers any more.
 	Lost bool `json:"-"`
 }
@@ -222,6 +225,20 @@ func (o *Operation) Ended(failed *Failure) Output {
 	o.next.Failed = failed
 	return Output{Write: &o.next}
 }
+
+// Cancel calls the operation off: instead of its present step, its undoing
+// begins. One that is being undone goes on with that, and is not tried again.
+func (o *Operation) Cancel(why string) Output {
+	failed := &Failure{Message: why, Cancelled: true}
+	if o.state.Cause != nil {
+		o.state.Cause = failed
+		return Output{}
+	}
+	return o.Ended(failed)
+}
+
+// Undoing reports whether the operation is on its way back.
+func (o *Operation) Undoing() bool { return o.state.Cause != nil }
 
 // Written goes on after what followed the step was written.
 func (o *Operation) Written() Output {
