@@ -195,7 +195,7 @@ func TestAutomaticCheckpointsNeverRunBesideAnotherOperation(t *testing.T) {
 }
 
 func TestRequestWaitsForAnAutomaticCheckpointRatherThanBeingRefused(t *testing.T) {
-	for _, action := range []string{"suspend", "kill", "checkpoints"} {
+	for _, action := range []string{"suspend", "restart", "checkpoints"} {
 		s := newSimulation(t, "east-0")
 		hold := make(chan struct{})
 		held := s.faultOnce(protocol.StepUpload, func(*simAgent) fault { return fault{act: func() { <-hold }} })
