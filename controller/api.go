@@ -41,6 +41,7 @@ func (c *Controller) newHandler() http.Handler {
 	c.routeStreams(rest, mux)
 	mux.Handle("GET /metrics", c.metrics.handler())
 	mux.HandleFunc("GET /healthz", c.healthz)
+	mux.HandleFunc("GET /v1/backup", c.serveBackup)
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
 		writeProblem(w, newProblem(http.StatusNotFound, "there is no %s %s", r.Method, r.URL.Path))
 	})

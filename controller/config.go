@@ -293,6 +293,11 @@ func (c *CloudConfig) check() error {
 	return nil
 }
 
+// cloud is what the configuration says of a cloud, without its driver and nodes.
+func (c *CloudConfig) cloud() Cloud {
+	return Cloud{Name: c.Name, DriverName: c.Driver, Tunnel: c.Tunnel, Dumps: c.ConcurrentCheckpoints, UploadRate: c.UploadBytesPerSecond}
+}
+
 // nodes are the nodes that a local cloud is made of.
 func (c *CloudConfig) nodes() []drivers.NodeSpec {
 	specs := make([]drivers.NodeSpec, c.Local.Nodes)

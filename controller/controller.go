@@ -70,6 +70,8 @@ type Parts struct {
 	// RepositoryConfig is handed to agents: {"backend":"local","path":DIR}.
 	RepositoryConfig json.RawMessage
 	AdminToken       string
+	// State is the directory of the keys, which a back-up has in it, too.
+	State string
 	// Cluster tells of the other controllers on the store; nil: there are none.
 	Cluster   Cluster
 	JoinToken string // lets agents of clouds without a driver join; empty: none

@@ -102,7 +102,7 @@ func (d *Daemon) start(ctx context.Context, env Env) error {
 	parts := Parts{
 		Store: d.store, PKI: d.keys, Repository: d.repository, RepositoryConfig: repositoryConfig,
 		AdminToken: d.token, JoinToken: joinToken, Logger: d.log, Version: env.Version,
-		Heartbeat: d.config.Heartbeat, Lease: d.config.Lease, AgentURL: d.agentURL,
+		Heartbeat: d.config.Heartbeat, Lease: d.config.Lease, AgentURL: d.agentURL, State: d.config.State,
 		Bounds:  interval.Bounds{Min: d.config.Auto.Shortest, Max: d.config.Auto.Longest},
 		Cluster: alone{api.Controller{Name: d.config.Name, URL: d.URL(), Version: env.Version, Leads: true}},
 	}
@@ -287,7 +287,7 @@ func (d *Daemon) addClouds(ctx context.Context, env Env) error {
 		return err
 	}
 	for _, config := range d.config.Clouds {
-		cloud := Cloud{Name: config.Name, DriverName: config.Driver, Tunnel: config.Tunnel, Dumps: config.ConcurrentCheckpoints, UploadRate: config.UploadBytesPerSecond}
+		cloud := config.cloud()
 		if config.Driver == driverLocal {
 			cloud.Nodes = config.nodes()
 			cloud.Driver, err = local.New(local.Options{

@@ -89,7 +89,7 @@ func (d *Daemon) newController(ctx context.Context, parts Parts) (*Controller, e
 		return nil, err
 	}
 	for _, cloud := range d.config.Clouds {
-		if err := c.AddCloud(ctx, Cloud{Name: cloud.Name, DriverName: cloud.Driver, Tunnel: cloud.Tunnel}); err != nil {
+		if err := c.AddCloud(ctx, cloud.cloud()); err != nil {
 			return nil, err
 		}
 	}

@@ -39,6 +39,7 @@ type league struct {
 type player struct {
 	*Daemon
 	network *etcdtest.Proxy
+	address string
 }
 
 // etcdLease is short, so that a test sees several leaders.
@@ -70,7 +71,7 @@ func newLeague(t *testing.T, controllers int, nodes ...string) *league {
 	next := 0
 	w.pick = func() string { // called with the lock of the world
 		next++
-		return l.players[next%len(l.players)].tcp.Addr().String()
+		return l.players[next%len(l.players)].address
 	}
 	l.url = l.players[0].URL()
 	l.client = &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: w.keys.Pool()}}}
@@ -115,7 +116,7 @@ func (l *league) enter(name string) {
 	must(d.listen())
 	must(d.startMember(l.t.Context(), shared, l.parts(nil)))
 	l.t.Cleanup(func() { closeDaemon(l.t, d) })
-	l.players = append(l.players, &player{Daemon: d, network: network})
+	l.players = append(l.players, &player{Daemon: d, network: network, address: d.tcp.Addr().String()})
 }
 
 // leader waits until one of the controllers leads, and has taken up its work.
@@ -217,8 +218,12 @@ func TestFollowersAskForTheToken(t *testing.T) {
 func TestFollowersTellAgentsWhereTheLeaderIs(t *testing.T) {
 	l := newLeague(t, 2)
 	leader := l.leader()
+	follower := l.follower(leader)
+	if _, err := follower.store.(*etcd.Store).WaitLeader(t.Context(), etcd.Candidate{}); err != nil {
+		t.Fatal(err)
+	}
 	l.mu.Lock()
-	l.pick = func() string { return l.follower(leader).tcp.Addr().String() }
+	l.pick = func() string { return follower.address }
 	l.mu.Unlock()
 	a := &simAgent{world: l.world, node: "metal-9", cloud: "metal"}
 	conn, err := a.dial()

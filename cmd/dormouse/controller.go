@@ -18,6 +18,7 @@ func (c *cli) controllerCommand() *cobra.Command {
 		Long: `Run the controller that agents join and the other commands talk to. It prints
 "ready URL" when it answers, and runs until it is interrupted; jobs go on without
 it for as long as their lease lasts, then they are frozen until it is back.
+Several may share an etcd: one leads, and another takes over when it is gone.
 
 The configuration is described in docs/install.md.`,
 		Example: `  dormouse controller --config /etc/dormouse/controller.yaml`,
@@ -34,6 +35,7 @@ The configuration is described in docs/install.md.`,
 		},
 	}
 	command.Flags().StringVar(&file, "config", "", "YAML `file` with the configuration")
+	command.AddCommand(c.backupCommand(), c.restoreCommand())
 	return command
 }
 

@@ -19,29 +19,8 @@ import (
 	"fmt"
 )
 
-// Schema is the version of the tables and records below. A store that was
-// written by a newer schema is refused, never guessed at.
-const Schema = 1
-
 // Table names one kind of record.
 type Table string
-
-// The tables of schema 1.
-const (
-	Jobs        Table = "jobs"        // by job id
-	Operations  Table = "operations"  // by operation id
-	Checkpoints Table = "checkpoints" // by checkpoint id
-	Nodes       Table = "nodes"       // by node id
-	Events      Table = "events"      // by number, %016x
-	Tokens      Table = "tokens"      // join tokens, by the SHA-256 of the token
-	Cleanups    Table = "cleanups"    // tasks that nodes must still destroy, by node/job/index/run
-	Receipts    Table = "receipts"    // answers to requests, by the hash of whose and which key, and by age
-)
-
-// Tables are all tables, for implementations that make them ahead.
-func Tables() []Table {
-	return []Table{Jobs, Operations, Checkpoints, Nodes, Events, Tokens, Cleanups, Receipts}
-}
 
 // ErrNotFound is what Tx.Get answers for a key that is not there.
 var ErrNotFound = errors.New("not found")
@@ -55,11 +34,12 @@ var ErrDeposed = errors.New("this controller does not lead")
 // NewerSchemaError refuses a store that a newer dormouse wrote.
 type NewerSchemaError struct {
 	Where  string // file or address of the store
-	Schema int
+	Schema int    // that it has
+	Known  int    // the newest that this dormouse knows
 }
 
 func (e *NewerSchemaError) Error() string {
-	return fmt.Sprintf("the store %s has schema %d and this dormouse knows up to %d: use the newer dormouse that wrote it", e.Where, e.Schema, Schema)
+	return fmt.Sprintf("the store %s has schema %d and this dormouse knows up to %d: use the newer dormouse that wrote it", e.Where, e.Schema, e.Known)
 }
 
 // UnreachableError says that a shared store does not answer. Nothing was changed.
@@ -92,7 +72,25 @@ func (e *UncertainError) Unwrap() error { return e.Err }
 func IsAway(err error) bool {
 	var unreachable *UnreachableError
 	var uncertain *UncertainError
-	return errors.Is(err, ErrDeposed) || errors.As(err, &unreachable) || errors.As(err, &uncertain)
+	var older *OlderSchemaError
+	return errors.Is(err, ErrDeposed) || errors.As(err, &older) || errors.As(err, &unreachable) || errors.As(err, &uncertain)
+}
+
+// OlderSchemaError says that a shared store waits for its leader to upgrade it.
+type OlderSchemaError struct {
+	Where  string // address of the store
+	Schema int
+}
+
+func (e *OlderSchemaError) Error() string {
+	return fmt.Sprintf("the store %s still has schema %d, because a controller of an older dormouse leads: stop that one, and the next leader upgrades the store", e.Where, e.Schema)
+}
+
+// NotEmptyError refuses to restore a copy over something else.
+type NotEmptyError struct{ Where string }
+
+func (e *NotEmptyError) Error() string {
+	return fmt.Sprintf("the store %s is not empty: restore with --force to lose what is in it", e.Where)
 }
 
 // DamagedError says that a store's contents cannot be trusted.
@@ -103,6 +101,21 @@ type DamagedError struct {
 
 func (e *DamagedError) Error() string {
 	return fmt.Sprintf("the store %s is damaged (%s): put back a copy of it, or move it away to start without its jobs", e.Where, e.What)
+}
+
+// Item is one thing in a copy of a whole store: a record, or a table's sequence.
+type Item struct {
+	Table    Table  `json:"table"`
+	Key      string `json:"key,omitempty"` // empty for a sequence
+	Value    []byte `json:"value,omitempty"`
+	Sequence uint64 `json:"sequence,omitempty"` // the last number that was given
+}
+
+// Copier is a Store that can be copied as a whole, while it is used.
+type Copier interface {
+	// Copy calls fn for everything in the store, as of one moment, and returns the
+	// schema of it. fn must not wait for an Update.
+	Copy(ctx context.Context, fn func(Item) error) (schema int, err error)
 }
 
 // Store keeps tables of records.

@@ -13,7 +13,9 @@ import (
 	"errors"
 	"fmt"
 	"hash/crc32"
+	"iter"
 	"os"
+	"path/filepath"
 	"runtime/debug"
 	"sync"
 	"time"
@@ -50,9 +52,12 @@ type Store struct {
 var _ store.Store = (*Store)(nil)
 
 // Open opens the store in file, and makes it when it is not there. The error
-// names the file and what to do.
-func Open(file string) (*Store, error) {
-	db, err := openChecked(file)
+// names the file and what to do. A store of an older schema is copied to
+// FILE.schema-N, and then brought to the present one.
+func Open(file string) (*Store, error) { return open(file, store.Upgrades()) }
+
+func open(file string, plan store.Plan) (*Store, error) {
+	db, err := openChecked(file, plan)
 	if err != nil {
 		return nil, err
 	}
@@ -60,7 +65,7 @@ func Open(file string) (*Store, error) {
 }
 
 // openChecked opens file, brings it to the present schema and reads all of it.
-func openChecked(file string) (db *bbolt.DB, err error) {
+func openChecked(file string, plan store.Plan) (db *bbolt.DB, err error) {
 	var handle *os.File
 	// A mapped page beyond the end of a truncated file faults.
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
@@ -86,7 +91,7 @@ func openChecked(file string) (db *bbolt.DB, err error) {
 	if err != nil {
 		return nil, openError(file, err)
 	}
-	if err := prepare(db, file); err != nil {
+	if err := prepare(db, file, plan); err != nil {
 		db.Close()
 		return nil, err
 	}
@@ -107,32 +112,38 @@ func openError(file string, err error) error {
 	return &store.DamagedError{Where: file, What: err.Error()}
 }
 
-// prepare checks the file's length, schema and records, and makes the tables
-// of a new file.
-func prepare(db *bbolt.DB, file string) error {
+// prepare checks the file's length, schema and records, makes the tables of a new
+// file and upgrades an old one.
+func prepare(db *bbolt.DB, file string, plan store.Plan) error {
 	info, err := os.Stat(file)
 	if err != nil {
 		return fmt.Errorf("open the store: %w", err)
 	}
-	fresh := false
+	schema := 0 // of a new file
 	err = db.View(func(tx *bbolt.Tx) error {
 		if info.Size() < tx.Size() {
 			return &store.DamagedError{Where: file, What: fmt.Sprintf("it has %d bytes and should have %d", info.Size(), tx.Size())}
 		}
 		meta := tx.Bucket([]byte(metaBucket))
 		if meta == nil {
-			fresh = true
 			return checkForeign(tx, file)
 		}
-		if err := checkSchema(meta, file); err != nil {
+		if schema, err = readSchema(meta, file, plan); err != nil {
 			return err
 		}
-		return checkRecords(tx, file)
+		return checkRecords(tx, file, plan.Tables(schema))
 	})
-	if err != nil || !fresh {
+	switch {
+	case err != nil:
 		return err
+	case schema == plan.Schema():
+		return nil
+	case schema > 0:
+		if err := keepCopy(db, fmt.Sprintf("%s.schema-%d", file, schema)); err != nil {
+			return err
+		}
 	}
-	return db.Update(create)
+	return db.Update(func(tx *bbolt.Tx) error { return upgrade(tx, schema, plan) })
 }
 
 // checkForeign refuses a bbolt file that belongs to another program.
@@ -143,19 +154,23 @@ func checkForeign(tx *bbolt.Tx, file string) error {
 	return nil
 }
 
-func checkSchema(meta *bbolt.Bucket, file string) error {
+func readSchema(meta *bbolt.Bucket, file string, plan store.Plan) (int, error) {
 	raw := meta.Get([]byte(schemaKey))
 	if len(raw) != 8 {
-		return &store.DamagedError{Where: file, What: "it names no schema"}
+		return 0, &store.DamagedError{Where: file, What: "it names no schema"}
 	}
-	if schema := binary.BigEndian.Uint64(raw); schema > store.Schema {
-		return &store.NewerSchemaError{Where: file, Schema: int(schema)}
+	switch schema := binary.BigEndian.Uint64(raw); {
+	case schema == 0:
+		return 0, &store.DamagedError{Where: file, What: "it names no schema"}
+	case schema > uint64(plan.Schema()):
+		return 0, &store.NewerSchemaError{Where: file, Schema: int(schema), Known: plan.Schema()}
+	default:
+		return int(schema), nil
 	}
-	return nil
 }
 
-func checkRecords(tx *bbolt.Tx, file string) error {
-	for _, table := range store.Tables() {
+func checkRecords(tx *bbolt.Tx, file string, tables []store.Table) error {
+	for _, table := range tables {
 		bucket := tx.Bucket([]byte(table))
 		if bucket == nil {
 			return &store.DamagedError{Where: file, What: fmt.Sprintf("table %s is missing", table)}
@@ -171,17 +186,44 @@ func checkRecords(tx *bbolt.Tx, file string) error {
 	return nil
 }
 
-func create(tx *bbolt.Tx) error {
-	for _, table := range store.Tables() {
+// keepCopy leaves a copy of the whole file beside it, for the way back.
+func keepCopy(db *bbolt.DB, to string) (err error) {
+	temporary, err := os.CreateTemp(filepath.Dir(to), ".copy-*") // mode 0600
+	if err == nil {
+		defer os.Remove(temporary.Name())
+		err = db.View(func(tx *bbolt.Tx) error {
+			_, err := tx.WriteTo(temporary)
+			return err
+		})
+		err = errors.Join(err, temporary.Sync(), temporary.Close())
+	}
+	if err == nil {
+		err = os.Rename(temporary.Name(), to)
+	}
+	if err != nil {
+		return fmt.Errorf("keep a copy of the store before its upgrade: %w", err)
+	}
+	return nil
+}
+
+// upgrade makes all tables and takes every step from schema, 0 being that of an
+// empty file, to the plan's.
+func upgrade(tx *bbolt.Tx, schema int, plan store.Plan) error {
+	for _, table := range plan.Tables(plan.Schema()) {
 		if _, err := tx.CreateBucketIfNotExists([]byte(table)); err != nil {
 			return fmt.Errorf("make table %s: %w", table, err)
+		}
+	}
+	if schema > 0 {
+		if err := plan.Run(&transaction{tx: tx}, schema); err != nil {
+			return err
 		}
 	}
 	meta, err := tx.CreateBucketIfNotExists([]byte(metaBucket))
 	if err != nil {
 		return fmt.Errorf("write the store's schema: %w", err)
 	}
-	return meta.Put([]byte(schemaKey), binary.BigEndian.AppendUint64(nil, store.Schema))
+	return meta.Put([]byte(schemaKey), binary.BigEndian.AppendUint64(nil, uint64(plan.Schema())))
 }
 
 // seal puts the check sum of key and value before value.
@@ -378,4 +420,73 @@ func (t *transaction) Sequence(table store.Table) (uint64, error) {
 	}
 	t.wrote = true
 	return n, nil
+}
+
+// Copy implements store.Copier.
+func (s *Store) Copy(ctx context.Context, fn func(store.Item) error) (int, error) {
+	if err := ctx.Err(); err != nil {
+		return 0, err
+	}
+	err := s.db.View(func(tx *bbolt.Tx) error {
+		own := &transaction{tx: tx}
+		for _, table := range store.Tables() {
+			if n := tx.Bucket([]byte(table)).Sequence(); n > 0 {
+				if err := fn(store.Item{Table: table, Sequence: n}); err != nil {
+					return err
+				}
+			}
+			err := own.Scan(table, "", func(key string, value []byte) error {
+				return fn(store.Item{Table: table, Key: key, Value: value})
+			})
+			if err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	return store.Schema, closedError(err)
+}
+
+// Write makes a store of the items of a copy in file, which must not be there:
+// with the schema that they have. Open upgrades it.
+func Write(file string, schema int, items iter.Seq2[store.Item, error]) (err error) {
+	if _, err := os.Stat(file); err == nil {
+		return fmt.Errorf("%s is there already", file)
+	}
+	db, err := bbolt.Open(file, 0o600, &bbolt.Options{Timeout: lockWait})
+	if err != nil {
+		return fmt.Errorf("make the store %s: %w", file, err)
+	}
+	defer func() {
+		err = errors.Join(err, db.Close())
+		if err != nil {
+			os.Remove(file)
+		}
+	}()
+	return db.Update(func(tx *bbolt.Tx) error {
+		// The tables of that schema, without its steps: the items have them behind them.
+		plan := store.Upgrades()[:schema-1]
+		if err := upgrade(tx, 0, plan); err != nil {
+			return err
+		}
+		own := &transaction{tx: tx}
+		for item, err := range items {
+			if err != nil {
+				return err
+			}
+			bucket, err := own.bucket(item.Table)
+			if err != nil {
+				return err
+			}
+			if item.Key == "" {
+				err = bucket.SetSequence(item.Sequence)
+			} else {
+				err = own.Put(item.Table, item.Key, item.Value)
+			}
+			if err != nil {
+				return err
+			}
+		}
+		return nil
+	})
 }

@@ -34,7 +34,17 @@ type guard struct {
 
 // Update implements store.Store. It fails while a controller leads.
 func (s *Store) Update(ctx context.Context, fn func(store.Tx) error) error {
-	return s.update(ctx, s.nobody(), s.fresh, fn)
+	return s.update(ctx, s.nobody(), s.fresh, s.ordinary(fn))
+}
+
+// ordinary makes of a function on a transaction one that may not see an older schema.
+func (s *Store) ordinary(fn func(store.Tx) error) func(*writer, *image) error {
+	return func(w *writer, from *image) error {
+		if err := s.ready(from); err != nil {
+			return err
+		}
+		return fn(w)
+	}
 }
 
 // nobody is the condition that no controller leads or wants to.
@@ -54,8 +64,8 @@ func (s *Store) nobody() guard {
 }
 
 // update runs fn and commits what it wrote, until nobody else wrote meanwhile.
-// ready returns when the copy in memory is current.
-func (s *Store) update(ctx context.Context, g guard, ready func(context.Context) error, fn func(store.Tx) error) error {
+// current returns when the copy in memory is so.
+func (s *Store) update(ctx context.Context, g guard, current func(context.Context) error, fn func(*writer, *image) error) error {
 	if err := s.usable(ctx); err != nil {
 		return err
 	}
@@ -68,7 +78,7 @@ func (s *Store) update(ctx context.Context, g guard, ready func(context.Context)
 		return store.ErrClosed
 	}
 	for {
-		if err := ready(ctx); err != nil {
+		if err := current(ctx); err != nil {
 			return err
 		}
 		s.mu.Lock()
@@ -78,7 +88,7 @@ func (s *Store) update(ctx context.Context, g guard, ready func(context.Context)
 			return err
 		}
 		w := s.newWriter(from)
-		if err := fn(w); err != nil || len(w.puts) == 0 {
+		if err := fn(w, from); err != nil || len(w.puts) == 0 {
 			return err
 		}
 		err = s.commit(w, from, g)

@@ -102,6 +102,7 @@ type Options struct {
 // Store is a store.Store in etcd.
 type Store struct {
 	options Options
+	plan    store.Plan // of schemas
 	prefix  string
 	client  *clientv3.Client
 	log     *slog.Logger
@@ -127,7 +128,11 @@ var _ store.Store = (*Store)(nil)
 // becomes a store of the present schema. It fails within seconds when etcd does
 // not answer.
 func Open(ctx context.Context, options Options) (*Store, error) {
-	s, err := connect(options)
+	return open(ctx, options, store.Upgrades())
+}
+
+func open(ctx context.Context, options Options, plan store.Plan) (*Store, error) {
+	s, err := connect(options, plan)
 	if err != nil {
 		return nil, err
 	}
@@ -146,7 +151,7 @@ func Open(ctx context.Context, options Options) (*Store, error) {
 	return s, nil
 }
 
-func connect(options Options) (*Store, error) {
+func connect(options Options, plan store.Plan) (*Store, error) {
 	if len(options.Endpoints) == 0 {
 		return nil, fmt.Errorf("there are no etcd endpoints: name at least one, as in https://10.0.0.1:2379")
 	}
@@ -163,7 +168,7 @@ func connect(options Options) (*Store, error) {
 		options.Logger = slog.New(slog.DiscardHandler)
 	}
 	s := &Store{
-		options: options, prefix: options.Prefix, log: options.Logger, name: rand.Text(),
+		options: options, plan: plan, prefix: options.Prefix, log: options.Logger, name: rand.Text(),
 		writing: make(chan struct{}, 1), changed: make(chan struct{}),
 	}
 	s.writing <- struct{}{}
@@ -181,7 +186,7 @@ func connect(options Options) (*Store, error) {
 	return s, nil
 }
 
-// prepare checks the schema of what was loaded, and writes it into an empty store.
+// prepare writes the schema into an empty store, and checks that of another.
 func (s *Store) prepare(ctx context.Context, revision int64) (int64, error) {
 	if s.image.schema != 0 {
 		return revision, s.checkSchema(s.image)
@@ -193,7 +198,7 @@ func (s *Store) prepare(ctx context.Context, revision int64) (int64, error) {
 	// Another controller may do the same at the same time.
 	response, err := s.client.Txn(ctx).
 		If(clientv3.Compare(clientv3.CreateRevision(key), "=", 0)).
-		Then(clientv3.OpPut(key, fmt.Sprint(store.Schema))).
+		Then(clientv3.OpPut(key, fmt.Sprint(s.plan.Schema()))).
 		Commit()
 	if err != nil {
 		return 0, s.explain(err)
@@ -204,18 +209,28 @@ func (s *Store) prepare(ctx context.Context, revision int64) (int64, error) {
 		}
 		return revision, s.checkSchema(s.image)
 	}
-	s.image.schema = store.Schema
+	s.image.schema = s.plan.Schema()
 	return revision, nil
 }
 
+// checkSchema refuses what can never be used. An older schema can: see ready.
 func (s *Store) checkSchema(image *image) error {
 	switch {
-	case image.schema > store.Schema:
-		return &store.NewerSchemaError{Where: s.where(), Schema: image.schema}
-	case image.schema < store.Schema:
-		return fmt.Errorf("the store %s has schema %d and this dormouse needs %d", s.where(), image.schema, store.Schema)
+	case image.schema > s.plan.Schema():
+		return &store.NewerSchemaError{Where: s.where(), Schema: image.schema, Known: s.plan.Schema()}
+	case image.schema == unfinishedSchema:
+		return fmt.Errorf("a copy was being restored into the store %s and is not complete: restore it again with --force", s.where())
 	}
 	return nil
+}
+
+// ready refuses a picture of an older schema: only the leader upgrades it, when
+// it is elected, so that an older dormouse that leads now is not disturbed.
+func (s *Store) ready(image *image) error {
+	if image.schema == s.plan.Schema() {
+		return nil
+	}
+	return &store.OlderSchemaError{Where: s.where(), Schema: image.schema}
 }
 
 // where names the store in errors.
@@ -239,10 +254,13 @@ func (s *Store) look(fn func(store.Tx) error) error {
 	s.mu.Lock()
 	image, err := s.image, s.broken
 	s.mu.Unlock()
+	if err == nil {
+		err = s.ready(image)
+	}
 	if err != nil {
 		return err
 	}
-	return fn(&reader{image})
+	return fn(&reader{s, image})
 }
 
 // fresh returns when the copy in memory holds every commit that was made before

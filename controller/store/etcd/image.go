@@ -27,6 +27,12 @@ const (
 	keySequence = "s/"
 )
 
+// unfinished begins the schema of a store into which a copy is being written.
+const (
+	unfinished       = "unfinished "
+	unfinishedSchema = -1
+)
+
 // page is how many keys are read at once.
 const page = 2000
 
@@ -88,6 +94,8 @@ func (b *builder) table(name store.Table) table {
 // value is nil when it was deleted.
 func (b *builder) set(key string, value []byte, revision int64) error {
 	switch {
+	case key == keySchema && strings.HasPrefix(string(value), unfinished):
+		b.schema = unfinishedSchema
 	case key == keySchema:
 		schema, err := strconv.Atoi(string(value))
 		if err != nil || schema < 1 {
@@ -294,8 +302,8 @@ func (s *Store) apply(events []*clientv3.Event) error {
 		}
 		b.revision = e.Kv.ModRevision
 	}
-	if b.schema > store.Schema {
-		return &store.NewerSchemaError{Where: s.where(), Schema: b.schema}
+	if b.schema > s.plan.Schema() {
+		return &store.NewerSchemaError{Where: s.where(), Schema: b.schema, Known: s.plan.Schema()}
 	}
 	s.publish(&b.image, candidates)
 	return nil

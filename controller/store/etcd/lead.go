@@ -154,8 +154,28 @@ func (s *Store) Campaign(ctx context.Context, c Candidate) (*Term, error) {
 		}
 		return nil, errors.Join(err, t.Close())
 	}
+	if err := t.upgrade(ctx); err != nil {
+		return nil, errors.Join(err, t.Close())
+	}
 	t.work.Go(t.compact)
 	return t, nil
+}
+
+// upgrade brings the store to the present schema. From then on etcd refuses the
+// commits of older controllers.
+func (t *Term) upgrade(ctx context.Context) error {
+	return t.s.update(ctx, t.fence(), t.check, func(w *writer, from *image) error {
+		if t.s.ready(from) == nil {
+			return nil
+		}
+		t.s.log.Info("upgrading the store", "from", from.schema, "to", t.s.plan.Schema())
+		if err := t.s.plan.Run(w, from.schema); err != nil {
+			return err
+		}
+		w.puts[keySchema] = fmt.Append(nil, t.s.plan.Schema())
+		w.next.schema = t.s.plan.Schema()
+		return nil
+	})
 }
 
 // stand makes this controller a candidate.
@@ -307,12 +327,20 @@ func (t *Term) View(ctx context.Context, fn func(store.Tx) error) error {
 
 // Update implements store.Store.
 func (t *Term) Update(ctx context.Context, fn func(store.Tx) error) error {
-	err := t.s.update(ctx, t.fence(), t.check, fn)
+	err := t.s.update(ctx, t.fence(), t.check, t.s.ordinary(fn))
 	var uncertain *store.UncertainError
 	if errors.As(err, &uncertain) {
 		t.finish(err) // who leads next reads what has become of it
 	}
 	return err
+}
+
+// Copy implements store.Copier.
+func (t *Term) Copy(ctx context.Context, fn func(store.Item) error) (int, error) {
+	if err := t.check(ctx); err != nil {
+		return 0, err
+	}
+	return t.s.copy(fn)
 }
 
 // Revision implements store.Store.

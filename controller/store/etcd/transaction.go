@@ -9,18 +9,21 @@ import (
 )
 
 // reader is a store.Tx that only reads one picture.
-type reader struct{ image *image }
+type reader struct {
+	s     *Store
+	image *image
+}
 
 var errReadOnly = errors.New("a view may not be written to")
 
 func (r *reader) Get(name store.Table, key string) ([]byte, error) {
-	return get(r.image.tables[name], name, key)
+	if err := r.s.known(name); err != nil {
+		return nil, err
+	}
+	return get(r.image.tables[name], key)
 }
 
-func get(t table, name store.Table, key string) ([]byte, error) {
-	if !known(name) {
-		return nil, unknown(name)
-	}
+func get(t table, key string) ([]byte, error) {
 	if t.records == nil {
 		return nil, store.ErrNotFound
 	}
@@ -32,13 +35,13 @@ func get(t table, name store.Table, key string) ([]byte, error) {
 }
 
 func (r *reader) Scan(name store.Table, from string, fn func(string, []byte) error) error {
-	return scan(r.image.tables[name], name, from, fn)
+	if err := r.s.known(name); err != nil {
+		return err
+	}
+	return scan(r.image.tables[name], from, fn)
 }
 
-func scan(t table, name store.Table, from string, fn func(string, []byte) error) (err error) {
-	if !known(name) {
-		return unknown(name)
-	}
+func scan(t table, from string, fn func(string, []byte) error) (err error) {
 	if t.records == nil {
 		return nil
 	}
@@ -56,9 +59,13 @@ func (r *reader) Put(store.Table, string, []byte) error { return errReadOnly }
 func (r *reader) Delete(store.Table, string) error      { return errReadOnly }
 func (r *reader) Sequence(store.Table) (uint64, error)  { return 0, errReadOnly }
 
-func known(name store.Table) bool { return slices.Contains(store.Tables(), name) }
-
-func unknown(name store.Table) error { return fmt.Errorf("the store has no table %q", name) }
+// known refuses tables that the schema does not have.
+func (s *Store) known(name store.Table) error {
+	if slices.Contains(s.plan.Tables(s.plan.Schema()), name) {
+		return nil
+	}
+	return fmt.Errorf("the store has no table %q", name)
+}
 
 // writer is a store.Tx that remembers what it wrote. Its reads come from its own
 // next picture of the store.
@@ -75,11 +82,17 @@ func (s *Store) newWriter(from *image) *writer {
 }
 
 func (w *writer) Get(name store.Table, key string) ([]byte, error) {
-	return get(w.next.tables[name], name, key)
+	if err := w.s.known(name); err != nil {
+		return nil, err
+	}
+	return get(w.next.tables[name], key)
 }
 
 func (w *writer) Scan(name store.Table, from string, fn func(string, []byte) error) error {
-	return scan(w.next.tables[name], name, from, fn)
+	if err := w.s.known(name); err != nil {
+		return err
+	}
+	return scan(w.next.tables[name], from, fn)
 }
 
 // own returns a table that may be written to. The lock is for the one that it is
@@ -91,8 +104,8 @@ func (w *writer) own(name store.Table) table {
 }
 
 func (w *writer) Put(name store.Table, key string, value []byte) error {
-	if !known(name) {
-		return unknown(name)
+	if err := w.s.known(name); err != nil {
+		return err
 	}
 	if key == "" {
 		return fmt.Errorf("write to table %s of the store: the key is empty", name)
@@ -104,8 +117,8 @@ func (w *writer) Put(name store.Table, key string, value []byte) error {
 }
 
 func (w *writer) Delete(name store.Table, key string) error {
-	if !known(name) {
-		return unknown(name)
+	if err := w.s.known(name); err != nil {
+		return err
 	}
 	if _, there := w.own(name).records.Delete(key); there {
 		w.puts[recordKey(name, key)] = nil
@@ -114,8 +127,8 @@ func (w *writer) Delete(name store.Table, key string) error {
 }
 
 func (w *writer) Sequence(name store.Table) (uint64, error) {
-	if !known(name) {
-		return 0, unknown(name)
+	if err := w.s.known(name); err != nil {
+		return 0, err
 	}
 	t := w.own(name)
 	t.sequence++

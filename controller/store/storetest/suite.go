@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"sync"
 	"testing"
@@ -36,6 +37,7 @@ func Run(t *testing.T, fresh func(t *testing.T) Opener) {
 		"ConcurrentUpdatesAreSerialized":    concurrentUpdates,
 		"EverythingFailsAfterClose":         failsAfterClose,
 		"GenericHelpersRoundTripTheirTypes": helpersRoundTrip,
+		"CopyHasEverythingOfOneMoment":      copyHasEverything,
 	} {
 		t.Run(name, func(t *testing.T) { check(t, fresh(t)) })
 	}
@@ -338,6 +340,56 @@ func failsAfterClose(t *testing.T, o Opener) {
 	}
 	if err := s.Update(t.Context(), nothing); !errors.Is(err, store.ErrClosed) {
 		t.Errorf("Update: want ErrClosed, got %v", err)
+	}
+}
+
+func copyHasEverything(t *testing.T, o Opener) {
+	s := open(t, o)
+	copier, ok := s.(store.Copier)
+	if !ok {
+		t.Fatalf("%T cannot be copied", s)
+	}
+	err := s.Update(t.Context(), func(tx store.Tx) error {
+		for _, table := range store.Tables() {
+			if err := tx.Put(table, "k", []byte(table)); err != nil {
+				return err
+			}
+		}
+		_, err := tx.Sequence(store.Events)
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var writer sync.WaitGroup
+	defer writer.Wait()
+	copied := map[string]string{}
+	schema, err := copier.Copy(t.Context(), func(item store.Item) error {
+		if len(copied) == 0 {
+			started := make(chan struct{})
+			writer.Go(func() {
+				close(started)
+				put(t, s, store.Nodes, "late", "x")
+				put(t, s, store.Jobs, "late", "x")
+			})
+			<-started
+		}
+		if item.Key == "" {
+			copied[string(item.Table)+" sequence"] = fmt.Sprint(item.Sequence)
+		} else {
+			copied[string(item.Table)+"/"+item.Key] = string(item.Value)
+		}
+		return nil
+	})
+	if err != nil || schema != store.Schema {
+		t.Fatalf("schema %d, %v", schema, err)
+	}
+	wanted := map[string]string{"events sequence": "1"}
+	for _, table := range store.Tables() {
+		wanted[string(table)+"/k"] = string(table)
+	}
+	if !maps.Equal(copied, wanted) {
+		t.Errorf("want %v, got %v", wanted, copied)
 	}
 }
 
