@@ -10,7 +10,8 @@
 #   make lint    formatting, go vet, staticcheck
 #   make nightly the longest end-to-end test, ten rounds of it
 #   make bench   measure checkpoints and restores against plain CRIU, jobs of
-#                several tasks, their network, and MPI against plain mpirun
+#                several tasks, their network, and MPI against plain mpirun,
+#                and one controller with a thousand simulated agents
 #   make fuzz    every fuzz test for FUZZTIME (10s) each
 #   make generate  Go code from the .proto files
 #   make clean   remove what was built; what was set up stays
@@ -71,6 +72,7 @@ bench: setup
 	@$(MAKE) --no-print-directory build
 	go run ./e2e/bench
 	go run ./e2e/bench -parallel
+	go run ./e2e/bench -fleet
 
 fuzz:
 	@grep -rl '^func Fuzz' --include='*_test.go' . | xargs -r -n 1 dirname | sort -u | while read -r dir; do \

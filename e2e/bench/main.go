@@ -3,9 +3,11 @@
 //
 //	go run ./e2e/bench [-sizes 64,1024,4096] [-rounds 5] [-json bench.json] [-binary bin/dormouse]
 //	go run ./e2e/bench -parallel [-rounds 5] [-json bench-parallel.json] [-binary bin/dormouse]
+//	go run ./e2e/bench -fleet [-agents 10,100,1000] [-json bench-fleet.json] [-binary bin/dormouse]
 //
 // The second form measures jobs of several tasks: what is in parallel.go,
-// throughput.go and slowdown.go.
+// throughput.go and slowdown.go. The third measures one controller with many
+// agents, which are simulated: fleet.go. It needs neither root nor CRIU.
 //
 // It prints a table of medians and ratios and writes every single figure to the
 // JSON file. It asserts nothing: these are measurements, not tests.
@@ -60,16 +62,21 @@ func main() {
 	}
 	sizes := flag.String("sizes", "64,1024,4096", "sizes of the program's memory in MiB")
 	rounds := flag.Int("rounds", 5, "rounds per size; three at most above 2 GiB")
-	file := flag.String("json", "", "file for every figure (default bench.json, or bench-parallel.json)")
+	file := flag.String("json", "", "file for every figure (default bench.json, bench-parallel.json or bench-fleet.json)")
 	binary := flag.String("binary", "bin/dormouse", "the dormouse to measure")
 	criu := flag.String("criu", cmp.Or(os.Getenv("DORMOUSE_CRIU"), "/opt/dormouse/criu/sbin/criu"), "the CRIU to compare with")
 	parallel := flag.Bool("parallel", false, "measure jobs of several tasks")
+	many := flag.Bool("fleet", false, "measure one controller with many simulated agents")
+	agents := flag.String("agents", "10,100,1000", "sizes of the fleet, in agents")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
 	measure := func() error { return run(ctx, *sizes, *rounds, cmp.Or(*file, "bench.json"), *binary, *criu) }
 	if *parallel {
 		measure = func() error { return runParallel(ctx, *rounds, cmp.Or(*file, "bench-parallel.json"), *binary, *criu) }
+	}
+	if *many {
+		measure = func() error { return runFleet(ctx, *agents, cmp.Or(*file, "bench-fleet.json"), *binary) }
 	}
 	if err := measure(); err != nil {
 		fmt.Fprintln(os.Stderr, "bench: "+err.Error())
