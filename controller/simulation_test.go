@@ -398,6 +398,7 @@ type simTask struct {
 	captured string
 	fenced   bool // by the end of the lease
 	code     int32
+	cpus     float64
 	log      string
 }
 
@@ -540,6 +541,7 @@ func (a *simAgent) connect(ctx context.Context) error {
 	a.mu.Lock()
 	a.conn = cancel
 	a.mu.Unlock()
+	a.sendEnded()
 	var beats sync.WaitGroup
 	defer beats.Wait()
 	defer cancel()
@@ -604,10 +606,26 @@ func (a *simAgent) send(m *agentpb.FromAgent) {
 	}
 }
 
+// sendEnded tells again of tasks that have ended: on the stream before, or since
+// the Hello, nobody may have heard it.
+func (a *simAgent) sendEnded() {
+	a.mu.Lock()
+	var ended []*agentpb.TaskState
+	for ref, t := range a.tasks {
+		if !t.alive {
+			ended = append(ended, stateOf(ref, t))
+		}
+	}
+	a.mu.Unlock()
+	for _, state := range ended {
+		a.send(&agentpb.FromAgent{Body: &agentpb.FromAgent_TaskEvent{TaskEvent: &agentpb.TaskEvent{State: state}}})
+	}
+}
+
 func (a *simAgent) hello() *agentpb.Hello {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	h := &agentpb.Hello{Node: a.node, Cloud: a.cloud, Cpus: 4, MemBytes: 8 << 30, CriuVersion: "4.2.1", AgentVersion: "sim"}
+	h := &agentpb.Hello{Node: a.node, Cloud: a.cloud, Cpus: simCPUs, MemBytes: 8 << 30, CriuVersion: "4.2.1", AgentVersion: "sim"}
 	for ref, t := range a.tasks {
 		h.Tasks = append(h.Tasks, stateOf(ref, t))
 	}
@@ -728,13 +746,13 @@ func (a *simAgent) carryOut(ctx context.Context, client agentpb.AgentServiceClie
 		t.held = false
 		reply.Result = &agentpb.Reply_Restored{Restored: stateOf(ref, t)}
 	case *agentpb.Command_Start:
-		t = a.create(ref, "")
+		t = a.create(ref, body.Start.GetSpec(), "")
 		reply.Result = &agentpb.Reply_Started{Started: stateOf(ref, t)}
 	case *agentpb.Command_Restore:
 		if _, err := a.repository.LoadManifest(ctx, body.Restore.GetCheckpoint(), nil); err != nil {
 			return broken(c, "%v", err)
 		}
-		t = a.create(ref, "restored from "+body.Restore.GetCheckpoint()+"\n")
+		t = a.create(ref, body.Restore.GetSpec(), "restored from "+body.Restore.GetCheckpoint()+"\n")
 		t.held = body.Restore.GetHold()
 		t.shut = t.held
 		reply.Result = &agentpb.Reply_Restored{Restored: stateOf(ref, t)}
@@ -833,15 +851,37 @@ func (w *world) mustBeOpen(of taskRef) {
 }
 
 // create makes a task. The caller holds the lock.
-func (a *simAgent) create(ref taskRef, log string) *simTask {
+func (a *simAgent) create(ref taskRef, spec []byte, log string) *simTask {
 	t := a.tasks[ref]
 	if t == nil {
-		t = &simTask{alive: true, log: log + fmt.Sprintf("run %d on %s\n", ref.Run, ref.Node)}
+		var s api.JobSpec
+		if err := json.Unmarshal(spec, &s); err != nil {
+			a.t.Errorf("task %+v has a spec that cannot be read: %v", ref, err)
+		}
+		t = &simTask{alive: true, cpus: s.CPUs, log: log + fmt.Sprintf("run %d on %s\n", ref.Run, ref.Node)}
 		a.tasks[ref] = t
 	}
 	a.checkOneCopy(ref.Job, ref.Index)
+	a.checkCapacity()
 	return t
 }
+
+// checkCapacity fails the test when the node holds more than it has. The caller
+// holds the lock.
+func (a *simAgent) checkCapacity() {
+	used := 0.0
+	for _, t := range a.tasks {
+		if t.alive {
+			used += t.cpus
+		}
+	}
+	if used > simCPUs {
+		a.t.Errorf("node %s holds tasks of %g processors, and has %d", a.node, used, simCPUs)
+	}
+}
+
+// simCPUs is how many processors a simulated node has.
+const simCPUs = 4
 
 // attach serves logs, or an exec that echoes its input.
 func (a *simAgent) attach(ctx context.Context, client agentpb.AgentServiceClient, log string, open *agentpb.OpenStream) {
