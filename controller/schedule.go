@@ -357,7 +357,7 @@ func (c *Controller) choose(tx store.Tx, job *jobRecord, op *opRecord, unfit fun
 		}
 		return d.Placement, s.nodes, nil
 	}
-	return nil, nil, fmt.Errorf("job %s is not in the queue", job.ID)
+	return nil, nil, &scheduler.NoRoomError{Reason: "many jobs are ahead"} // and are decided about first
 }
 
 // enter puts the job of an operation into the queue, in place of all else that

@@ -90,27 +90,52 @@ func rank(a, b Waiting) int {
 	return cmp.Or(cmp.Compare(b.Priority, a.Priority), a.Created.Compare(b.Created), cmp.Compare(a.ID, b.ID))
 }
 
-// Schedule decides about every job of the queue, in its order. Nodes need not
-// say what is used of them: that is what jobs have.
+// What one call decides is bounded, so that it takes little time whatever the
+// queue: what is not decided is so by the next, as decisions never depend on jobs
+// behind.
+const (
+	mostStarts    = 1024 // jobs that get a place
+	mostEvictions = 16  // jobs that make others give way
+	// mostAhead are the jobs with different needs that may wait; nothing is started
+	// behind more of them.
+	mostAhead = 128
+)
+
+// Schedule decides about the jobs of the queue, in its order, and at least about
+// the first that can be helped. Nodes need not say what is used of them: that is
+// what jobs have.
 func Schedule(nodes []Node, jobs []Running, queue []Waiting) []Decision {
 	f := newFloor(nodes, jobs)
 	queue = Order(queue)
-	decisions := make([]Decision, len(queue))
+	decisions := make([]Decision, 0, len(queue))
 	alike := make(map[string]string) // the first that waits, by needs
+	starts, evictions := 0, 0
 	for i := range queue {
 		w := &queue[i]
-		if w.Hold != "" {
-			decisions[i] = Decision{ID: w.ID, Reason: w.Hold}
-			continue
-		}
 		needs := w.needs()
-		if first := alike[needs]; first != "" {
-			decisions[i] = Decision{ID: w.ID, Reason: fmt.Sprintf("job %s, which needs the same, is ahead", first), Alike: true}
-			continue
+		var d Decision
+		switch {
+		case w.Hold != "":
+			d = Decision{Reason: w.Hold}
+		case alike[needs] != "":
+			d = Decision{Reason: fmt.Sprintf("job %s, which needs the same, is ahead", alike[needs]), Alike: true}
+		case len(f.ahead) >= mostAhead:
+			d = Decision{Reason: fmt.Sprintf("%d jobs with other needs are ahead", len(f.ahead)), Alike: true}
+		default:
+			if d = f.decide(w); d.Placement == nil && len(d.Evict) == 0 && needs != "" {
+				alike[needs] = w.ID
+			}
 		}
-		decisions[i] = f.decide(w)
-		if decisions[i].Placement == nil && len(decisions[i].Evict) == 0 && needs != "" {
-			alike[needs] = w.ID
+		d.ID = w.ID
+		decisions = append(decisions, d)
+		if d.Placement != nil {
+			starts++
+		}
+		if len(d.Evict) > 0 {
+			evictions++
+		}
+		if starts == mostStarts || evictions == mostEvictions {
+			break
 		}
 	}
 	return decisions
@@ -220,31 +245,31 @@ func (f *floor) decide(w *Waiting) Decision {
 	r := w.Request
 	if placement := f.find(r, f.nodes, true); placement != nil {
 		f.keep(w, placement, "it is being started")
-		return Decision{ID: w.ID, Placement: placement}
+		return Decision{Placement: placement}
 	}
 	if err := Possible(f.nodes, r); err != nil {
-		return Decision{ID: w.ID, Reason: err.Error(), Never: true}
+		return Decision{Reason: err.Error(), Never: true}
 	}
 	if placement := f.find(r, f.soon, true); placement != nil {
 		f.keep(w, placement, keptStays)
-		return Decision{ID: w.ID, Reason: f.untilGone(placement)}
+		return Decision{Reason: f.untilGone(placement)}
 	}
 	if placement := f.find(r, heardAgain(f.soon), true); placement != nil {
 		f.keep(w, placement, keptStays)
-		return Decision{ID: w.ID, Reason: "room is on " + strings.Join(f.silent(placement), ", ") + ", not heard of at the moment"}
+		return Decision{Reason: "room is on " + strings.Join(f.silent(placement), ", ") + ", not heard of at the moment"}
 	}
 	if !w.Patient && !w.Spares {
 		if victims := f.victims(w, func(j *Running) bool { return j.Stays == "" }); victims != nil {
 			ids := f.evict(victims)
 			f.keep(w, f.find(r, f.soon, true), keptStays)
-			return Decision{ID: w.ID, Evict: ids, Reason: "waits until " + list(ids, "job") + " of lower priority has given way"}
+			return Decision{Evict: ids, Reason: "waits until " + list(ids, "job") + " of lower priority has given way"}
 		}
 	}
 	reason := f.why(w)
 	if f.fitsIdle(r) {
 		f.ahead = append(f.ahead, w)
 	}
-	return Decision{ID: w.ID, Reason: reason}
+	return Decision{Reason: reason}
 }
 
 // keep takes the places of a job from all that come after it.

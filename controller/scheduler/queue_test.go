@@ -297,6 +297,78 @@ func TestVictimsAreOfLowerPriorityOnceAndNeverMoreThanNeeded(t *testing.T) {
 	})
 }
 
+// With more candidates than can be tried in every combination, the sets are
+// minimal, too.
+func TestVictimsAmongManyAreNeverMoreThanNeeded(t *testing.T) {
+	evicted := 0
+	rapid.Check(t, func(t *rapid.T) {
+		var nodes []scheduler.Node
+		var jobs []scheduler.Running
+		for i := range rapid.IntRange(2, 4).Draw(t, "nodes") {
+			nodes = append(nodes, node(fmt.Sprintf("n-%d", i), 12, 12*gib))
+		}
+		left := slices.Clone(nodes)
+		for i := range 40 {
+			ask := scheduler.Request{Tasks: rapid.IntRange(1, 2).Draw(t, "tasks"), CPUs: float64(rapid.IntRange(1, 2).Draw(t, "cpus")), MemBytes: gib}
+			placement, err := scheduler.Place(left, ask)
+			if err != nil {
+				break
+			}
+			for _, id := range placement {
+				use(left, id, ask.CPUs, ask.MemBytes)
+			}
+			jobs = append(jobs, scheduler.Running{
+				ID: fmt.Sprintf("r-%02d", i), On: placement, CPUs: ask.CPUs, MemBytes: ask.MemBytes, Bytes: int64(rapid.IntRange(1, 9).Draw(t, "bytes")),
+			})
+		}
+		ask := scheduler.Request{Tasks: rapid.IntRange(1, 6).Draw(t, "tasks"), CPUs: float64(rapid.IntRange(2, 8).Draw(t, "cpus")), MemBytes: gib}
+		d := scheduler.Schedule(nodes, jobs, []scheduler.Waiting{waiting("new", 1, ask)})[0]
+		if fits := fitsWithout(nodes, nil, nil, ask); fits != (d.Placement != nil || len(d.Evict) > 0) {
+			t.Fatalf("the request fits without the others: %v, and it gets %+v", fits, d)
+		}
+		if len(d.Evict) == 0 {
+			return
+		}
+		evicted++
+		if !fitsWithout(nodes, jobs, d.Evict, ask) {
+			t.Fatalf("%v give way in vain", d.Evict)
+		}
+		for i := range d.Evict {
+			if fitsWithout(nodes, jobs, slices.Delete(slices.Clone(d.Evict), i, i+1), ask) {
+				t.Fatalf("%v give way, without need of %s", d.Evict, d.Evict[i])
+			}
+		}
+	})
+	if evicted == 0 {
+		t.Error("no job gave way: nothing was tested")
+	}
+}
+
+// What one call decides is bounded, and the next goes on from there.
+func TestLongQueueIsDecidedInParts(t *testing.T) {
+	nodes := []scheduler.Node{node("east-0", 3000, 0)}
+	var jobs []scheduler.Running
+	var queue []scheduler.Waiting
+	for i := range 2500 {
+		w := waiting(fmt.Sprintf("w-%d", i), 0, one(1))
+		w.Created = epoch.Add(time.Duration(i))
+		queue = append(queue, w)
+	}
+	for calls := 0; len(queue) > 0; calls++ {
+		decisions := scheduler.Schedule(nodes, jobs, queue)
+		if len(decisions) == 0 || calls > 2500 {
+			t.Fatalf("%d jobs are left", len(queue))
+		}
+		for i, d := range decisions {
+			if d.ID != queue[i].ID || d.Placement == nil {
+				t.Fatalf("job %s got %+v", queue[i].ID, d)
+			}
+			jobs = append(jobs, running(d.ID, 0, 1, 1, d.Placement...))
+		}
+		queue = queue[len(decisions):]
+	}
+}
+
 // fitsWithout reports whether a request fits once the named jobs, and those
 // that are leaving, have gone.
 func fitsWithout(nodes []scheduler.Node, jobs []scheduler.Running, gone []string, r scheduler.Request) bool {
@@ -393,6 +465,11 @@ func TestNoJobIsDelayedByOneBehindIt(t *testing.T) {
 		blocked := slices.IndexFunc(decisions, func(d scheduler.Decision) bool { return d.Placement == nil })
 		if blocked < 0 || !possibleNow(nodes, queue[blocked].Request) {
 			return
+		}
+		for i := range 6 { // small ones, which may find a place that the other cannot use
+			small := waiting(fmt.Sprintf("small-%d", i), -1, scheduler.Request{Tasks: 1, CPUs: 1, MemBytes: gib})
+			small.Since = epoch.Add(time.Hour)
+			queue = append(queue, small)
 		}
 		alone, _ := play(nodes, jobs, queue[:blocked+1], ends, queue[blocked].ID)
 		among, started := play(nodes, jobs, queue, ends, queue[blocked].ID)

@@ -161,6 +161,9 @@ func fill(nodes []Node, r Request, fits func(i int) int) []string {
 	if r.Tasks < 1 {
 		return nil
 	}
+	if r.Tasks == 1 {
+		return fillOne(nodes, r, fits)
+	}
 	room, total := make([]int, len(nodes)), 0
 	for i := range nodes {
 		room[i] = min(fits(i), r.Tasks)
@@ -190,6 +193,20 @@ func fill(nodes []Node, r Request, fits func(i int) int) []string {
 		}
 	}
 	return placement
+}
+
+// fillOne is fill for one task: what most jobs have.
+func fillOne(nodes []Node, r Request, fits func(i int) int) []string {
+	best := -1
+	for i := range nodes {
+		if fits(i) > 0 && (best < 0 || before(candidate{nodes[i], 0, 1}, candidate{nodes[best], 0, 1}, r)) {
+			best = i
+		}
+	}
+	if best < 0 {
+		return nil
+	}
+	return []string{nodes[best].ID}
 }
 
 // candidate is a node that could take tasks next.

@@ -103,7 +103,7 @@ func drawRequest(t *rapid.T) scheduler.Request {
 func room(nodes []scheduler.Node, r scheduler.Request) int {
 	total := 0
 	for _, n := range nodes {
-		if n.State != api.NodeReady || (r.Cloud != "" && n.Cloud != r.Cloud) {
+		if n.State != api.NodeReady || (r.Cloud != "" && n.Cloud != r.Cloud) || (r.Labels["disk"] != "" && n.Labels["disk"] != r.Labels["disk"]) {
 			continue
 		}
 		for n.CPUsUsed+r.CPUs <= n.CPUs && n.MemUsed+r.MemBytes <= n.MemBytes {

@@ -35,7 +35,7 @@ func (f *floor) victims(w *Waiting, may func(*Running) bool) []int {
 	if bound <= exactVictims {
 		return s.prune(s.exact())
 	}
-	return s.stepwise()
+	return s.prune(s.stepwise())
 }
 
 // search is one search for victims.
@@ -127,15 +127,14 @@ func (s *search) exact() (best []int) {
 	return best
 }
 
-// stepwise takes the better of two: the smallest jobs anywhere until there is
-// room, and the same on the one node where that is cheapest.
+// stepwise makes room for one task after the other, each time on the node where
+// that costs least.
 func (s *search) stepwise() []int {
+	here := make([][]int, len(s.base)) // candidates by node, the smallest first
 	bySize := slices.Clone(s.candidates)
 	slices.SortFunc(bySize, func(a, b int) int {
 		return cmp.Or(cmp.Compare(s.f.jobs[a].Bytes, s.f.jobs[b].Bytes), s.f.cheaper(a, b))
 	})
-	best := s.prune(s.untilRoom(bySize))
-	here := make([][]int, len(s.base)) // candidates by node
 	for _, v := range bySize {
 		for _, i := range s.f.placesOf(&s.f.jobs[v]) {
 			if n := len(here[i]); n == 0 || here[i][n-1] != v {
@@ -143,43 +142,86 @@ func (s *search) stepwise() []int {
 			}
 		}
 	}
-	for _, there := range here {
-		set := s.untilRoom(there)
-		if set == nil {
-			continue
+	var victims []int
+	gone := make(map[int]bool)
+	steps := make([][]int, len(here))
+	for i := range here {
+		steps[i] = s.oneMore(i, here[i], gone)
+	}
+	for !s.room(victims) {
+		best := -1
+		for i, set := range steps {
+			if set != nil && (best < 0 || s.less(set, steps[best])) {
+				best = i
+			}
 		}
-		set = s.prune(set)
-		if cmp.Or(cmp.Compare(s.bytes(set), s.bytes(best)), len(set)-len(best)) < 0 {
-			best = set
+		if best < 0 {
+			return s.candidates // together they do, as bound found
+		}
+		touched := []int{best}
+		for _, v := range steps[best] {
+			victims, gone[v] = append(victims, v), true
+			touched = append(touched, s.f.placesOf(&s.f.jobs[v])...)
+		}
+		for _, i := range touched {
+			steps[i] = s.oneMore(i, here[i], gone)
 		}
 	}
-	return best
+	return victims
 }
 
-// untilRoom takes candidates in order until there is room; nil when all are not
-// enough.
-func (s *search) untilRoom(order []int) []int {
-	n := sort.Search(len(order), func(n int) bool { return s.room(order[:n+1]) }) // more victims, more room
-	if n == len(order) {
+// less reports whether a set of victims costs less than another.
+func (s *search) less(a, b []int) bool {
+	return cmp.Or(cmp.Compare(s.bytes(a), s.bytes(b)), len(a)-len(b), s.f.cheaper(a[0], b[0])) < 0
+}
+
+// oneMore finds which of the candidates on node i must go, beside those that are
+// gone, so that it has room for one task more; nil: all are not enough.
+func (s *search) oneMore(i int, candidates []int, gone map[int]bool) []int {
+	left := slices.DeleteFunc(slices.Clone(candidates), func(v int) bool { return gone[v] })
+	before := s.placesWithout(i, gone, nil)
+	enough := func(set []int) bool { return s.placesWithout(i, gone, set) > before }
+	n := sort.Search(len(left), func(n int) bool { return enough(left[:n+1]) }) // more victims, more room
+	if n == len(left) {
 		return nil
 	}
-	return order[:n+1]
+	return spare(left[:n+1], enough)
+}
+
+// placesWithout is how many tasks node i can take once the jobs have gone.
+func (s *search) placesWithout(i int, gone map[int]bool, set []int) int {
+	n := s.f.soon[i]
+	for _, v := range s.f.on[i] {
+		if !gone[v] && !slices.Contains(set, v) {
+			continue
+		}
+		for _, id := range s.f.jobs[v].On {
+			if id == n.ID {
+				n.take(&s.f.jobs[v])
+			}
+		}
+	}
+	return s.f.places(s.w.Request, n, true)
+}
+
+// spare takes out of a set, from its end, whatever it is enough without.
+func spare(set []int, enough func([]int) bool) []int {
+	set = slices.Clone(set)
+	for i := len(set) - 1; i >= 0 && len(set) > 1; i-- {
+		if rest := slices.Delete(slices.Clone(set), i, i+1); enough(rest) {
+			set = rest
+		}
+	}
+	return set
 }
 
 // prune lets every victim stay that need not go, the most costly first.
 func (s *search) prune(victims []int) []int {
 	victims = slices.Clone(victims)
 	slices.SortFunc(victims, func(a, b int) int {
-		return cmp.Or(cmp.Compare(s.f.jobs[b].Bytes, s.f.jobs[a].Bytes), -s.f.cheaper(a, b))
+		return cmp.Or(cmp.Compare(s.f.jobs[a].Bytes, s.f.jobs[b].Bytes), s.f.cheaper(a, b))
 	})
-	for i := 0; i < len(victims); {
-		rest := slices.Delete(slices.Clone(victims), i, i+1)
-		if len(rest) > 0 && s.room(rest) {
-			victims = rest
-			continue
-		}
-		i++
-	}
+	victims = spare(victims, s.room)
 	slices.SortFunc(victims, s.f.cheaper)
 	return victims
 }
