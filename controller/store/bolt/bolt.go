@@ -43,10 +43,12 @@ var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 type Store struct {
 	db *bbolt.DB
 
-	mu       sync.Mutex
-	revision uint64
-	changed  chan struct{} // closed at the next commit
-	closed   chan struct{}
+	mu        sync.Mutex
+	revision  uint64
+	changed   chan struct{} // closed at the next commit
+	closed    chan struct{}
+	queue     []*change // wait for the next commit
+	combining bool      // a goroutine commits them
 }
 
 var _ store.Store = (*Store)(nil)
@@ -251,34 +253,6 @@ func (s *Store) View(ctx context.Context, fn func(store.Tx) error) error {
 	return closedError(s.db.View(func(tx *bbolt.Tx) error { return fn(&transaction{tx: tx}) }))
 }
 
-// Update implements store.Store.
-func (s *Store) Update(ctx context.Context, fn func(store.Tx) error) error {
-	if err := ctx.Err(); err != nil {
-		return err
-	}
-	own := &transaction{}
-	err := s.db.Update(func(tx *bbolt.Tx) error {
-		own.tx = tx
-		if err := fn(own); err != nil {
-			return err
-		}
-		if !own.wrote {
-			return errNothingWritten // spares the two disk writes of an empty commit
-		}
-		return nil
-	})
-	if errors.Is(err, errNothingWritten) {
-		return nil
-	}
-	if err != nil {
-		return closedError(err)
-	}
-	s.advance()
-	return nil
-}
-
-var errNothingWritten = errors.New("nothing written")
-
 func closedError(err error) error {
 	if errors.Is(err, bolterrors.ErrDatabaseNotOpen) {
 		return store.ErrClosed
@@ -342,6 +316,7 @@ func (s *Store) Close() error {
 type transaction struct {
 	tx    *bbolt.Tx
 	wrote bool
+	log   []former // of what it wrote; see undo
 }
 
 func (t *transaction) bucket(table store.Table) (*bbolt.Bucket, error) {
@@ -369,10 +344,12 @@ func (t *transaction) Put(table store.Table, key string, value []byte) error {
 	if err != nil {
 		return err
 	}
+	if t.tx.Writable() && key != "" {
+		t.remember(bucket, []byte(key))
+	}
 	if err := bucket.Put([]byte(key), seal(key, value)); err != nil {
 		return fmt.Errorf("write %s %s to the store: %w", table, key, err)
 	}
-	t.wrote = true
 	return nil
 }
 
@@ -381,10 +358,12 @@ func (t *transaction) Delete(table store.Table, key string) error {
 	if err != nil {
 		return err
 	}
+	if t.tx.Writable() && key != "" {
+		t.remember(bucket, []byte(key))
+	}
 	if err := bucket.Delete([]byte(key)); err != nil {
 		return fmt.Errorf("delete %s %s from the store: %w", table, key, err)
 	}
-	t.wrote = true
 	return nil
 }
 
@@ -414,11 +393,12 @@ func (t *transaction) Sequence(table store.Table) (uint64, error) {
 	if err != nil {
 		return 0, err
 	}
+	before := bucket.Sequence()
 	n, err := bucket.NextSequence()
 	if err != nil {
 		return 0, fmt.Errorf("number a record of %s: %w", table, err)
 	}
-	t.wrote = true
+	t.log, t.wrote = append(t.log, former{bucket: bucket, sequence: before}), true
 	return n, nil
 }
 
