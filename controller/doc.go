@@ -7,6 +7,8 @@
 //	api*.go         REST: requests are checked, become one transaction each, and are answered
 //	operations.go   drives operations: take the step that is written, write the next, repeat
 //	protocol/       the pure part of it: what follows what, whom a step awaits, what a failure means
+//	schedule.go     who runs where, who waits, who gives way: what scheduler/ decides is written
+//	preempt, drain  jobs give up their places, and come back through the queue
 //	start, capture, restore, kill, verify: the steps themselves, applied to all tasks of a job
 //	settle.go       what becomes of a job when its tasks end or its nodes are lost
 //	cleanup.go      tasks that must not exist any more, remembered until their nodes confirm it
