@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"crypto/subtle"
+	"crypto/x509"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -12,8 +13,6 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/credentials"
-	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 
 	"crypto/rand"
@@ -90,7 +89,7 @@ func (s *agentService) Join(ctx context.Context, request *agentpb.JoinRequest) (
 		return nil, status.Errorf(codes.InvalidArgument, "%q is not a node name: use up to 63 small letters, digits, dots and dashes", request.GetNode())
 	}
 	// Signed before the token is used up: a bad request may be repeated.
-	certificate, err := c.parts.PKI.SignAgent(request.GetNode(), request.GetCsr())
+	certificate, err := c.parts.PKI.SignAgent(request.GetNode(), request.GetCsr(), c.parts.AgentLife)
 	if err != nil {
 		return nil, status.Error(codes.InvalidArgument, err.Error())
 	}
@@ -98,7 +97,7 @@ func (s *agentService) Join(ctx context.Context, request *agentpb.JoinRequest) (
 		if err := c.useToken(tx, request); err != nil {
 			return err
 		}
-		return c.admit(tx, request)
+		return c.admit(tx, request, certificate)
 	})
 	var p *problem
 	if errors.As(err, &p) {
@@ -108,7 +107,7 @@ func (s *agentService) Join(ctx context.Context, request *agentpb.JoinRequest) (
 		return nil, status.Error(codes.Internal, err.Error())
 	}
 	c.log.Info("node joined", "node", request.GetNode(), "cloud", request.GetCloud())
-	return &agentpb.JoinResponse{Certificate: certificate, Ca: c.parts.PKI.CADER(), NodeId: request.GetNode()}, nil
+	return &agentpb.JoinResponse{Certificate: certificate.Raw, Ca: c.parts.PKI.CADER(), NodeId: request.GetNode()}, nil
 }
 
 // useToken checks a join token, and uses up one that is for a single node.
@@ -146,8 +145,8 @@ func (c *Controller) checkOpenCloud(name string) error {
 	return nil
 }
 
-// admit makes the node known.
-func (c *Controller) admit(tx store.Tx, request *agentpb.JoinRequest) error {
+// admit makes the node known, by its new certificate only.
+func (c *Controller) admit(tx store.Tx, request *agentpb.JoinRequest, certificate *x509.Certificate) error {
 	id := request.GetNode()
 	record, err := store.Get[nodeRecord](tx, store.Nodes, id)
 	switch {
@@ -155,32 +154,24 @@ func (c *Controller) admit(tx store.Tx, request *agentpb.JoinRequest) error {
 		return refused("there is a node %s in cloud %s already: choose another name", id, record.Cloud)
 	case err == nil && record.Driver == "" && (record.State == api.NodeReady || record.State == api.NodeCordoned):
 		return refused("there is a node %s already, and it is ready: choose another name", id)
-	case err == nil:
-		return nil
-	case !errors.Is(err, store.ErrNotFound):
+	case errors.Is(err, store.ErrNotFound):
+		record = nodeRecord{Node: api.Node{ID: id, Name: id, Cloud: request.GetCloud(), State: api.NodeJoining}}
+	case err != nil:
 		return err
 	}
-	return store.Put(tx, store.Nodes, id, nodeRecord{Node: api.Node{ID: id, Name: id, Cloud: request.GetCloud(), State: api.NodeJoining}})
-}
-
-// nodeOf returns the node that the peer's certificate names.
-func nodeOf(ctx context.Context) (string, error) {
-	p, ok := peer.FromContext(ctx)
-	if !ok {
-		return "", status.Error(codes.Unauthenticated, "the stream has no peer")
-	}
-	info, ok := p.AuthInfo.(credentials.TLSInfo)
-	if !ok || len(info.State.VerifiedChains) == 0 {
-		return "", status.Error(codes.Unauthenticated, "an agent must show the certificate it was given when it joined")
-	}
-	return info.State.VerifiedChains[0][0].Subject.CommonName, nil
+	record.Certificates = certificates{Last: serial(certificate)}
+	return store.Put(tx, store.Nodes, id, record)
 }
 
 // Connect implements agentpb.AgentServiceServer.
 func (s *agentService) Connect(stream grpc.BidiStreamingServer[agentpb.FromAgent, agentpb.ToAgent]) error {
 	c := s.c
-	id, err := nodeOf(stream.Context())
+	shown, err := shownBy(stream.Context())
 	if err != nil {
+		return err
+	}
+	id := shown.Subject.CommonName
+	if err := c.acceptCertificate(stream.Context(), shown); err != nil {
 		return err
 	}
 	first, err := stream.Recv()

@@ -16,6 +16,7 @@ import (
 	"gopkg.in/yaml.v3"
 
 	"dormouse/controller/interval"
+	"dormouse/controller/pki"
 	"dormouse/drivers"
 )
 
@@ -40,6 +41,9 @@ type Config struct {
 	// Lease and Heartbeat of the agents; 30 s and 1 s unless given.
 	Lease     time.Duration `yaml:"lease"`
 	Heartbeat time.Duration `yaml:"heartbeat"`
+	// AgentCertificates is how long an agent's certificate is good for; 720 h
+	// unless given. Agents renew theirs at two thirds of it.
+	AgentCertificates time.Duration `yaml:"agent_certificates"`
 	// Auto bounds the interval of the checkpoint policy auto; 30 s and 6 h unless
 	// given.
 	Auto AutoConfig `yaml:"auto"`
@@ -173,6 +177,10 @@ func (c *Config) complete() error {
 	setDefault(&c.Lease, 30*time.Second)
 	if c.Lease < 3*c.Heartbeat {
 		return fmt.Errorf("the lease (%s) must be at least three heartbeats (%s)", c.Lease, c.Heartbeat)
+	}
+	setDefault(&c.AgentCertificates, pki.AgentLife)
+	if c.AgentCertificates < pki.LeastAgentLife || c.AgentCertificates > pki.MostAgentLife {
+		return fmt.Errorf("agent_certificates must be from %s to %s, got %s", pki.LeastAgentLife, pki.MostAgentLife, c.AgentCertificates)
 	}
 	setDefault(&c.Auto.Shortest, interval.Usual.Min)
 	setDefault(&c.Auto.Longest, interval.Usual.Max)

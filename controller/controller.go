@@ -82,6 +82,8 @@ type Parts struct {
 	// they freeze their tasks. Margin is what the controller waits beyond it
 	// before it takes a node for lost. Zero: 1 s, 30 s, a third of the lease.
 	Heartbeat, Lease, Margin time.Duration
+	// AgentLife is how long an agent's certificate is good for. Zero: pki.AgentLife.
+	AgentLife time.Duration
 	// Grace is what a killed job gets between SIGTERM and SIGKILL. Zero: 10 s.
 	Grace time.Duration
 	// Watch is how long a restore on trial must live. Zero: 3 s.
@@ -142,6 +144,7 @@ func New(parts Parts) (*Controller, error) {
 	setDefault(&parts.Heartbeat, time.Second)
 	setDefault(&parts.Lease, 30*time.Second)
 	setDefault(&parts.Margin, parts.Lease/3)
+	setDefault(&parts.AgentLife, pki.AgentLife)
 	setDefault(&parts.Grace, 10*time.Second)
 	setDefault(&parts.Watch, 3*time.Second)
 	setDefault(&parts.Retry, usualRetry)

@@ -144,6 +144,10 @@ type nodeRecord struct {
 	Driver string `json:"driver,omitempty"`
 	// Tally is how often the node was lost, up to its last change of state.
 	Tally interval.Tally `json:"tally,omitzero"`
+	// Hellos counts the sessions that its agents began.
+	Hellos int64 `json:"hellos,omitempty"`
+	// Certificates are those that its agent may show.
+	Certificates certificates `json:"certificates,omitzero"`
 }
 
 // cleanup is a task that its node must destroy or, with Checkpoint, what was

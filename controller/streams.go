@@ -33,15 +33,18 @@ func newAttachments() *attachments { return &attachments{waiting: make(map[strin
 
 // Attach implements agentpb.AgentServiceServer.
 func (s *agentService) Attach(stream agentStream) error {
-	node, err := nodeOf(stream.Context())
+	shown, err := shownBy(stream.Context())
 	if err != nil {
+		return err
+	}
+	if err := s.c.acceptCertificate(stream.Context(), shown); err != nil {
 		return err
 	}
 	first, err := stream.Recv()
 	if err != nil {
 		return err
 	}
-	a := s.c.streams.take(first.GetStream(), node)
+	a := s.c.streams.take(first.GetStream(), shown.Subject.CommonName)
 	if a == nil {
 		return status.Error(codes.NotFound, "nobody waits for this stream")
 	}

@@ -161,6 +161,94 @@ func (x *JoinResponse) GetNodeId() string {
 	return ""
 }
 
+type RenewRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Csr           []byte                 `protobuf:"bytes,1,opt,name=csr,proto3" json:"csr,omitempty"` // PKCS #10, DER
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RenewRequest) Reset() {
+	*x = RenewRequest{}
+	mi := &file_agent_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RenewRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RenewRequest) ProtoMessage() {}
+
+func (x *RenewRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RenewRequest.ProtoReflect.Descriptor instead.
+func (*RenewRequest) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *RenewRequest) GetCsr() []byte {
+	if x != nil {
+		return x.Csr
+	}
+	return nil
+}
+
+type RenewResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Certificate   []byte                 `protobuf:"bytes,1,opt,name=certificate,proto3" json:"certificate,omitempty"` // DER
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RenewResponse) Reset() {
+	*x = RenewResponse{}
+	mi := &file_agent_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RenewResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RenewResponse) ProtoMessage() {}
+
+func (x *RenewResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RenewResponse.ProtoReflect.Descriptor instead.
+func (*RenewResponse) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *RenewResponse) GetCertificate() []byte {
+	if x != nil {
+		return x.Certificate
+	}
+	return nil
+}
+
 type FromAgent struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Types that are valid to be assigned to Body:
@@ -178,7 +266,7 @@ type FromAgent struct {
 
 func (x *FromAgent) Reset() {
 	*x = FromAgent{}
-	mi := &file_agent_proto_msgTypes[2]
+	mi := &file_agent_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -190,7 +278,7 @@ func (x *FromAgent) String() string {
 func (*FromAgent) ProtoMessage() {}
 
 func (x *FromAgent) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[2]
+	mi := &file_agent_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -203,7 +291,7 @@ func (x *FromAgent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FromAgent.ProtoReflect.Descriptor instead.
 func (*FromAgent) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{2}
+	return file_agent_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *FromAgent) GetBody() isFromAgent_Body {
@@ -322,7 +410,7 @@ type ToAgent struct {
 
 func (x *ToAgent) Reset() {
 	*x = ToAgent{}
-	mi := &file_agent_proto_msgTypes[3]
+	mi := &file_agent_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -334,7 +422,7 @@ func (x *ToAgent) String() string {
 func (*ToAgent) ProtoMessage() {}
 
 func (x *ToAgent) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[3]
+	mi := &file_agent_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -347,7 +435,7 @@ func (x *ToAgent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ToAgent.ProtoReflect.Descriptor instead.
 func (*ToAgent) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{3}
+	return file_agent_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *ToAgent) GetBody() isToAgent_Body {
@@ -446,7 +534,7 @@ type Hello struct {
 
 func (x *Hello) Reset() {
 	*x = Hello{}
-	mi := &file_agent_proto_msgTypes[4]
+	mi := &file_agent_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -458,7 +546,7 @@ func (x *Hello) String() string {
 func (*Hello) ProtoMessage() {}
 
 func (x *Hello) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[4]
+	mi := &file_agent_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -471,7 +559,7 @@ func (x *Hello) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Hello.ProtoReflect.Descriptor instead.
 func (*Hello) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{4}
+	return file_agent_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Hello) GetNode() string {
@@ -576,7 +664,7 @@ type Welcome struct {
 
 func (x *Welcome) Reset() {
 	*x = Welcome{}
-	mi := &file_agent_proto_msgTypes[5]
+	mi := &file_agent_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -588,7 +676,7 @@ func (x *Welcome) String() string {
 func (*Welcome) ProtoMessage() {}
 
 func (x *Welcome) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[5]
+	mi := &file_agent_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -601,7 +689,7 @@ func (x *Welcome) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Welcome.ProtoReflect.Descriptor instead.
 func (*Welcome) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{5}
+	return file_agent_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Welcome) GetNodeId() string {
@@ -671,7 +759,7 @@ type Heartbeat struct {
 
 func (x *Heartbeat) Reset() {
 	*x = Heartbeat{}
-	mi := &file_agent_proto_msgTypes[6]
+	mi := &file_agent_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -683,7 +771,7 @@ func (x *Heartbeat) String() string {
 func (*Heartbeat) ProtoMessage() {}
 
 func (x *Heartbeat) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[6]
+	mi := &file_agent_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -696,7 +784,7 @@ func (x *Heartbeat) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Heartbeat.ProtoReflect.Descriptor instead.
 func (*Heartbeat) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{6}
+	return file_agent_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Heartbeat) GetSeq() uint64 {
@@ -732,7 +820,7 @@ type HeartbeatAck struct {
 
 func (x *HeartbeatAck) Reset() {
 	*x = HeartbeatAck{}
-	mi := &file_agent_proto_msgTypes[7]
+	mi := &file_agent_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -744,7 +832,7 @@ func (x *HeartbeatAck) String() string {
 func (*HeartbeatAck) ProtoMessage() {}
 
 func (x *HeartbeatAck) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[7]
+	mi := &file_agent_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -757,7 +845,7 @@ func (x *HeartbeatAck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HeartbeatAck.ProtoReflect.Descriptor instead.
 func (*HeartbeatAck) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{7}
+	return file_agent_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *HeartbeatAck) GetSeq() uint64 {
@@ -787,7 +875,7 @@ type TaskRef struct {
 
 func (x *TaskRef) Reset() {
 	*x = TaskRef{}
-	mi := &file_agent_proto_msgTypes[8]
+	mi := &file_agent_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -799,7 +887,7 @@ func (x *TaskRef) String() string {
 func (*TaskRef) ProtoMessage() {}
 
 func (x *TaskRef) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[8]
+	mi := &file_agent_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -812,7 +900,7 @@ func (x *TaskRef) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TaskRef.ProtoReflect.Descriptor instead.
 func (*TaskRef) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{8}
+	return file_agent_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *TaskRef) GetJob() string {
@@ -853,7 +941,7 @@ type TaskState struct {
 
 func (x *TaskState) Reset() {
 	*x = TaskState{}
-	mi := &file_agent_proto_msgTypes[9]
+	mi := &file_agent_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -865,7 +953,7 @@ func (x *TaskState) String() string {
 func (*TaskState) ProtoMessage() {}
 
 func (x *TaskState) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[9]
+	mi := &file_agent_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -878,7 +966,7 @@ func (x *TaskState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TaskState.ProtoReflect.Descriptor instead.
 func (*TaskState) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{9}
+	return file_agent_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *TaskState) GetTask() *TaskRef {
@@ -953,7 +1041,7 @@ type TaskEvent struct {
 
 func (x *TaskEvent) Reset() {
 	*x = TaskEvent{}
-	mi := &file_agent_proto_msgTypes[10]
+	mi := &file_agent_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -965,7 +1053,7 @@ func (x *TaskEvent) String() string {
 func (*TaskEvent) ProtoMessage() {}
 
 func (x *TaskEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[10]
+	mi := &file_agent_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -978,7 +1066,7 @@ func (x *TaskEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TaskEvent.ProtoReflect.Descriptor instead.
 func (*TaskEvent) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{10}
+	return file_agent_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *TaskEvent) GetState() *TaskState {
@@ -1016,7 +1104,7 @@ type Command struct {
 
 func (x *Command) Reset() {
 	*x = Command{}
-	mi := &file_agent_proto_msgTypes[11]
+	mi := &file_agent_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1028,7 +1116,7 @@ func (x *Command) String() string {
 func (*Command) ProtoMessage() {}
 
 func (x *Command) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[11]
+	mi := &file_agent_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1041,7 +1129,7 @@ func (x *Command) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Command.ProtoReflect.Descriptor instead.
 func (*Command) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{11}
+	return file_agent_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Command) GetId() string {
@@ -1313,7 +1401,7 @@ type Reply struct {
 
 func (x *Reply) Reset() {
 	*x = Reply{}
-	mi := &file_agent_proto_msgTypes[12]
+	mi := &file_agent_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1325,7 +1413,7 @@ func (x *Reply) String() string {
 func (*Reply) ProtoMessage() {}
 
 func (x *Reply) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[12]
+	mi := &file_agent_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1338,7 +1426,7 @@ func (x *Reply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Reply.ProtoReflect.Descriptor instead.
 func (*Reply) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{12}
+	return file_agent_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Reply) GetId() string {
@@ -1468,7 +1556,7 @@ type Failure struct {
 
 func (x *Failure) Reset() {
 	*x = Failure{}
-	mi := &file_agent_proto_msgTypes[13]
+	mi := &file_agent_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1480,7 +1568,7 @@ func (x *Failure) String() string {
 func (*Failure) ProtoMessage() {}
 
 func (x *Failure) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[13]
+	mi := &file_agent_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1493,7 +1581,7 @@ func (x *Failure) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Failure.ProtoReflect.Descriptor instead.
 func (*Failure) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{13}
+	return file_agent_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Failure) GetMessage() string {
@@ -1528,7 +1616,7 @@ type Progress struct {
 
 func (x *Progress) Reset() {
 	*x = Progress{}
-	mi := &file_agent_proto_msgTypes[14]
+	mi := &file_agent_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1540,7 +1628,7 @@ func (x *Progress) String() string {
 func (*Progress) ProtoMessage() {}
 
 func (x *Progress) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[14]
+	mi := &file_agent_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1553,7 +1641,7 @@ func (x *Progress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Progress.ProtoReflect.Descriptor instead.
 func (*Progress) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{14}
+	return file_agent_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Progress) GetId() string {
@@ -1589,7 +1677,7 @@ type StartTask struct {
 
 func (x *StartTask) Reset() {
 	*x = StartTask{}
-	mi := &file_agent_proto_msgTypes[15]
+	mi := &file_agent_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1601,7 +1689,7 @@ func (x *StartTask) String() string {
 func (*StartTask) ProtoMessage() {}
 
 func (x *StartTask) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[15]
+	mi := &file_agent_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1614,7 +1702,7 @@ func (x *StartTask) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartTask.ProtoReflect.Descriptor instead.
 func (*StartTask) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{15}
+	return file_agent_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *StartTask) GetSpec() []byte {
@@ -1655,7 +1743,7 @@ type HostEntry struct {
 
 func (x *HostEntry) Reset() {
 	*x = HostEntry{}
-	mi := &file_agent_proto_msgTypes[16]
+	mi := &file_agent_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1667,7 +1755,7 @@ func (x *HostEntry) String() string {
 func (*HostEntry) ProtoMessage() {}
 
 func (x *HostEntry) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[16]
+	mi := &file_agent_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1680,7 +1768,7 @@ func (x *HostEntry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostEntry.ProtoReflect.Descriptor instead.
 func (*HostEntry) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{16}
+	return file_agent_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *HostEntry) GetName() string {
@@ -1707,7 +1795,7 @@ type Preflight struct {
 
 func (x *Preflight) Reset() {
 	*x = Preflight{}
-	mi := &file_agent_proto_msgTypes[17]
+	mi := &file_agent_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1719,7 +1807,7 @@ func (x *Preflight) String() string {
 func (*Preflight) ProtoMessage() {}
 
 func (x *Preflight) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[17]
+	mi := &file_agent_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1732,7 +1820,7 @@ func (x *Preflight) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Preflight.ProtoReflect.Descriptor instead.
 func (*Preflight) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{17}
+	return file_agent_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Preflight) GetCheckpoint() string {
@@ -1752,7 +1840,7 @@ type PreflightResult struct {
 
 func (x *PreflightResult) Reset() {
 	*x = PreflightResult{}
-	mi := &file_agent_proto_msgTypes[18]
+	mi := &file_agent_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1764,7 +1852,7 @@ func (x *PreflightResult) String() string {
 func (*PreflightResult) ProtoMessage() {}
 
 func (x *PreflightResult) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[18]
+	mi := &file_agent_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1777,7 +1865,7 @@ func (x *PreflightResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PreflightResult.ProtoReflect.Descriptor instead.
 func (*PreflightResult) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{18}
+	return file_agent_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *PreflightResult) GetRefusals() []string {
@@ -1805,7 +1893,7 @@ type Freeze struct {
 
 func (x *Freeze) Reset() {
 	*x = Freeze{}
-	mi := &file_agent_proto_msgTypes[19]
+	mi := &file_agent_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1817,7 +1905,7 @@ func (x *Freeze) String() string {
 func (*Freeze) ProtoMessage() {}
 
 func (x *Freeze) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[19]
+	mi := &file_agent_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1830,7 +1918,7 @@ func (x *Freeze) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Freeze.ProtoReflect.Descriptor instead.
 func (*Freeze) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{19}
+	return file_agent_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Freeze) GetCheckpoint() string {
@@ -1852,7 +1940,7 @@ type Capture struct {
 
 func (x *Capture) Reset() {
 	*x = Capture{}
-	mi := &file_agent_proto_msgTypes[20]
+	mi := &file_agent_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1864,7 +1952,7 @@ func (x *Capture) String() string {
 func (*Capture) ProtoMessage() {}
 
 func (x *Capture) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[20]
+	mi := &file_agent_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1877,7 +1965,7 @@ func (x *Capture) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Capture.ProtoReflect.Descriptor instead.
 func (*Capture) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{20}
+	return file_agent_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Capture) GetCheckpoint() string {
@@ -1896,7 +1984,7 @@ type CaptureResult struct {
 
 func (x *CaptureResult) Reset() {
 	*x = CaptureResult{}
-	mi := &file_agent_proto_msgTypes[21]
+	mi := &file_agent_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1908,7 +1996,7 @@ func (x *CaptureResult) String() string {
 func (*CaptureResult) ProtoMessage() {}
 
 func (x *CaptureResult) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[21]
+	mi := &file_agent_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1921,7 +2009,7 @@ func (x *CaptureResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CaptureResult.ProtoReflect.Descriptor instead.
 func (*CaptureResult) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{21}
+	return file_agent_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *CaptureResult) GetSteps() []byte {
@@ -1943,7 +2031,7 @@ type Thaw struct {
 
 func (x *Thaw) Reset() {
 	*x = Thaw{}
-	mi := &file_agent_proto_msgTypes[22]
+	mi := &file_agent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1955,7 +2043,7 @@ func (x *Thaw) String() string {
 func (*Thaw) ProtoMessage() {}
 
 func (x *Thaw) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[22]
+	mi := &file_agent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1968,7 +2056,7 @@ func (x *Thaw) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Thaw.ProtoReflect.Descriptor instead.
 func (*Thaw) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{22}
+	return file_agent_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Thaw) GetCheckpoint() string {
@@ -1996,7 +2084,7 @@ type Upload struct {
 
 func (x *Upload) Reset() {
 	*x = Upload{}
-	mi := &file_agent_proto_msgTypes[23]
+	mi := &file_agent_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2008,7 +2096,7 @@ func (x *Upload) String() string {
 func (*Upload) ProtoMessage() {}
 
 func (x *Upload) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[23]
+	mi := &file_agent_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2021,7 +2109,7 @@ func (x *Upload) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Upload.ProtoReflect.Descriptor instead.
 func (*Upload) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{23}
+	return file_agent_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Upload) GetCheckpoint() string {
@@ -2048,7 +2136,7 @@ type UploadResult struct {
 
 func (x *UploadResult) Reset() {
 	*x = UploadResult{}
-	mi := &file_agent_proto_msgTypes[24]
+	mi := &file_agent_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2060,7 +2148,7 @@ func (x *UploadResult) String() string {
 func (*UploadResult) ProtoMessage() {}
 
 func (x *UploadResult) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[24]
+	mi := &file_agent_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2073,7 +2161,7 @@ func (x *UploadResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UploadResult.ProtoReflect.Descriptor instead.
 func (*UploadResult) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{24}
+	return file_agent_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *UploadResult) GetPart() []byte {
@@ -2100,7 +2188,7 @@ type Discard struct {
 
 func (x *Discard) Reset() {
 	*x = Discard{}
-	mi := &file_agent_proto_msgTypes[25]
+	mi := &file_agent_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2112,7 +2200,7 @@ func (x *Discard) String() string {
 func (*Discard) ProtoMessage() {}
 
 func (x *Discard) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[25]
+	mi := &file_agent_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2125,7 +2213,7 @@ func (x *Discard) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Discard.ProtoReflect.Descriptor instead.
 func (*Discard) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{25}
+	return file_agent_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *Discard) GetCheckpoint() string {
@@ -2152,7 +2240,7 @@ type RestoreTask struct {
 
 func (x *RestoreTask) Reset() {
 	*x = RestoreTask{}
-	mi := &file_agent_proto_msgTypes[26]
+	mi := &file_agent_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2164,7 +2252,7 @@ func (x *RestoreTask) String() string {
 func (*RestoreTask) ProtoMessage() {}
 
 func (x *RestoreTask) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[26]
+	mi := &file_agent_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2177,7 +2265,7 @@ func (x *RestoreTask) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreTask.ProtoReflect.Descriptor instead.
 func (*RestoreTask) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{26}
+	return file_agent_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *RestoreTask) GetCheckpoint() string {
@@ -2233,7 +2321,7 @@ type PrepareNetwork struct {
 
 func (x *PrepareNetwork) Reset() {
 	*x = PrepareNetwork{}
-	mi := &file_agent_proto_msgTypes[27]
+	mi := &file_agent_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2245,7 +2333,7 @@ func (x *PrepareNetwork) String() string {
 func (*PrepareNetwork) ProtoMessage() {}
 
 func (x *PrepareNetwork) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[27]
+	mi := &file_agent_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2258,7 +2346,7 @@ func (x *PrepareNetwork) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareNetwork.ProtoReflect.Descriptor instead.
 func (*PrepareNetwork) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{27}
+	return file_agent_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *PrepareNetwork) GetPlan() *NetworkPlan {
@@ -2289,7 +2377,7 @@ type NetworkPlan struct {
 
 func (x *NetworkPlan) Reset() {
 	*x = NetworkPlan{}
-	mi := &file_agent_proto_msgTypes[28]
+	mi := &file_agent_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2301,7 +2389,7 @@ func (x *NetworkPlan) String() string {
 func (*NetworkPlan) ProtoMessage() {}
 
 func (x *NetworkPlan) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[28]
+	mi := &file_agent_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2314,7 +2402,7 @@ func (x *NetworkPlan) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkPlan.ProtoReflect.Descriptor instead.
 func (*NetworkPlan) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{28}
+	return file_agent_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *NetworkPlan) GetSubnet() string {
@@ -2386,7 +2474,7 @@ type Publish struct {
 
 func (x *Publish) Reset() {
 	*x = Publish{}
-	mi := &file_agent_proto_msgTypes[29]
+	mi := &file_agent_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2398,7 +2486,7 @@ func (x *Publish) String() string {
 func (*Publish) ProtoMessage() {}
 
 func (x *Publish) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[29]
+	mi := &file_agent_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2411,7 +2499,7 @@ func (x *Publish) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Publish.ProtoReflect.Descriptor instead.
 func (*Publish) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{29}
+	return file_agent_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *Publish) GetTask() int32 {
@@ -2453,7 +2541,7 @@ type NetworkEndpoint struct {
 
 func (x *NetworkEndpoint) Reset() {
 	*x = NetworkEndpoint{}
-	mi := &file_agent_proto_msgTypes[30]
+	mi := &file_agent_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2465,7 +2553,7 @@ func (x *NetworkEndpoint) String() string {
 func (*NetworkEndpoint) ProtoMessage() {}
 
 func (x *NetworkEndpoint) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[30]
+	mi := &file_agent_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2478,7 +2566,7 @@ func (x *NetworkEndpoint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkEndpoint.ProtoReflect.Descriptor instead.
 func (*NetworkEndpoint) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{30}
+	return file_agent_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *NetworkEndpoint) GetAddress() string {
@@ -2505,7 +2593,7 @@ type ConnectNetwork struct {
 
 func (x *ConnectNetwork) Reset() {
 	*x = ConnectNetwork{}
-	mi := &file_agent_proto_msgTypes[31]
+	mi := &file_agent_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2517,7 +2605,7 @@ func (x *ConnectNetwork) String() string {
 func (*ConnectNetwork) ProtoMessage() {}
 
 func (x *ConnectNetwork) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[31]
+	mi := &file_agent_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2530,7 +2618,7 @@ func (x *ConnectNetwork) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConnectNetwork.ProtoReflect.Descriptor instead.
 func (*ConnectNetwork) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{31}
+	return file_agent_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *ConnectNetwork) GetPeers() []*NetworkPeer {
@@ -2551,7 +2639,7 @@ type NetworkPeer struct {
 
 func (x *NetworkPeer) Reset() {
 	*x = NetworkPeer{}
-	mi := &file_agent_proto_msgTypes[32]
+	mi := &file_agent_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2563,7 +2651,7 @@ func (x *NetworkPeer) String() string {
 func (*NetworkPeer) ProtoMessage() {}
 
 func (x *NetworkPeer) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[32]
+	mi := &file_agent_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2576,7 +2664,7 @@ func (x *NetworkPeer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkPeer.ProtoReflect.Descriptor instead.
 func (*NetworkPeer) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{32}
+	return file_agent_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *NetworkPeer) GetNode() string {
@@ -2611,7 +2699,7 @@ type OpenNetwork struct {
 
 func (x *OpenNetwork) Reset() {
 	*x = OpenNetwork{}
-	mi := &file_agent_proto_msgTypes[33]
+	mi := &file_agent_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2623,7 +2711,7 @@ func (x *OpenNetwork) String() string {
 func (*OpenNetwork) ProtoMessage() {}
 
 func (x *OpenNetwork) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[33]
+	mi := &file_agent_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2636,7 +2724,7 @@ func (x *OpenNetwork) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OpenNetwork.ProtoReflect.Descriptor instead.
 func (*OpenNetwork) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{33}
+	return file_agent_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *OpenNetwork) GetCheckpoint() string {
@@ -2657,7 +2745,7 @@ type ReleaseTask struct {
 
 func (x *ReleaseTask) Reset() {
 	*x = ReleaseTask{}
-	mi := &file_agent_proto_msgTypes[34]
+	mi := &file_agent_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2669,7 +2757,7 @@ func (x *ReleaseTask) String() string {
 func (*ReleaseTask) ProtoMessage() {}
 
 func (x *ReleaseTask) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[34]
+	mi := &file_agent_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2682,7 +2770,7 @@ func (x *ReleaseTask) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleaseTask.ProtoReflect.Descriptor instead.
 func (*ReleaseTask) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{34}
+	return file_agent_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *ReleaseTask) GetCheckpoint() string {
@@ -2708,7 +2796,7 @@ type AppRequest struct {
 
 func (x *AppRequest) Reset() {
 	*x = AppRequest{}
-	mi := &file_agent_proto_msgTypes[35]
+	mi := &file_agent_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2720,7 +2808,7 @@ func (x *AppRequest) String() string {
 func (*AppRequest) ProtoMessage() {}
 
 func (x *AppRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[35]
+	mi := &file_agent_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2733,7 +2821,7 @@ func (x *AppRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AppRequest.ProtoReflect.Descriptor instead.
 func (*AppRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{35}
+	return file_agent_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *AppRequest) GetId() string {
@@ -2786,7 +2874,7 @@ type AppCheckpoint struct {
 
 func (x *AppCheckpoint) Reset() {
 	*x = AppCheckpoint{}
-	mi := &file_agent_proto_msgTypes[36]
+	mi := &file_agent_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2798,7 +2886,7 @@ func (x *AppCheckpoint) String() string {
 func (*AppCheckpoint) ProtoMessage() {}
 
 func (x *AppCheckpoint) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[36]
+	mi := &file_agent_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2811,7 +2899,7 @@ func (x *AppCheckpoint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AppCheckpoint.ProtoReflect.Descriptor instead.
 func (*AppCheckpoint) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{36}
+	return file_agent_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *AppCheckpoint) GetLabel() string {
@@ -2833,7 +2921,7 @@ type AppAnswer struct {
 
 func (x *AppAnswer) Reset() {
 	*x = AppAnswer{}
-	mi := &file_agent_proto_msgTypes[37]
+	mi := &file_agent_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2845,7 +2933,7 @@ func (x *AppAnswer) String() string {
 func (*AppAnswer) ProtoMessage() {}
 
 func (x *AppAnswer) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[37]
+	mi := &file_agent_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2858,7 +2946,7 @@ func (x *AppAnswer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AppAnswer.ProtoReflect.Descriptor instead.
 func (*AppAnswer) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{37}
+	return file_agent_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *AppAnswer) GetId() string {
@@ -2891,7 +2979,7 @@ type SignalTask struct {
 
 func (x *SignalTask) Reset() {
 	*x = SignalTask{}
-	mi := &file_agent_proto_msgTypes[38]
+	mi := &file_agent_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2903,7 +2991,7 @@ func (x *SignalTask) String() string {
 func (*SignalTask) ProtoMessage() {}
 
 func (x *SignalTask) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[38]
+	mi := &file_agent_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2916,7 +3004,7 @@ func (x *SignalTask) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignalTask.ProtoReflect.Descriptor instead.
 func (*SignalTask) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{38}
+	return file_agent_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *SignalTask) GetSignal() int32 {
@@ -2937,7 +3025,7 @@ type DestroyTask struct {
 
 func (x *DestroyTask) Reset() {
 	*x = DestroyTask{}
-	mi := &file_agent_proto_msgTypes[39]
+	mi := &file_agent_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2949,7 +3037,7 @@ func (x *DestroyTask) String() string {
 func (*DestroyTask) ProtoMessage() {}
 
 func (x *DestroyTask) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[39]
+	mi := &file_agent_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2962,7 +3050,7 @@ func (x *DestroyTask) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DestroyTask.ProtoReflect.Descriptor instead.
 func (*DestroyTask) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{39}
+	return file_agent_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *DestroyTask) GetKeepLogs() bool {
@@ -2986,7 +3074,7 @@ type OpenStream struct {
 
 func (x *OpenStream) Reset() {
 	*x = OpenStream{}
-	mi := &file_agent_proto_msgTypes[40]
+	mi := &file_agent_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2998,7 +3086,7 @@ func (x *OpenStream) String() string {
 func (*OpenStream) ProtoMessage() {}
 
 func (x *OpenStream) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[40]
+	mi := &file_agent_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3011,7 +3099,7 @@ func (x *OpenStream) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OpenStream.ProtoReflect.Descriptor instead.
 func (*OpenStream) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{40}
+	return file_agent_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *OpenStream) GetStream() string {
@@ -3071,7 +3159,7 @@ type Logs struct {
 
 func (x *Logs) Reset() {
 	*x = Logs{}
-	mi := &file_agent_proto_msgTypes[41]
+	mi := &file_agent_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3083,7 +3171,7 @@ func (x *Logs) String() string {
 func (*Logs) ProtoMessage() {}
 
 func (x *Logs) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[41]
+	mi := &file_agent_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3096,7 +3184,7 @@ func (x *Logs) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Logs.ProtoReflect.Descriptor instead.
 func (*Logs) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{41}
+	return file_agent_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *Logs) GetFollow() bool {
@@ -3119,7 +3207,7 @@ type Exec struct {
 
 func (x *Exec) Reset() {
 	*x = Exec{}
-	mi := &file_agent_proto_msgTypes[42]
+	mi := &file_agent_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3131,7 +3219,7 @@ func (x *Exec) String() string {
 func (*Exec) ProtoMessage() {}
 
 func (x *Exec) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[42]
+	mi := &file_agent_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3144,7 +3232,7 @@ func (x *Exec) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Exec.ProtoReflect.Descriptor instead.
 func (*Exec) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{42}
+	return file_agent_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *Exec) GetCommand() []string {
@@ -3201,7 +3289,7 @@ type Frame struct {
 
 func (x *Frame) Reset() {
 	*x = Frame{}
-	mi := &file_agent_proto_msgTypes[43]
+	mi := &file_agent_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3213,7 +3301,7 @@ func (x *Frame) String() string {
 func (*Frame) ProtoMessage() {}
 
 func (x *Frame) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[43]
+	mi := &file_agent_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3226,7 +3314,7 @@ func (x *Frame) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Frame.ProtoReflect.Descriptor instead.
 func (*Frame) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{43}
+	return file_agent_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *Frame) GetStream() string {
@@ -3346,7 +3434,7 @@ type Exit struct {
 
 func (x *Exit) Reset() {
 	*x = Exit{}
-	mi := &file_agent_proto_msgTypes[44]
+	mi := &file_agent_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3358,7 +3446,7 @@ func (x *Exit) String() string {
 func (*Exit) ProtoMessage() {}
 
 func (x *Exit) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[44]
+	mi := &file_agent_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3371,7 +3459,7 @@ func (x *Exit) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Exit.ProtoReflect.Descriptor instead.
 func (*Exit) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{44}
+	return file_agent_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *Exit) GetCode() int32 {
@@ -3391,7 +3479,7 @@ type WindowSize struct {
 
 func (x *WindowSize) Reset() {
 	*x = WindowSize{}
-	mi := &file_agent_proto_msgTypes[45]
+	mi := &file_agent_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3403,7 +3491,7 @@ func (x *WindowSize) String() string {
 func (*WindowSize) ProtoMessage() {}
 
 func (x *WindowSize) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[45]
+	mi := &file_agent_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3416,7 +3504,7 @@ func (x *WindowSize) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WindowSize.ProtoReflect.Descriptor instead.
 func (*WindowSize) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{45}
+	return file_agent_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *WindowSize) GetRows() uint32 {
@@ -3446,7 +3534,11 @@ const file_agent_proto_rawDesc = "" +
 	"\fJoinResponse\x12 \n" +
 	"\vcertificate\x18\x01 \x01(\fR\vcertificate\x12\x0e\n" +
 	"\x02ca\x18\x02 \x01(\fR\x02ca\x12\x17\n" +
-	"\anode_id\x18\x03 \x01(\tR\x06nodeId\"\xf1\x02\n" +
+	"\anode_id\x18\x03 \x01(\tR\x06nodeId\" \n" +
+	"\fRenewRequest\x12\x10\n" +
+	"\x03csr\x18\x01 \x01(\fR\x03csr\"1\n" +
+	"\rRenewResponse\x12 \n" +
+	"\vcertificate\x18\x01 \x01(\fR\vcertificate\"\xf1\x02\n" +
 	"\tFromAgent\x120\n" +
 	"\x05hello\x18\x01 \x01(\v2\x18.dormouse.agent.v1.HelloH\x00R\x05hello\x12<\n" +
 	"\theartbeat\x18\x02 \x01(\v2\x1c.dormouse.agent.v1.HeartbeatH\x00R\theartbeat\x120\n" +
@@ -3696,9 +3788,10 @@ const file_agent_proto_rawDesc = "" +
 	"\n" +
 	"WindowSize\x12\x12\n" +
 	"\x04rows\x18\x01 \x01(\rR\x04rows\x12\x12\n" +
-	"\x04cols\x18\x02 \x01(\rR\x04cols2\xe2\x01\n" +
+	"\x04cols\x18\x02 \x01(\rR\x04cols2\xae\x02\n" +
 	"\fAgentService\x12G\n" +
-	"\x04Join\x12\x1e.dormouse.agent.v1.JoinRequest\x1a\x1f.dormouse.agent.v1.JoinResponse\x12G\n" +
+	"\x04Join\x12\x1e.dormouse.agent.v1.JoinRequest\x1a\x1f.dormouse.agent.v1.JoinResponse\x12J\n" +
+	"\x05Renew\x12\x1f.dormouse.agent.v1.RenewRequest\x1a .dormouse.agent.v1.RenewResponse\x12G\n" +
 	"\aConnect\x12\x1c.dormouse.agent.v1.FromAgent\x1a\x1a.dormouse.agent.v1.ToAgent(\x010\x01\x12@\n" +
 	"\x06Attach\x12\x18.dormouse.agent.v1.Frame\x1a\x18.dormouse.agent.v1.Frame(\x010\x01B\x16Z\x14dormouse/api/agentpbb\x06proto3"
 
@@ -3714,117 +3807,121 @@ func file_agent_proto_rawDescGZIP() []byte {
 	return file_agent_proto_rawDescData
 }
 
-var file_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 47)
+var file_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 49)
 var file_agent_proto_goTypes = []any{
 	(*JoinRequest)(nil),     // 0: dormouse.agent.v1.JoinRequest
 	(*JoinResponse)(nil),    // 1: dormouse.agent.v1.JoinResponse
-	(*FromAgent)(nil),       // 2: dormouse.agent.v1.FromAgent
-	(*ToAgent)(nil),         // 3: dormouse.agent.v1.ToAgent
-	(*Hello)(nil),           // 4: dormouse.agent.v1.Hello
-	(*Welcome)(nil),         // 5: dormouse.agent.v1.Welcome
-	(*Heartbeat)(nil),       // 6: dormouse.agent.v1.Heartbeat
-	(*HeartbeatAck)(nil),    // 7: dormouse.agent.v1.HeartbeatAck
-	(*TaskRef)(nil),         // 8: dormouse.agent.v1.TaskRef
-	(*TaskState)(nil),       // 9: dormouse.agent.v1.TaskState
-	(*TaskEvent)(nil),       // 10: dormouse.agent.v1.TaskEvent
-	(*Command)(nil),         // 11: dormouse.agent.v1.Command
-	(*Reply)(nil),           // 12: dormouse.agent.v1.Reply
-	(*Failure)(nil),         // 13: dormouse.agent.v1.Failure
-	(*Progress)(nil),        // 14: dormouse.agent.v1.Progress
-	(*StartTask)(nil),       // 15: dormouse.agent.v1.StartTask
-	(*HostEntry)(nil),       // 16: dormouse.agent.v1.HostEntry
-	(*Preflight)(nil),       // 17: dormouse.agent.v1.Preflight
-	(*PreflightResult)(nil), // 18: dormouse.agent.v1.PreflightResult
-	(*Freeze)(nil),          // 19: dormouse.agent.v1.Freeze
-	(*Capture)(nil),         // 20: dormouse.agent.v1.Capture
-	(*CaptureResult)(nil),   // 21: dormouse.agent.v1.CaptureResult
-	(*Thaw)(nil),            // 22: dormouse.agent.v1.Thaw
-	(*Upload)(nil),          // 23: dormouse.agent.v1.Upload
-	(*UploadResult)(nil),    // 24: dormouse.agent.v1.UploadResult
-	(*Discard)(nil),         // 25: dormouse.agent.v1.Discard
-	(*RestoreTask)(nil),     // 26: dormouse.agent.v1.RestoreTask
-	(*PrepareNetwork)(nil),  // 27: dormouse.agent.v1.PrepareNetwork
-	(*NetworkPlan)(nil),     // 28: dormouse.agent.v1.NetworkPlan
-	(*Publish)(nil),         // 29: dormouse.agent.v1.Publish
-	(*NetworkEndpoint)(nil), // 30: dormouse.agent.v1.NetworkEndpoint
-	(*ConnectNetwork)(nil),  // 31: dormouse.agent.v1.ConnectNetwork
-	(*NetworkPeer)(nil),     // 32: dormouse.agent.v1.NetworkPeer
-	(*OpenNetwork)(nil),     // 33: dormouse.agent.v1.OpenNetwork
-	(*ReleaseTask)(nil),     // 34: dormouse.agent.v1.ReleaseTask
-	(*AppRequest)(nil),      // 35: dormouse.agent.v1.AppRequest
-	(*AppCheckpoint)(nil),   // 36: dormouse.agent.v1.AppCheckpoint
-	(*AppAnswer)(nil),       // 37: dormouse.agent.v1.AppAnswer
-	(*SignalTask)(nil),      // 38: dormouse.agent.v1.SignalTask
-	(*DestroyTask)(nil),     // 39: dormouse.agent.v1.DestroyTask
-	(*OpenStream)(nil),      // 40: dormouse.agent.v1.OpenStream
-	(*Logs)(nil),            // 41: dormouse.agent.v1.Logs
-	(*Exec)(nil),            // 42: dormouse.agent.v1.Exec
-	(*Frame)(nil),           // 43: dormouse.agent.v1.Frame
-	(*Exit)(nil),            // 44: dormouse.agent.v1.Exit
-	(*WindowSize)(nil),      // 45: dormouse.agent.v1.WindowSize
-	nil,                     // 46: dormouse.agent.v1.Exec.EnvEntry
+	(*RenewRequest)(nil),    // 2: dormouse.agent.v1.RenewRequest
+	(*RenewResponse)(nil),   // 3: dormouse.agent.v1.RenewResponse
+	(*FromAgent)(nil),       // 4: dormouse.agent.v1.FromAgent
+	(*ToAgent)(nil),         // 5: dormouse.agent.v1.ToAgent
+	(*Hello)(nil),           // 6: dormouse.agent.v1.Hello
+	(*Welcome)(nil),         // 7: dormouse.agent.v1.Welcome
+	(*Heartbeat)(nil),       // 8: dormouse.agent.v1.Heartbeat
+	(*HeartbeatAck)(nil),    // 9: dormouse.agent.v1.HeartbeatAck
+	(*TaskRef)(nil),         // 10: dormouse.agent.v1.TaskRef
+	(*TaskState)(nil),       // 11: dormouse.agent.v1.TaskState
+	(*TaskEvent)(nil),       // 12: dormouse.agent.v1.TaskEvent
+	(*Command)(nil),         // 13: dormouse.agent.v1.Command
+	(*Reply)(nil),           // 14: dormouse.agent.v1.Reply
+	(*Failure)(nil),         // 15: dormouse.agent.v1.Failure
+	(*Progress)(nil),        // 16: dormouse.agent.v1.Progress
+	(*StartTask)(nil),       // 17: dormouse.agent.v1.StartTask
+	(*HostEntry)(nil),       // 18: dormouse.agent.v1.HostEntry
+	(*Preflight)(nil),       // 19: dormouse.agent.v1.Preflight
+	(*PreflightResult)(nil), // 20: dormouse.agent.v1.PreflightResult
+	(*Freeze)(nil),          // 21: dormouse.agent.v1.Freeze
+	(*Capture)(nil),         // 22: dormouse.agent.v1.Capture
+	(*CaptureResult)(nil),   // 23: dormouse.agent.v1.CaptureResult
+	(*Thaw)(nil),            // 24: dormouse.agent.v1.Thaw
+	(*Upload)(nil),          // 25: dormouse.agent.v1.Upload
+	(*UploadResult)(nil),    // 26: dormouse.agent.v1.UploadResult
+	(*Discard)(nil),         // 27: dormouse.agent.v1.Discard
+	(*RestoreTask)(nil),     // 28: dormouse.agent.v1.RestoreTask
+	(*PrepareNetwork)(nil),  // 29: dormouse.agent.v1.PrepareNetwork
+	(*NetworkPlan)(nil),     // 30: dormouse.agent.v1.NetworkPlan
+	(*Publish)(nil),         // 31: dormouse.agent.v1.Publish
+	(*NetworkEndpoint)(nil), // 32: dormouse.agent.v1.NetworkEndpoint
+	(*ConnectNetwork)(nil),  // 33: dormouse.agent.v1.ConnectNetwork
+	(*NetworkPeer)(nil),     // 34: dormouse.agent.v1.NetworkPeer
+	(*OpenNetwork)(nil),     // 35: dormouse.agent.v1.OpenNetwork
+	(*ReleaseTask)(nil),     // 36: dormouse.agent.v1.ReleaseTask
+	(*AppRequest)(nil),      // 37: dormouse.agent.v1.AppRequest
+	(*AppCheckpoint)(nil),   // 38: dormouse.agent.v1.AppCheckpoint
+	(*AppAnswer)(nil),       // 39: dormouse.agent.v1.AppAnswer
+	(*SignalTask)(nil),      // 40: dormouse.agent.v1.SignalTask
+	(*DestroyTask)(nil),     // 41: dormouse.agent.v1.DestroyTask
+	(*OpenStream)(nil),      // 42: dormouse.agent.v1.OpenStream
+	(*Logs)(nil),            // 43: dormouse.agent.v1.Logs
+	(*Exec)(nil),            // 44: dormouse.agent.v1.Exec
+	(*Frame)(nil),           // 45: dormouse.agent.v1.Frame
+	(*Exit)(nil),            // 46: dormouse.agent.v1.Exit
+	(*WindowSize)(nil),      // 47: dormouse.agent.v1.WindowSize
+	nil,                     // 48: dormouse.agent.v1.Exec.EnvEntry
 }
 var file_agent_proto_depIdxs = []int32{
-	4,  // 0: dormouse.agent.v1.FromAgent.hello:type_name -> dormouse.agent.v1.Hello
-	6,  // 1: dormouse.agent.v1.FromAgent.heartbeat:type_name -> dormouse.agent.v1.Heartbeat
-	12, // 2: dormouse.agent.v1.FromAgent.reply:type_name -> dormouse.agent.v1.Reply
-	14, // 3: dormouse.agent.v1.FromAgent.progress:type_name -> dormouse.agent.v1.Progress
-	10, // 4: dormouse.agent.v1.FromAgent.task_event:type_name -> dormouse.agent.v1.TaskEvent
-	35, // 5: dormouse.agent.v1.FromAgent.app_request:type_name -> dormouse.agent.v1.AppRequest
-	5,  // 6: dormouse.agent.v1.ToAgent.welcome:type_name -> dormouse.agent.v1.Welcome
-	7,  // 7: dormouse.agent.v1.ToAgent.heartbeat_ack:type_name -> dormouse.agent.v1.HeartbeatAck
-	11, // 8: dormouse.agent.v1.ToAgent.command:type_name -> dormouse.agent.v1.Command
-	37, // 9: dormouse.agent.v1.ToAgent.app_answer:type_name -> dormouse.agent.v1.AppAnswer
-	9,  // 10: dormouse.agent.v1.Hello.tasks:type_name -> dormouse.agent.v1.TaskState
-	8,  // 11: dormouse.agent.v1.Welcome.keep:type_name -> dormouse.agent.v1.TaskRef
-	8,  // 12: dormouse.agent.v1.Welcome.destroy:type_name -> dormouse.agent.v1.TaskRef
-	8,  // 13: dormouse.agent.v1.TaskState.task:type_name -> dormouse.agent.v1.TaskRef
-	9,  // 14: dormouse.agent.v1.TaskEvent.state:type_name -> dormouse.agent.v1.TaskState
-	8,  // 15: dormouse.agent.v1.Command.task:type_name -> dormouse.agent.v1.TaskRef
-	15, // 16: dormouse.agent.v1.Command.start:type_name -> dormouse.agent.v1.StartTask
-	17, // 17: dormouse.agent.v1.Command.preflight:type_name -> dormouse.agent.v1.Preflight
-	19, // 18: dormouse.agent.v1.Command.freeze:type_name -> dormouse.agent.v1.Freeze
-	20, // 19: dormouse.agent.v1.Command.capture:type_name -> dormouse.agent.v1.Capture
-	22, // 20: dormouse.agent.v1.Command.thaw:type_name -> dormouse.agent.v1.Thaw
-	23, // 21: dormouse.agent.v1.Command.upload:type_name -> dormouse.agent.v1.Upload
-	25, // 22: dormouse.agent.v1.Command.discard:type_name -> dormouse.agent.v1.Discard
-	26, // 23: dormouse.agent.v1.Command.restore:type_name -> dormouse.agent.v1.RestoreTask
-	38, // 24: dormouse.agent.v1.Command.signal:type_name -> dormouse.agent.v1.SignalTask
-	39, // 25: dormouse.agent.v1.Command.destroy:type_name -> dormouse.agent.v1.DestroyTask
-	40, // 26: dormouse.agent.v1.Command.open_stream:type_name -> dormouse.agent.v1.OpenStream
-	27, // 27: dormouse.agent.v1.Command.prepare_network:type_name -> dormouse.agent.v1.PrepareNetwork
-	31, // 28: dormouse.agent.v1.Command.connect_network:type_name -> dormouse.agent.v1.ConnectNetwork
-	33, // 29: dormouse.agent.v1.Command.open_network:type_name -> dormouse.agent.v1.OpenNetwork
-	34, // 30: dormouse.agent.v1.Command.release:type_name -> dormouse.agent.v1.ReleaseTask
-	13, // 31: dormouse.agent.v1.Reply.failure:type_name -> dormouse.agent.v1.Failure
-	9,  // 32: dormouse.agent.v1.Reply.started:type_name -> dormouse.agent.v1.TaskState
-	18, // 33: dormouse.agent.v1.Reply.preflight:type_name -> dormouse.agent.v1.PreflightResult
-	21, // 34: dormouse.agent.v1.Reply.captured:type_name -> dormouse.agent.v1.CaptureResult
-	24, // 35: dormouse.agent.v1.Reply.uploaded:type_name -> dormouse.agent.v1.UploadResult
-	9,  // 36: dormouse.agent.v1.Reply.restored:type_name -> dormouse.agent.v1.TaskState
-	30, // 37: dormouse.agent.v1.Reply.network:type_name -> dormouse.agent.v1.NetworkEndpoint
-	16, // 38: dormouse.agent.v1.StartTask.hosts:type_name -> dormouse.agent.v1.HostEntry
-	16, // 39: dormouse.agent.v1.RestoreTask.hosts:type_name -> dormouse.agent.v1.HostEntry
-	28, // 40: dormouse.agent.v1.PrepareNetwork.plan:type_name -> dormouse.agent.v1.NetworkPlan
-	29, // 41: dormouse.agent.v1.NetworkPlan.publish:type_name -> dormouse.agent.v1.Publish
-	32, // 42: dormouse.agent.v1.ConnectNetwork.peers:type_name -> dormouse.agent.v1.NetworkPeer
-	30, // 43: dormouse.agent.v1.NetworkPeer.endpoint:type_name -> dormouse.agent.v1.NetworkEndpoint
-	8,  // 44: dormouse.agent.v1.AppRequest.task:type_name -> dormouse.agent.v1.TaskRef
-	36, // 45: dormouse.agent.v1.AppRequest.checkpoint:type_name -> dormouse.agent.v1.AppCheckpoint
-	13, // 46: dormouse.agent.v1.AppAnswer.failure:type_name -> dormouse.agent.v1.Failure
-	41, // 47: dormouse.agent.v1.OpenStream.logs:type_name -> dormouse.agent.v1.Logs
-	42, // 48: dormouse.agent.v1.OpenStream.exec:type_name -> dormouse.agent.v1.Exec
-	46, // 49: dormouse.agent.v1.Exec.env:type_name -> dormouse.agent.v1.Exec.EnvEntry
-	44, // 50: dormouse.agent.v1.Frame.exit:type_name -> dormouse.agent.v1.Exit
-	45, // 51: dormouse.agent.v1.Frame.resize:type_name -> dormouse.agent.v1.WindowSize
+	6,  // 0: dormouse.agent.v1.FromAgent.hello:type_name -> dormouse.agent.v1.Hello
+	8,  // 1: dormouse.agent.v1.FromAgent.heartbeat:type_name -> dormouse.agent.v1.Heartbeat
+	14, // 2: dormouse.agent.v1.FromAgent.reply:type_name -> dormouse.agent.v1.Reply
+	16, // 3: dormouse.agent.v1.FromAgent.progress:type_name -> dormouse.agent.v1.Progress
+	12, // 4: dormouse.agent.v1.FromAgent.task_event:type_name -> dormouse.agent.v1.TaskEvent
+	37, // 5: dormouse.agent.v1.FromAgent.app_request:type_name -> dormouse.agent.v1.AppRequest
+	7,  // 6: dormouse.agent.v1.ToAgent.welcome:type_name -> dormouse.agent.v1.Welcome
+	9,  // 7: dormouse.agent.v1.ToAgent.heartbeat_ack:type_name -> dormouse.agent.v1.HeartbeatAck
+	13, // 8: dormouse.agent.v1.ToAgent.command:type_name -> dormouse.agent.v1.Command
+	39, // 9: dormouse.agent.v1.ToAgent.app_answer:type_name -> dormouse.agent.v1.AppAnswer
+	11, // 10: dormouse.agent.v1.Hello.tasks:type_name -> dormouse.agent.v1.TaskState
+	10, // 11: dormouse.agent.v1.Welcome.keep:type_name -> dormouse.agent.v1.TaskRef
+	10, // 12: dormouse.agent.v1.Welcome.destroy:type_name -> dormouse.agent.v1.TaskRef
+	10, // 13: dormouse.agent.v1.TaskState.task:type_name -> dormouse.agent.v1.TaskRef
+	11, // 14: dormouse.agent.v1.TaskEvent.state:type_name -> dormouse.agent.v1.TaskState
+	10, // 15: dormouse.agent.v1.Command.task:type_name -> dormouse.agent.v1.TaskRef
+	17, // 16: dormouse.agent.v1.Command.start:type_name -> dormouse.agent.v1.StartTask
+	19, // 17: dormouse.agent.v1.Command.preflight:type_name -> dormouse.agent.v1.Preflight
+	21, // 18: dormouse.agent.v1.Command.freeze:type_name -> dormouse.agent.v1.Freeze
+	22, // 19: dormouse.agent.v1.Command.capture:type_name -> dormouse.agent.v1.Capture
+	24, // 20: dormouse.agent.v1.Command.thaw:type_name -> dormouse.agent.v1.Thaw
+	25, // 21: dormouse.agent.v1.Command.upload:type_name -> dormouse.agent.v1.Upload
+	27, // 22: dormouse.agent.v1.Command.discard:type_name -> dormouse.agent.v1.Discard
+	28, // 23: dormouse.agent.v1.Command.restore:type_name -> dormouse.agent.v1.RestoreTask
+	40, // 24: dormouse.agent.v1.Command.signal:type_name -> dormouse.agent.v1.SignalTask
+	41, // 25: dormouse.agent.v1.Command.destroy:type_name -> dormouse.agent.v1.DestroyTask
+	42, // 26: dormouse.agent.v1.Command.open_stream:type_name -> dormouse.agent.v1.OpenStream
+	29, // 27: dormouse.agent.v1.Command.prepare_network:type_name -> dormouse.agent.v1.PrepareNetwork
+	33, // 28: dormouse.agent.v1.Command.connect_network:type_name -> dormouse.agent.v1.ConnectNetwork
+	35, // 29: dormouse.agent.v1.Command.open_network:type_name -> dormouse.agent.v1.OpenNetwork
+	36, // 30: dormouse.agent.v1.Command.release:type_name -> dormouse.agent.v1.ReleaseTask
+	15, // 31: dormouse.agent.v1.Reply.failure:type_name -> dormouse.agent.v1.Failure
+	11, // 32: dormouse.agent.v1.Reply.started:type_name -> dormouse.agent.v1.TaskState
+	20, // 33: dormouse.agent.v1.Reply.preflight:type_name -> dormouse.agent.v1.PreflightResult
+	23, // 34: dormouse.agent.v1.Reply.captured:type_name -> dormouse.agent.v1.CaptureResult
+	26, // 35: dormouse.agent.v1.Reply.uploaded:type_name -> dormouse.agent.v1.UploadResult
+	11, // 36: dormouse.agent.v1.Reply.restored:type_name -> dormouse.agent.v1.TaskState
+	32, // 37: dormouse.agent.v1.Reply.network:type_name -> dormouse.agent.v1.NetworkEndpoint
+	18, // 38: dormouse.agent.v1.StartTask.hosts:type_name -> dormouse.agent.v1.HostEntry
+	18, // 39: dormouse.agent.v1.RestoreTask.hosts:type_name -> dormouse.agent.v1.HostEntry
+	30, // 40: dormouse.agent.v1.PrepareNetwork.plan:type_name -> dormouse.agent.v1.NetworkPlan
+	31, // 41: dormouse.agent.v1.NetworkPlan.publish:type_name -> dormouse.agent.v1.Publish
+	34, // 42: dormouse.agent.v1.ConnectNetwork.peers:type_name -> dormouse.agent.v1.NetworkPeer
+	32, // 43: dormouse.agent.v1.NetworkPeer.endpoint:type_name -> dormouse.agent.v1.NetworkEndpoint
+	10, // 44: dormouse.agent.v1.AppRequest.task:type_name -> dormouse.agent.v1.TaskRef
+	38, // 45: dormouse.agent.v1.AppRequest.checkpoint:type_name -> dormouse.agent.v1.AppCheckpoint
+	15, // 46: dormouse.agent.v1.AppAnswer.failure:type_name -> dormouse.agent.v1.Failure
+	43, // 47: dormouse.agent.v1.OpenStream.logs:type_name -> dormouse.agent.v1.Logs
+	44, // 48: dormouse.agent.v1.OpenStream.exec:type_name -> dormouse.agent.v1.Exec
+	48, // 49: dormouse.agent.v1.Exec.env:type_name -> dormouse.agent.v1.Exec.EnvEntry
+	46, // 50: dormouse.agent.v1.Frame.exit:type_name -> dormouse.agent.v1.Exit
+	47, // 51: dormouse.agent.v1.Frame.resize:type_name -> dormouse.agent.v1.WindowSize
 	0,  // 52: dormouse.agent.v1.AgentService.Join:input_type -> dormouse.agent.v1.JoinRequest
-	2,  // 53: dormouse.agent.v1.AgentService.Connect:input_type -> dormouse.agent.v1.FromAgent
-	43, // 54: dormouse.agent.v1.AgentService.Attach:input_type -> dormouse.agent.v1.Frame
-	1,  // 55: dormouse.agent.v1.AgentService.Join:output_type -> dormouse.agent.v1.JoinResponse
-	3,  // 56: dormouse.agent.v1.AgentService.Connect:output_type -> dormouse.agent.v1.ToAgent
-	43, // 57: dormouse.agent.v1.AgentService.Attach:output_type -> dormouse.agent.v1.Frame
-	55, // [55:58] is the sub-list for method output_type
-	52, // [52:55] is the sub-list for method input_type
+	2,  // 53: dormouse.agent.v1.AgentService.Renew:input_type -> dormouse.agent.v1.RenewRequest
+	4,  // 54: dormouse.agent.v1.AgentService.Connect:input_type -> dormouse.agent.v1.FromAgent
+	45, // 55: dormouse.agent.v1.AgentService.Attach:input_type -> dormouse.agent.v1.Frame
+	1,  // 56: dormouse.agent.v1.AgentService.Join:output_type -> dormouse.agent.v1.JoinResponse
+	3,  // 57: dormouse.agent.v1.AgentService.Renew:output_type -> dormouse.agent.v1.RenewResponse
+	5,  // 58: dormouse.agent.v1.AgentService.Connect:output_type -> dormouse.agent.v1.ToAgent
+	45, // 59: dormouse.agent.v1.AgentService.Attach:output_type -> dormouse.agent.v1.Frame
+	56, // [56:60] is the sub-list for method output_type
+	52, // [52:56] is the sub-list for method input_type
 	52, // [52:52] is the sub-list for extension type_name
 	52, // [52:52] is the sub-list for extension extendee
 	0,  // [0:52] is the sub-list for field type_name
@@ -3835,7 +3932,7 @@ func file_agent_proto_init() {
 	if File_agent_proto != nil {
 		return
 	}
-	file_agent_proto_msgTypes[2].OneofWrappers = []any{
+	file_agent_proto_msgTypes[4].OneofWrappers = []any{
 		(*FromAgent_Hello)(nil),
 		(*FromAgent_Heartbeat)(nil),
 		(*FromAgent_Reply)(nil),
@@ -3843,13 +3940,13 @@ func file_agent_proto_init() {
 		(*FromAgent_TaskEvent)(nil),
 		(*FromAgent_AppRequest)(nil),
 	}
-	file_agent_proto_msgTypes[3].OneofWrappers = []any{
+	file_agent_proto_msgTypes[5].OneofWrappers = []any{
 		(*ToAgent_Welcome)(nil),
 		(*ToAgent_HeartbeatAck)(nil),
 		(*ToAgent_Command)(nil),
 		(*ToAgent_AppAnswer)(nil),
 	}
-	file_agent_proto_msgTypes[11].OneofWrappers = []any{
+	file_agent_proto_msgTypes[13].OneofWrappers = []any{
 		(*Command_Start)(nil),
 		(*Command_Preflight)(nil),
 		(*Command_Freeze)(nil),
@@ -3866,7 +3963,7 @@ func file_agent_proto_init() {
 		(*Command_OpenNetwork)(nil),
 		(*Command_Release)(nil),
 	}
-	file_agent_proto_msgTypes[12].OneofWrappers = []any{
+	file_agent_proto_msgTypes[14].OneofWrappers = []any{
 		(*Reply_Started)(nil),
 		(*Reply_Preflight)(nil),
 		(*Reply_Captured)(nil),
@@ -3874,14 +3971,14 @@ func file_agent_proto_init() {
 		(*Reply_Restored)(nil),
 		(*Reply_Network)(nil),
 	}
-	file_agent_proto_msgTypes[35].OneofWrappers = []any{
+	file_agent_proto_msgTypes[37].OneofWrappers = []any{
 		(*AppRequest_Checkpoint)(nil),
 	}
-	file_agent_proto_msgTypes[40].OneofWrappers = []any{
+	file_agent_proto_msgTypes[42].OneofWrappers = []any{
 		(*OpenStream_Logs)(nil),
 		(*OpenStream_Exec)(nil),
 	}
-	file_agent_proto_msgTypes[43].OneofWrappers = []any{
+	file_agent_proto_msgTypes[45].OneofWrappers = []any{
 		(*Frame_Stdin)(nil),
 		(*Frame_Stdout)(nil),
 		(*Frame_Stderr)(nil),
@@ -3895,7 +3992,7 @@ func file_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_agent_proto_rawDesc), len(file_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   47,
+			NumMessages:   49,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

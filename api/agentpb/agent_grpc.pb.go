@@ -32,6 +32,7 @@ const _ = grpc.SupportPackageIsVersion9
 
 const (
 	AgentService_Join_FullMethodName    = "/dormouse.agent.v1.AgentService/Join"
+	AgentService_Renew_FullMethodName   = "/dormouse.agent.v1.AgentService/Renew"
 	AgentService_Connect_FullMethodName = "/dormouse.agent.v1.AgentService/Connect"
 	AgentService_Attach_FullMethodName  = "/dormouse.agent.v1.AgentService/Attach"
 )
@@ -43,6 +44,9 @@ type AgentServiceClient interface {
 	// Join trades a join token for a client certificate. It is the only call that
 	// needs no client certificate.
 	Join(ctx context.Context, in *JoinRequest, opts ...grpc.CallOption) (*JoinResponse, error)
+	// Renew trades the client certificate that the connection shows for one with
+	// a new key. The old one is good until the new one was shown.
+	Renew(ctx context.Context, in *RenewRequest, opts ...grpc.CallOption) (*RenewResponse, error)
 	// Connect carries commands down and answers, heartbeats and task events up.
 	Connect(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[FromAgent, ToAgent], error)
 	// Attach carries one log or exec stream. The first frame the agent sends
@@ -62,6 +66,16 @@ func (c *agentServiceClient) Join(ctx context.Context, in *JoinRequest, opts ...
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(JoinResponse)
 	err := c.cc.Invoke(ctx, AgentService_Join_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *agentServiceClient) Renew(ctx context.Context, in *RenewRequest, opts ...grpc.CallOption) (*RenewResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(RenewResponse)
+	err := c.cc.Invoke(ctx, AgentService_Renew_FullMethodName, in, out, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -101,6 +115,9 @@ type AgentServiceServer interface {
 	// Join trades a join token for a client certificate. It is the only call that
 	// needs no client certificate.
 	Join(context.Context, *JoinRequest) (*JoinResponse, error)
+	// Renew trades the client certificate that the connection shows for one with
+	// a new key. The old one is good until the new one was shown.
+	Renew(context.Context, *RenewRequest) (*RenewResponse, error)
 	// Connect carries commands down and answers, heartbeats and task events up.
 	Connect(grpc.BidiStreamingServer[FromAgent, ToAgent]) error
 	// Attach carries one log or exec stream. The first frame the agent sends
@@ -118,6 +135,9 @@ type UnimplementedAgentServiceServer struct{}
 
 func (UnimplementedAgentServiceServer) Join(context.Context, *JoinRequest) (*JoinResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Join not implemented")
+}
+func (UnimplementedAgentServiceServer) Renew(context.Context, *RenewRequest) (*RenewResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Renew not implemented")
 }
 func (UnimplementedAgentServiceServer) Connect(grpc.BidiStreamingServer[FromAgent, ToAgent]) error {
 	return status.Error(codes.Unimplemented, "method Connect not implemented")
@@ -164,6 +184,24 @@ func _AgentService_Join_Handler(srv interface{}, ctx context.Context, dec func(i
 	return interceptor(ctx, in, info, handler)
 }
 
+func _AgentService_Renew_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RenewRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AgentServiceServer).Renew(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: AgentService_Renew_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AgentServiceServer).Renew(ctx, req.(*RenewRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _AgentService_Connect_Handler(srv interface{}, stream grpc.ServerStream) error {
 	return srv.(AgentServiceServer).Connect(&grpc.GenericServerStream[FromAgent, ToAgent]{ServerStream: stream})
 }
@@ -188,6 +226,10 @@ var AgentService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Join",
 			Handler:    _AgentService_Join_Handler,
+		},
+		{
+			MethodName: "Renew",
+			Handler:    _AgentService_Renew_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

@@ -40,9 +40,16 @@ const ServerName = "dormouse"
 const (
 	caLife     = 20 * 365 * 24 * time.Hour
 	serverLife = 2 * 365 * 24 * time.Hour
-	agentLife  = 2 * 365 * 24 * time.Hour
 	renewAhead = 60 * 24 * time.Hour
 	clockSkew  = 5 * time.Minute // certificates begin so much in the past
+)
+
+// The life of agents' certificates. Agents renew them by themselves, so a short
+// one costs little; the least leaves them room beyond the difference of clocks.
+const (
+	AgentLife      = 30 * 24 * time.Hour // unless the operator says otherwise
+	LeastAgentLife = time.Hour
+	MostAgentLife  = 5 * 365 * 24 * time.Hour
 )
 
 // PKI is an opened directory of keys.
@@ -166,8 +173,9 @@ func (p *PKI) makeServer(hosts []string) (tls.Certificate, error) {
 }
 
 // SignAgent signs the certificate request (PKCS #10, DER) of the agent of a
-// node. Only the request's key is used: the name is the controller's word.
-func (p *PKI) SignAgent(node string, csr []byte) ([]byte, error) {
+// node; the certificate ends after life. Only the request's key is used: the name
+// is the controller's word.
+func (p *PKI) SignAgent(node string, csr []byte, life time.Duration) (*x509.Certificate, error) {
 	request, err := x509.ParseCertificateRequest(csr)
 	if err != nil {
 		return nil, fmt.Errorf("the certificate request of node %s cannot be read: %w", node, err)
@@ -175,14 +183,14 @@ func (p *PKI) SignAgent(node string, csr []byte) ([]byte, error) {
 	if err := request.CheckSignature(); err != nil {
 		return nil, fmt.Errorf("the certificate request of node %s is not signed by its own key: %w", node, err)
 	}
-	template := p.template(node, agentLife)
+	template := p.template(node, life)
 	template.KeyUsage = x509.KeyUsageDigitalSignature
 	template.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}
 	der, err := x509.CreateCertificate(rand.Reader, template, p.ca, request.PublicKey, p.caKey)
 	if err != nil {
 		return nil, fmt.Errorf("sign the certificate of node %s: %w", node, err)
 	}
-	return der, nil
+	return x509.ParseCertificate(der)
 }
 
 func (p *PKI) template(name string, life time.Duration) *x509.Certificate {

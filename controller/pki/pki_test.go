@@ -39,11 +39,7 @@ func request(t *testing.T, name string) []byte {
 
 func TestAgentCertificateHasTheNodesNameWhateverWasAskedFor(t *testing.T) {
 	p := open(t, t.TempDir())
-	der, err := p.SignAgent("east-0", request(t, "admin"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	certificate, err := x509.ParseCertificate(der)
+	certificate, err := p.SignAgent("east-0", request(t, "admin"), time.Hour)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -65,7 +61,7 @@ func TestBadRequestIsRefused(t *testing.T) {
 	csr := request(t, "x")
 	csr[len(csr)-1] ^= 1
 	for _, bad := range [][]byte{nil, []byte("x"), csr} {
-		if _, err := p.SignAgent("east-0", bad); err == nil || !strings.Contains(err.Error(), "east-0") {
+		if _, err := p.SignAgent("east-0", bad, time.Hour); err == nil || !strings.Contains(err.Error(), "east-0") {
 			t.Errorf("want a refusal naming the node, got %v", err)
 		}
 	}
