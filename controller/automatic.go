@@ -195,7 +195,7 @@ func (c *Controller) beginPeriodic(tx store.Tx, job *jobRecord) error {
 		return nil
 	}
 	if job.History.Failures >= keptFailures {
-		if err := forgetFailed(tx, job.ID); err != nil {
+		if err := forgetFailed(tx, job); err != nil {
 			return err
 		}
 	}

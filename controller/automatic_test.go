@@ -61,6 +61,64 @@ func TestJobIsCheckpointedByItselfAndPruned(t *testing.T) {
 	}
 }
 
+// ownOnes checks that every job knows its own checkpoints, all and no others.
+func (s *simulation) ownOnes() {
+	s.t.Helper()
+	err := s.store.View(s.t.Context(), func(tx store.Tx) error {
+		all, err := store.All[api.Checkpoint](tx, store.Checkpoints)
+		if err != nil {
+			return err
+		}
+		want := map[string][]string{}
+		for _, cp := range all {
+			want[cp.Job] = append(want[cp.Job], cp.ID)
+		}
+		jobs, err := store.All[jobRecord](tx, store.Jobs)
+		for _, job := range jobs {
+			if got := slices.Sorted(slices.Values(job.Own)); !slices.Equal(got, slices.Sorted(slices.Values(want[job.ID]))) {
+				s.t.Errorf("job %s knows the checkpoints %v, and has %v", job.ID, got, want[job.ID])
+			}
+		}
+		return err
+	})
+	if err != nil {
+		s.t.Error(err)
+	}
+}
+
+func TestJobsKnowTheirOwnCheckpoints(t *testing.T) {
+	s := newSimulation(t, "east-0", "west-0")
+	id := s.running(api.JobSpec{Keep: 2})
+	for range 4 {
+		s.do("/v1/jobs/"+id+"/checkpoints", nil)
+	}
+	s.ownOnes()
+	newest := s.checkpointsNow(id)[1].ID
+	clone := s.do("/v1/checkpoints/"+newest+"/clone", map[string]string{"cloud": "west"}).Job
+	s.do("/v1/jobs/"+clone+"/suspend", nil)
+	s.want(http.StatusNoContent, "DELETE", "/v1/checkpoints/"+s.checkpointsNow(id)[0].ID, nil, nil)
+	s.ownOnes()
+	// A record from before there were such lists still finds its checkpoints.
+	err := s.store.Update(t.Context(), func(tx store.Tx) error {
+		job, err := getJob(tx, id)
+		if err != nil {
+			return err
+		}
+		job.Own = nil
+		return putJob(tx, job)
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if list := s.checkpointsNow(id); len(list) != 1 || list[0].ID != newest {
+		t.Errorf("want %s, got %+v", newest, list)
+	}
+	s.do("/v1/jobs/"+id+"/checkpoints", nil)
+	if list := s.checkpointsNow(id); len(list) != 2 {
+		t.Errorf("want two checkpoints, got %+v", list)
+	}
+}
+
 func TestControllerThatWasAwayCatchesUpWithOneCheckpoint(t *testing.T) {
 	s := newSimulation(t, "east-0")
 	id := s.running(api.JobSpec{CheckpointEvery: "1h"})
@@ -329,6 +387,7 @@ func TestFailedAutomaticCheckpointsBackOffAndLeaveFewRecords(t *testing.T) {
 			return err == nil && job.Operation == "" && job.History.Failures == n, err
 		})
 	}
+	s.ownOnes()
 	if n := len(s.checkpointsNow(id)); n > keptFailures+1 {
 		t.Errorf("%d records of failures are left, want at most %d", n, keptFailures+1)
 	}
@@ -409,5 +468,23 @@ func TestPeriodicCheckpointGoesOnAfterARestart(t *testing.T) {
 			s.awaitPhase(id, api.PhaseRunning)
 			s.checkAlive(id, api.PhaseRunning)
 		})
+	}
+}
+
+func TestGarbageIsCollectedOnceManifestsAreGone(t *testing.T) {
+	s := newSimulation(t, "east-0")
+	id := s.running(api.JobSpec{Keep: 1})
+	collected := func() int {
+		s.repository.mu.Lock()
+		defer s.repository.mu.Unlock()
+		return s.repository.collected
+	}
+	for n := range 3 {
+		s.do("/v1/jobs/"+id+"/checkpoints", nil)
+		for end := time.Now().Add(patience); n > 0 && collected() < n; time.Sleep(5 * time.Millisecond) {
+			if time.Now().After(end) {
+				t.Fatalf("%d manifests were removed, and the garbage collected %d times", n, collected())
+			}
+		}
 	}
 }

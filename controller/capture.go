@@ -292,23 +292,6 @@ func (d *doing) destroy(ctx context.Context) (effect, error) {
 	}, nil
 }
 
-// collectGarbage frees what no manifest needs. One run at a time: who comes
-// while one is under way leaves it to the next.
-func (c *Controller) collectGarbage(ctx context.Context) {
-	if !c.claim("garbage") {
-		return
-	}
-	defer c.release("garbage")
-	stats, err := c.parts.Repository.GC(ctx, repository.GCOptions{Verifier: c.verifier})
-	if err != nil {
-		if ctx.Err() == nil {
-			c.log.Warn("the repository's garbage was not collected", "error", err)
-		}
-		return
-	}
-	c.log.Info("collected the repository's garbage", "packs", stats.RemovedPacks, "bytes", stats.RemovedBytes)
-}
-
 func (c *Controller) concludeCheckpoint(tx store.Tx, op *opRecord, job *jobRecord, done bool) error {
 	if done {
 		return nil

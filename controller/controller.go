@@ -107,6 +107,7 @@ type Controller struct {
 	streams *attachments
 	// bandwidth is shared out among the nodes that send to the repository.
 	bandwidth *bandwidth
+	garbage   chan struct{} // capacity 1: manifests are gone
 	metrics   *metrics
 	signer    repository.Signer
 	verifier  *repository.Verifier
@@ -151,7 +152,7 @@ func New(parts Parts) (*Controller, error) {
 	key := parts.PKI.ManifestKey()
 	c := &Controller{
 		parts: parts, store: parts.Store, clock: parts.Clock, log: parts.Logger,
-		fleet: newFleet(parts.Cluster.Leads), streams: newAttachments(), bandwidth: newBandwidth(),
+		fleet: newFleet(parts.Cluster.Leads), streams: newAttachments(), bandwidth: newBandwidth(), garbage: make(chan struct{}, 1),
 		signer:   repository.NewSigner(key),
 		verifier: repository.NewVerifier(key.Public().(ed25519.PublicKey)),
 		clouds:   make(map[string]Cloud), operating: make(map[string]bool), interrupts: make(map[string]context.CancelCauseFunc),
@@ -193,6 +194,7 @@ func (c *Controller) Start(ctx context.Context) error {
 	c.work.Go(func() { c.tidy(c.run) })
 	c.work.Go(func() { c.placeJobs(c.run) })
 	c.work.Go(func() { c.automatic(c.run) })
+	c.work.Go(func() { c.collectGarbage(c.run) })
 	return nil
 }
 

@@ -137,6 +137,9 @@ func TestReadConfig(t *testing.T) {
 		{"twice", "state: /x\nclouds: [{name: a, driver: static}, {name: a, driver: static}]\n", "there are two clouds named"},
 		{"unknown tunnel", "state: /x\nclouds: [{name: a, driver: static, tunnel: string}]\n", `there is no tunnel "string": known are auto, wireguard, vxlan`},
 		{"no nodes", "state: /x\nclouds: [{name: a, driver: local, config: {nodes: 0}}]\n", "nodes must be greater than 0, got 0"},
+		{"checkpoints", "state: /x\nclouds: [{name: a, driver: static, concurrent_checkpoints: -1}]\n", "concurrent_checkpoints must be greater than 0, got -1"},
+		{"bandwidth", "state: /x\nclouds: [{name: a, driver: static, upload_bytes_per_second: -5}]\n", "upload_bytes_per_second must be greater than 0, got -5"},
+		{"auto", "state: /x\nauto: {shortest: 2h, longest: 1h}\n", "not from 2h0m0s to 1h0m0s"},
 		{"short lease", "state: /x\nlease: 1s\n", "at least three heartbeats"},
 	} {
 		t.Run(c.name, func(t *testing.T) {

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -42,6 +43,9 @@ type jobRecord struct {
 	Size int64   `json:"size,omitempty"`
 	Took float64 `json:"took_ms,omitempty"`
 	CRIU string  `json:"criu,omitempty"`
+	// Own are the job's checkpoints, so that nobody reads those of all jobs to
+	// find them. Nil: the record is of a controller that kept no such list.
+	Own []string `json:"own"`
 	// History is what automatic checkpoints go by.
 	History history `json:"history,omitzero"`
 }
@@ -309,6 +313,15 @@ func findCheckpoint(tx store.Tx, ref string) (api.Checkpoint, error) {
 
 // checkpointsOf lists a job's checkpoints, oldest first; of all jobs when job is empty.
 func checkpointsOf(tx store.Tx, job string) ([]api.Checkpoint, error) {
+	if job != "" {
+		record, err := getJob(tx, job)
+		if err == nil && record.Own != nil {
+			return ownCheckpoints(tx, record)
+		}
+		if err := ignoreNotFound(err); err != nil {
+			return nil, err
+		}
+	}
 	all, err := store.All[api.Checkpoint](tx, store.Checkpoints)
 	if err != nil {
 		return nil, err
@@ -321,6 +334,27 @@ func checkpointsOf(tx store.Tx, job string) ([]api.Checkpoint, error) {
 	}
 	sortBy(list, func(cp api.Checkpoint) (time.Time, string) { return cp.Created, cp.ID })
 	return list, nil
+}
+
+func ownCheckpoints(tx store.Tx, job *jobRecord) ([]api.Checkpoint, error) {
+	list := make([]api.Checkpoint, 0, len(job.Own))
+	for _, id := range job.Own {
+		cp, err := store.Get[api.Checkpoint](tx, store.Checkpoints, id)
+		if errors.Is(err, store.ErrNotFound) {
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		list = append(list, cp)
+	}
+	sortBy(list, func(cp api.Checkpoint) (time.Time, string) { return cp.Created, cp.ID })
+	return list, nil
+}
+
+// disown forgets that checkpoints are the job's.
+func (j *jobRecord) disown(gone ...string) {
+	j.Own = slices.DeleteFunc(slices.Clone(j.Own), func(id string) bool { return slices.Contains(gone, id) })
 }
 
 // newestDurable is the checkpoint that a job is restored from unless another

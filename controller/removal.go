@@ -11,6 +11,7 @@ import (
 	"dormouse/controller/retention"
 	"dormouse/controller/store"
 	"dormouse/internal/failpoint"
+	"dormouse/repository"
 	"dormouse/repository/backend"
 )
 
@@ -49,7 +50,7 @@ func (d *doing) retention(ctx context.Context) (effect, error) {
 		}
 	}
 	if len(drop) > 0 {
-		d.collectGarbage(ctx)
+		d.leaveGarbage()
 	}
 	return nil, nil
 }
@@ -131,7 +132,25 @@ func (c *Controller) forgetCheckpoint(ctx context.Context, id string, allowed fu
 		return err
 	}
 	failpoint.Hit("controller.removal.removed")
-	return c.store.Update(ctx, func(tx store.Tx) error { return tx.Delete(store.Checkpoints, id) })
+	return c.store.Update(ctx, func(tx store.Tx) error { return endRemoval(tx, id) })
+}
+
+// endRemoval forgets the record of a checkpoint that the repository has
+// forgotten.
+func endRemoval(tx store.Tx, id string) error {
+	cp, err := store.Get[api.Checkpoint](tx, store.Checkpoints, id)
+	if err != nil {
+		return ignoreNotFound(err)
+	}
+	if err := tx.Delete(store.Checkpoints, id); err != nil {
+		return err
+	}
+	job, err := getJob(tx, cp.Job)
+	if err != nil || job.Own == nil {
+		return ignoreNotFound(err)
+	}
+	job.disown(id)
+	return putJob(tx, job)
 }
 
 // beginRemoval makes a checkpoint unusable.
@@ -176,19 +195,54 @@ func (c *Controller) finishRemovals(ctx context.Context) error {
 			err = errors.Join(err, fmt.Errorf("remove checkpoint %s: %w", id, failed))
 		}
 	}
-	c.collectGarbage(ctx)
+	c.leaveGarbage()
 	return err
 }
 
+// leaveGarbage tells the collector that manifests are gone.
+func (c *Controller) leaveGarbage() {
+	select {
+	case c.garbage <- struct{}{}:
+	default: // it knows
+	}
+}
+
+// collectGarbage frees what no manifest needs, whenever manifests are gone. That
+// reads much of the repository: it takes at most a twentieth of all time.
+func (c *Controller) collectGarbage(ctx context.Context) {
+	for {
+		select {
+		case <-c.garbage:
+		case <-ctx.Done():
+			return
+		}
+		begun := c.clock.Now()
+		stats, err := c.parts.Repository.GC(ctx, repository.GCOptions{Verifier: c.verifier})
+		switch {
+		case err == nil:
+			c.log.Info("collected the repository's garbage", "packs", stats.RemovedPacks, "bytes", stats.RemovedBytes)
+		case ctx.Err() == nil:
+			c.log.Warn("the repository's garbage was not collected", "error", err)
+		}
+		if c.pause(ctx, 20*c.clock.Now().Sub(begun)) != nil {
+			return
+		}
+	}
+}
+
 // forgetFailed removes the oldest records of a job's failed automatic
-// checkpoints. They hold nothing.
-func forgetFailed(tx store.Tx, job string) error {
-	list, err := checkpointsOf(tx, job)
+// checkpoints; the caller writes the job. They hold nothing.
+func forgetFailed(tx store.Tx, job *jobRecord) error {
+	list, err := checkpointsOf(tx, job.ID)
 	if err != nil {
 		return err
 	}
 	list = slices.DeleteFunc(list, func(cp api.Checkpoint) bool { return cp.Trigger != api.TriggerPeriodic })
-	for _, id := range retention.Failed(list, keptFailures) {
+	old := retention.Failed(list, keptFailures)
+	if job.Own != nil {
+		job.disown(old...)
+	}
+	for _, id := range old {
 		if err := tx.Delete(store.Checkpoints, id); err != nil {
 			return err
 		}

@@ -20,7 +20,7 @@ func (c *Controller) submit(ctx context.Context, spec api.JobSpec) (*jobRecord, 
 	if err := c.checkCloud(spec.Cloud); err != nil {
 		return nil, err
 	}
-	job := &jobRecord{Secret: newSecret(), JobDetail: api.JobDetail{
+	job := &jobRecord{Secret: newSecret(), Own: []string{}, JobDetail: api.JobDetail{
 		Spec: spec, TaskStatus: make([]api.TaskStatus, spec.Tasks),
 		Job: api.Job{
 			ID: newID("j"), Name: spec.Name, Phase: api.PhasePending, Tasks: spec.Tasks, Priority: spec.Priority,
@@ -146,11 +146,15 @@ func (c *Controller) suspend(ctx context.Context, ref string) (*opRecord, error)
 }
 
 func (c *Controller) beginCapture(tx store.Tx, kind api.OperationKind, job *jobRecord, ask request) (*opRecord, error) {
+	id := newID("c")
+	if job.Own != nil {
+		job.Own = append(job.Own, id)
+	}
 	op, err := c.beginOperation(tx, kind, job, ask)
 	if err != nil {
 		return nil, err
 	}
-	op.Checkpoint = newID("c")
+	op.Checkpoint = id
 	cp := api.Checkpoint{
 		ID: op.Checkpoint, Job: job.ID, State: api.CheckpointCapturing, Trigger: ask.Trigger, Label: ask.Label,
 		Created: op.Started, Tasks: job.Tasks,
@@ -273,7 +277,7 @@ func (c *Controller) jobFromCheckpoint(ctx context.Context, id, name string) (*j
 		return nil, refused("the network in checkpoint %s cannot be read", id)
 	}
 	spec.Name = name // the original's would mean two jobs from now on
-	job := &jobRecord{Secret: newSecret(), JobDetail: api.JobDetail{
+	job := &jobRecord{Secret: newSecret(), Own: []string{}, JobDetail: api.JobDetail{
 		Spec: spec, From: id,
 		Job: api.Job{
 			ID: newID("j"), Name: name, Phase: api.PhaseRestoring, Tasks: len(manifest.Tasks), Priority: spec.Priority, Created: c.clock.Now().UTC(),
@@ -380,7 +384,7 @@ func (c *Controller) remove(ctx context.Context, ref string) error {
 		return c.answered(ctx, tx, http.StatusNoContent, nil)
 	})
 	if err == nil && len(checkpoints) > 0 {
-		c.work.Go(func() { c.collectGarbage(c.run) })
+		c.leaveGarbage()
 	}
 	return err
 }
@@ -417,7 +421,7 @@ func (c *Controller) removeCheckpoint(ctx context.Context, ref string) error {
 	if err != nil {
 		return err
 	}
-	c.work.Go(func() { c.collectGarbage(c.run) })
+	c.leaveGarbage()
 	return nil
 }
 

@@ -9,7 +9,7 @@ import (
 	"dormouse/api"
 )
 
-var kinds = []api.OperationKind{api.OpStart, api.OpCheckpoint, api.OpSuspend, api.OpResume, api.OpRestart, api.OpClone, api.OpKill, api.OpRecover, api.OpVerify}
+var kinds = []api.OperationKind{api.OpStart, api.OpCheckpoint, api.OpSuspend, api.OpResume, api.OpRestart, api.OpClone, api.OpKill, api.OpRecover, api.OpVerify, api.OpDrill}
 
 // Whatever fails, in whatever order, an operation moves through its flow as the
 // flow says, and comes to an end once failures do.
