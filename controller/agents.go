@@ -289,6 +289,7 @@ func (c *Controller) reachable(ctx context.Context, id string) error {
 		if err != nil || n.State != api.NodeUnreachable {
 			return err
 		}
-		return c.putNodeState(tx, n, n.heardState(), "")
+		heard, reason := n.heard()
+		return c.putNodeState(tx, n, heard, reason)
 	})
 }

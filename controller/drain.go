@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"net/http"
 	"slices"
 
 	"dormouse/api"
@@ -26,21 +27,16 @@ func (c *Controller) drain(ctx context.Context, ref string) (*opRecord, error) {
 		}
 		if len(running) > 0 {
 			op = &running[0]
-			return nil
+			return c.accepted(ctx, tx, op, nil)
 		}
-		n.Cordoned = true
-		state := n.State
-		if state == api.NodeReady {
-			state = api.NodeCordoned
-		}
-		if err := c.putNodeState(tx, n, state, "it is drained: `dormouse uncordon "+n.ID+"` lets jobs onto it again"); err != nil {
+		if err := c.cordon(tx, n, true); err != nil {
 			return err
 		}
 		if op, err = c.beginOperation(tx, api.OpDrain, nil, request{Node: n.ID}); err != nil {
 			return err
 		}
 		op.Node = n.ID
-		return putOperation(tx, op)
+		return c.accepted(ctx, tx, op, putOperation(tx, op))
 	})
 	return op, err
 }
@@ -63,13 +59,22 @@ func (c *Controller) uncordon(ctx context.Context, ref string) error {
 				return err
 			}
 		}
-		n.Cordoned = false
-		if n.State != api.NodeCordoned {
-			n.Reason = ""
-			return store.Put(tx, store.Nodes, n.ID, n)
+		if err := c.cordon(tx, n, false); err != nil {
+			return err
 		}
-		return c.putNodeState(tx, n, api.NodeReady, "")
+		return c.answered(ctx, tx, http.StatusNoContent, nil)
 	})
+}
+
+// cordon keeps jobs off a node, or lets them onto it. A node that is not up stays
+// what it is until it is heard of.
+func (c *Controller) cordon(tx store.Tx, n nodeRecord, cordoned bool) error {
+	n.Cordoned = cordoned
+	if n.State != api.NodeReady && n.State != api.NodeCordoned {
+		return store.Put(tx, store.Nodes, n.ID, n)
+	}
+	state, reason := n.heard()
+	return c.putNodeState(tx, n, state, reason)
 }
 
 // label sets labels of a node, and removes those with an empty value.
@@ -125,10 +130,16 @@ func (d *doing) evictAll(ctx context.Context) (effect, error) {
 	for {
 		revision := d.store.Revision()
 		var s *drainState
-		err := d.store.Update(ctx, func(tx store.Tx) (err error) {
-			s, err = d.evictIdle(tx)
+		err := d.store.View(ctx, func(tx store.Tx) (err error) { // spares the writers' lock
+			s, err = d.lookAround(tx, nil)
 			return err
 		})
+		if err == nil && s.idle {
+			err = d.store.Update(ctx, func(tx store.Tx) (err error) {
+				s, err = d.lookAround(tx, d.evictOne)
+				return err
+			})
+		}
 		if err != nil {
 			return nil, err
 		}
@@ -158,14 +169,15 @@ func (d *doing) evictAll(ctx context.Context) (effect, error) {
 // drainState is how far a drain is.
 type drainState struct {
 	cancelled bool
+	idle      bool     // a job there could give up its place now
 	going     []string // what is still to be waited for
 	stuck     []string // jobs that cannot leave, and why
 	moved     []api.DrainResult
 }
 
-// evictIdle has every idle job on the node give up its place, and looks at what
-// is left.
-func (d *doing) evictIdle(tx store.Tx) (*drainState, error) {
+// lookAround looks at every job that is on the node, or was moved off it, and has
+// evict, when it is given, take the idle ones off.
+func (d *doing) lookAround(tx store.Tx, evict func(store.Tx, *opRecord, *jobRecord) error) (*drainState, error) {
 	s := &drainState{}
 	op, err := getOperation(tx, d.op.ID)
 	if err != nil || op.Phase != api.OpRunning {
@@ -176,40 +188,36 @@ func (d *doing) evictIdle(tx store.Tx) (*drainState, error) {
 	if err != nil {
 		return nil, err
 	}
-	before := len(op.Moved)
 	for i := range jobs {
-		if err := d.evictOne(tx, op, &jobs[i], s); err != nil {
+		job := &jobs[i]
+		on, err := job.usesNode(tx, op.Node)
+		if err != nil {
 			return nil, err
 		}
+		idle := s.note(op, job, on)
+		s.idle = s.idle || idle
+		if idle && evict != nil {
+			if err := evict(tx, op, job); err != nil {
+				return nil, err
+			}
+		}
 	}
-	if len(op.Moved) == before {
-		return s, nil
-	}
-	return s, putOperation(tx, op)
+	return s, nil
 }
 
-// evictOne does what can be done about one job: it is on the node, or was.
-func (d *doing) evictOne(tx store.Tx, op *opRecord, job *jobRecord, s *drainState) error {
+// note notes how far the drain is with a job, and reports whether the job could
+// give up its place now.
+func (s *drainState) note(op *opRecord, job *jobRecord, on bool) (idle bool) {
 	moved := slices.Contains(op.Moved, job.ID)
-	on, err := job.usesNode(tx, op.Node)
-	if err != nil {
-		return err
-	}
 	switch {
 	case !on && !moved:
-		return nil
 	case on && (job.Operation != "" || job.Phase != api.PhaseRunning):
 		s.going = append(s.going, fmt.Sprintf("job %s, which is %s", job.ID, job.Phase))
 	case on && job.Stubborn != nil && moved:
 		s.stuck = append(s.stuck, fmt.Sprintf("job %s: %s", job.ID, job.Stubborn.Why))
 	case on:
-		if !moved {
-			op.Moved = append(op.Moved, job.ID)
-		}
-		job.Stubborn = nil
 		s.going = append(s.going, fmt.Sprintf("job %s, which is %s", job.ID, api.PhaseSuspending))
-		_, err := d.giveWay(tx, job, yield{From: op.Node}, api.TriggerDrain)
-		return err
+		return true
 	case job.Operation != "" && job.Phase != api.PhaseRunning, job.waits() && (job.Yield == nil || !job.Yield.Waits):
 		s.going = append(s.going, fmt.Sprintf("job %s, which is %s", job.ID, job.Phase))
 	default:
@@ -221,7 +229,19 @@ func (d *doing) evictOne(tx store.Tx, op *opRecord, job *jobRecord, s *drainStat
 		}
 		s.moved = append(s.moved, r)
 	}
-	return nil
+	return false
+}
+
+// evictOne has a job give up its place.
+func (d *doing) evictOne(tx store.Tx, op *opRecord, job *jobRecord) error {
+	if !slices.Contains(op.Moved, job.ID) {
+		op.Moved = append(op.Moved, job.ID)
+	}
+	job.Stubborn = nil
+	if _, err := d.giveWay(tx, job, yield{From: op.Node}, api.TriggerDrain); err != nil {
+		return err
+	}
+	return putOperation(tx, op)
 }
 
 // usesNode reports whether the job has a task on the node, or one on its way.

@@ -265,7 +265,9 @@ func (c *Controller) welcome(ctx context.Context, id string, hello *agentpb.Hell
 			return fmt.Errorf("node %s is not known: it must join first: %w", id, err)
 		}
 		noteHello(&n, hello)
-		if err := c.putNodeState(tx, n, n.heardState(), ""); err != nil {
+		n.Hellos++
+		state, reason := n.heard()
+		if err := c.putNodeState(tx, n, state, reason); err != nil {
 			return err
 		}
 		held := make(map[taskRef]bool)
@@ -287,12 +289,12 @@ func (c *Controller) welcome(ctx context.Context, id string, hello *agentpb.Hell
 	return w, err
 }
 
-// heardState is the state of a node whose agent is heard of.
-func (n *nodeRecord) heardState() api.NodeState {
+// heard is the state of a node whose agent is heard of, and why.
+func (n *nodeRecord) heard() (api.NodeState, string) {
 	if n.Cordoned {
-		return api.NodeCordoned
+		return api.NodeCordoned, "it was drained: `dormouse uncordon " + n.ID + "` lets jobs onto it again"
 	}
-	return api.NodeReady
+	return api.NodeReady, ""
 }
 
 func noteHello(n *nodeRecord, h *agentpb.Hello) {

@@ -165,6 +165,9 @@ func (c *Controller) planPreempt(ctx context.Context, ref string) (plan api.Pree
 
 // swap begins to put one job where another is.
 func (c *Controller) swap(ctx context.Context, outRef, inRef string) (*opRecord, error) {
+	if err := c.afterPeriodic(ctx, outRef); err != nil {
+		return nil, err
+	}
 	var op *opRecord
 	err := c.store.Update(ctx, func(tx store.Tx) error {
 		s, err := c.survey(tx)
@@ -181,7 +184,7 @@ func (c *Controller) swap(ctx context.Context, outRef, inRef string) (*opRecord,
 		}
 		in.Reason = "takes the place of job " + out.ID
 		op, err = c.beginOperation(tx, api.OpSwap, in, request{Out: out.ID, Yield: leaving.ID, Nodes: nodes})
-		return err
+		return c.accepted(ctx, tx, op, err)
 	})
 	return op, err
 }

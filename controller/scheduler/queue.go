@@ -95,7 +95,7 @@ func rank(a, b Waiting) int {
 // behind.
 const (
 	mostStarts    = 1024 // jobs that get a place
-	mostEvictions = 16  // jobs that make others give way
+	mostEvictions = 16   // jobs that make others give way
 	// mostAhead are the jobs with different needs that may wait; nothing is started
 	// behind more of them.
 	mostAhead = 128
