@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net/http"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -211,6 +212,27 @@ type ByID struct {
 	ID string `path:"id"`
 }
 
+// Page are the query parameters of long lists; exported as ByID is.
+type Page struct {
+	Limit int    `query:"limit" minimum:"0" doc:"at most so many; 0: all"`
+	After string `query:"after" doc:"the id of the last one of the page before"`
+}
+
+// cut returns the page of a list.
+func cut[T any](p Page, list []T, id func(T) string) ([]T, error) {
+	if p.After != "" {
+		last := slices.IndexFunc(list, func(one T) bool { return id(one) == p.After })
+		if last < 0 {
+			return nil, notFound("%s is not in the list any more: begin with the first page", p.After)
+		}
+		list = list[last+1:]
+	}
+	if p.Limit > 0 && p.Limit < len(list) {
+		list = list[:p.Limit]
+	}
+	return list, nil
+}
+
 // operation is the answer of what begins one.
 func operation(op *opRecord, err error) (api.Operation, error) {
 	if err != nil {
@@ -237,8 +259,9 @@ func (c *Controller) routeJobs(rest huma.API) {
 		})
 	route(rest, get("jobs", "/v1/jobs", "List the jobs that are not over, or all"), func(ctx context.Context, in *struct {
 		All bool `query:"all"`
+		Page
 	}) ([]api.Job, error) {
-		return c.listJobs(ctx, in.All)
+		return c.listJobs(ctx, in.All, in.Page)
 	})
 	route(rest, get("job", "/v1/jobs/{id}", "Show a job"), func(ctx context.Context, in *ByID) (api.JobDetail, error) {
 		return c.explainedJob(ctx, in.ID)
@@ -307,19 +330,25 @@ func (c *Controller) routeJobs(rest huma.API) {
 	})
 }
 
-func (c *Controller) listJobs(ctx context.Context, all bool) ([]api.Job, error) {
-	list := []api.Job{}
-	err := c.store.View(ctx, func(tx store.Tx) error {
-		jobs, err := store.All[jobRecord](tx, store.Jobs)
-		for _, j := range jobs {
-			if !j.Drill && (all || !j.Phase.Final()) {
-				list = append(list, j.Job)
-			}
-		}
+func (c *Controller) listJobs(ctx context.Context, all bool, page Page) ([]api.Job, error) {
+	var jobs []*jobRecord
+	err := c.store.View(ctx, func(tx store.Tx) (err error) {
+		jobs, err = c.jobs.all(tx)
 		return err
 	})
-	sortBy(list, func(j api.Job) (time.Time, string) { return j.Created, j.ID })
-	return list, err
+	if err != nil {
+		return nil, err
+	}
+	jobs = slices.DeleteFunc(jobs, func(j *jobRecord) bool { return j.Drill || !all && j.Phase.Final() })
+	sortBy(jobs, func(j *jobRecord) (time.Time, string) { return j.Created, j.ID })
+	if jobs, err = cut(page, jobs, func(j *jobRecord) string { return j.ID }); err != nil {
+		return nil, err
+	}
+	list := make([]api.Job, len(jobs))
+	for i, j := range jobs {
+		list[i] = j.Job
+	}
+	return list, nil
 }
 
 func (c *Controller) jobDetail(ctx context.Context, ref string) (api.JobDetail, error) {
@@ -443,8 +472,8 @@ func (c *Controller) listCheckpoints(ctx context.Context, ref string) (list []ap
 }
 
 func (c *Controller) routePlatform(rest huma.API) {
-	route(rest, get("operations", "/v1/operations", "List operations"), func(ctx context.Context, _ *struct{}) ([]api.Operation, error) {
-		return c.listOperations(ctx)
+	route(rest, get("operations", "/v1/operations", "List operations"), func(ctx context.Context, in *struct{ Page }) ([]api.Operation, error) {
+		return c.listOperations(ctx, in.Page)
 	})
 	route(rest, get("operation", "/v1/operations/{id}", "Show an operation, or wait for its next change"), func(ctx context.Context, in *struct {
 		ByID
@@ -454,8 +483,8 @@ func (c *Controller) routePlatform(rest huma.API) {
 	})
 	route(rest, begins("cancel-operation", "/v1/operations/{id}/cancel", "Call an operation off, where that is safe: what it did is undone"),
 		func(ctx context.Context, in *ByID) (api.Operation, error) { return operation(c.cancel(ctx, in.ID)) })
-	route(rest, get("nodes", "/v1/nodes", "List the nodes"), func(ctx context.Context, _ *struct{}) ([]api.Node, error) {
-		return c.listNodes(ctx)
+	route(rest, get("nodes", "/v1/nodes", "List the nodes"), func(ctx context.Context, in *struct{ Page }) ([]api.Node, error) {
+		return c.listNodes(ctx, in.Page)
 	})
 	routeEmpty(rest, huma.Operation{OperationID: "kill-node", Method: http.MethodPost, Path: "/v1/nodes/{id}/kill", Summary: "Cut the power of a virtual node"},
 		func(ctx context.Context, in *ByID) error { return c.cutPower(ctx, in.ID) })
@@ -484,17 +513,24 @@ func (c *Controller) routePlatform(rest huma.API) {
 	})
 }
 
-func (c *Controller) listOperations(ctx context.Context) ([]api.Operation, error) {
-	list := []api.Operation{}
-	err := c.store.View(ctx, func(tx store.Tx) error {
-		ops, err := store.All[opRecord](tx, store.Operations)
-		for _, op := range ops {
-			list = append(list, op.Operation)
-		}
+func (c *Controller) listOperations(ctx context.Context, page Page) ([]api.Operation, error) {
+	var ops []*opRecord
+	err := c.store.View(ctx, func(tx store.Tx) (err error) {
+		ops, err = c.operations.all(tx)
 		return err
 	})
-	sortBy(list, func(op api.Operation) (time.Time, string) { return op.Started, op.ID })
-	return list, err
+	if err != nil {
+		return nil, err
+	}
+	sortBy(ops, func(op *opRecord) (time.Time, string) { return op.Started, op.ID })
+	if ops, err = cut(page, ops, func(op *opRecord) string { return op.ID }); err != nil {
+		return nil, err
+	}
+	list := make([]api.Operation, len(ops))
+	for i, op := range ops {
+		list[i] = op.Operation
+	}
+	return list, nil
 }
 
 // waitOperation answers at once without wait; with it, when the operation has
@@ -525,11 +561,14 @@ func (c *Controller) waitOperation(ctx context.Context, ref, wait string) (api.O
 	return operation(now, err)
 }
 
-func (c *Controller) listNodes(ctx context.Context) ([]api.Node, error) {
+func (c *Controller) listNodes(ctx context.Context, page Page) ([]api.Node, error) {
 	list := []api.Node{}
 	err := c.store.View(ctx, func(tx store.Tx) error {
-		records, err := store.All[nodeRecord](tx, store.Nodes)
+		records, err := c.nodes.all(tx)
 		if err != nil {
+			return err
+		}
+		if records, err = cut(page, records, func(n *nodeRecord) string { return n.ID }); err != nil {
 			return err
 		}
 		s, err := c.survey(tx)
@@ -538,9 +577,9 @@ func (c *Controller) listNodes(ctx context.Context) ([]api.Node, error) {
 		}
 		used := s.usage()
 		for _, r := range records {
-			u := used[r.ID]
-			r.CPUsUsed, r.MemUsed, r.Tasks = u.cpus, u.mem, u.tasks
-			list = append(list, r.Node)
+			node, u := r.Node, used[r.ID]
+			node.CPUsUsed, node.MemUsed, node.Tasks = u.cpus, u.mem, u.tasks
+			list = append(list, node)
 		}
 		return nil
 	})
@@ -550,7 +589,7 @@ func (c *Controller) listNodes(ctx context.Context) ([]api.Node, error) {
 func (c *Controller) listClouds(ctx context.Context) ([]api.Cloud, error) {
 	list := []api.Cloud{}
 	err := c.store.View(ctx, func(tx store.Tx) error {
-		records, err := store.All[nodeRecord](tx, store.Nodes)
+		records, err := c.nodes.all(tx)
 		if err != nil {
 			return err
 		}

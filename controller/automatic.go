@@ -82,7 +82,7 @@ func (c *Controller) beginDue(ctx context.Context, watched time.Time) (next time
 	var free map[string]int
 	now := c.clock.Now()
 	err = c.store.View(ctx, func(tx store.Tx) error {
-		jobs, err := store.All[jobRecord](tx, store.Jobs)
+		jobs, err := c.jobs.all(tx)
 		if err != nil {
 			return err
 		}
@@ -91,7 +91,7 @@ func (c *Controller) beginDue(ctx context.Context, watched time.Time) (next time
 			return err
 		}
 		for i := range jobs {
-			all = append(all, c.dueOf(&jobs[i], clouds, watched)...)
+			all = append(all, c.dueOf(jobs[i], clouds, watched)...)
 		}
 		trial, err := c.drillDue(ctx, tx, jobs)
 		if err != nil {
@@ -259,7 +259,7 @@ type cloudTally struct {
 
 // tallies brings what was seen of all nodes up to now.
 func (c *Controller) tallies(tx store.Tx) (map[string]cloudTally, error) {
-	records, err := store.All[nodeRecord](tx, store.Nodes)
+	records, err := c.nodes.all(tx)
 	if err != nil {
 		return nil, err
 	}
@@ -281,13 +281,13 @@ func (c *Controller) tallies(tx store.Tx) (map[string]cloudTally, error) {
 }
 
 // freeDumps is how many more checkpoints each cloud may make now.
-func (c *Controller) freeDumps(tx store.Tx, jobs []jobRecord, clouds map[string]cloudTally) (map[string]int, error) {
+func (c *Controller) freeDumps(tx store.Tx, jobs []*jobRecord, clouds map[string]cloudTally) (map[string]int, error) {
 	free := make(map[string]int)
 	for name, tally := range clouds {
 		free[name] = c.dumpLimit(name, tally)
 	}
 	for i := range jobs {
-		busy, err := dumping(tx, &jobs[i])
+		busy, err := dumping(tx, jobs[i])
 		if err != nil {
 			return nil, err
 		}
@@ -378,7 +378,7 @@ func (c *Controller) whatItWaitsFor(tx store.Tx, job *jobRecord, clouds map[stri
 		op, err := getOperation(tx, job.Operation)
 		return fmt.Sprintf("operation %s (%s) of the job is under way", op.ID, op.Kind), err
 	}
-	jobs, err := store.All[jobRecord](tx, store.Jobs)
+	jobs, err := c.jobs.all(tx)
 	if err != nil {
 		return "", err
 	}

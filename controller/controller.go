@@ -114,6 +114,12 @@ type Controller struct {
 	handler   http.Handler
 	grpc      *grpc.Server
 
+	// What was decoded of the store last, and where jobs are: see image.go.
+	jobs       *image[jobRecord]
+	operations *image[opRecord]
+	nodes      *image[nodeRecord]
+	placed     *whereabouts
+
 	mu        sync.Mutex
 	clouds    map[string]Cloud
 	order     []string // of clouds
@@ -155,7 +161,9 @@ func New(parts Parts) (*Controller, error) {
 		fleet: newFleet(parts.Cluster.Leads), streams: newAttachments(), bandwidth: newBandwidth(), garbage: make(chan struct{}, 1),
 		signer:   repository.NewSigner(key),
 		verifier: repository.NewVerifier(key.Public().(ed25519.PublicKey)),
-		clouds:   make(map[string]Cloud), operating: make(map[string]bool), interrupts: make(map[string]context.CancelCauseFunc),
+		jobs:     newImage[jobRecord](store.Jobs), operations: newImage[opRecord](store.Operations), nodes: newImage[nodeRecord](store.Nodes),
+		placed: &whereabouts{jobs: make(map[string]map[string]bool)},
+		clouds: make(map[string]Cloud), operating: make(map[string]bool), interrupts: make(map[string]context.CancelCauseFunc),
 	}
 	c.run, c.stop = context.WithCancel(context.Background())
 	c.metrics = newMetrics(c)

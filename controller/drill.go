@@ -174,10 +174,9 @@ func (c *Controller) concludeDrill(tx store.Tx, op *opRecord, job *jobRecord, do
 
 // drillDue is the next trial that a job's policy asks for. One is made at a
 // time, and none while jobs wait for room.
-func (c *Controller) drillDue(ctx context.Context, tx store.Tx, jobs []jobRecord) (*due, error) {
+func (c *Controller) drillDue(ctx context.Context, tx store.Tx, jobs []*jobRecord) (*due, error) {
 	var next *jobRecord
-	for i := range jobs {
-		job := &jobs[i]
+	for _, job := range jobs {
 		if job.Drill || job.waits() {
 			return nil, nil
 		}

@@ -92,14 +92,14 @@ func (s *census) Collect(out chan<- prometheus.Metric) {
 	}
 	nodes := make(map[place]int)
 	err := s.c.store.View(context.Background(), func(tx store.Tx) error {
-		jobs, err := store.All[jobRecord](tx, store.Jobs)
+		jobs, err := s.c.jobs.all(tx)
 		if err != nil {
 			return err
 		}
 		for i := range jobs {
 			phases[jobs[i].Phase]++
 		}
-		ops, err := store.All[opRecord](tx, store.Operations)
+		ops, err := s.c.operations.all(tx)
 		if err != nil {
 			return err
 		}
@@ -108,7 +108,7 @@ func (s *census) Collect(out chan<- prometheus.Metric) {
 				kinds[ops[i].Kind]++
 			}
 		}
-		all, err := store.All[nodeRecord](tx, store.Nodes)
+		all, err := s.c.nodes.all(tx)
 		for i := range all {
 			nodes[place{all[i].Cloud, all[i].State}]++
 		}

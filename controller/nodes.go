@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"dormouse/api"
@@ -27,6 +28,15 @@ const silence = 3
 // moment the controller before this one ended.
 func (c *Controller) bootNodes(ctx context.Context) error {
 	return c.store.Update(ctx, func(tx store.Tx) error {
+		jobs, err := c.jobs.all(tx)
+		if err != nil {
+			return err
+		}
+		for _, job := range jobs {
+			for _, t := range job.TaskStatus {
+				c.placed.add(job.ID, []string{t.Node})
+			}
+		}
 		nodes, err := store.All[nodeRecord](tx, store.Nodes)
 		if err != nil {
 			return err
@@ -108,9 +118,9 @@ func (c *Controller) watchNodes(ctx context.Context) {
 }
 
 func (c *Controller) checkLeases(ctx context.Context) error {
-	var nodes []nodeRecord
+	var nodes []*nodeRecord
 	err := c.store.View(ctx, func(tx store.Tx) (err error) {
-		nodes, err = store.All[nodeRecord](tx, store.Nodes)
+		nodes, err = c.nodes.all(tx)
 		return err
 	})
 	now := c.clock.Now()
@@ -186,12 +196,11 @@ func (c *Controller) loseNode(ctx context.Context, id, reason string) error {
 // loseTasksOf marks tasks on a node as gone with it, but those in held, and
 // settles their jobs.
 func (c *Controller) loseTasksOf(tx store.Tx, node, reason string, held map[taskRef]bool) error {
-	jobs, err := store.All[jobRecord](tx, store.Jobs)
+	jobs, err := c.jobsOn(tx, node)
 	if err != nil {
 		return err
 	}
-	for i := range jobs {
-		job := &jobs[i]
+	for _, job := range jobs {
 		if !job.Phase.Placed() || !holdsUnheld(job, node, held) {
 			continue
 		}
@@ -202,6 +211,25 @@ func (c *Controller) loseTasksOf(tx store.Tx, node, reason string, held map[task
 		}
 	}
 	return nil
+}
+
+// jobsOn returns the jobs that may have a task on the node.
+func (c *Controller) jobsOn(tx store.Tx, node string) ([]*jobRecord, error) {
+	ids := c.placed.on(node)
+	slices.Sort(ids)
+	jobs := make([]*jobRecord, 0, len(ids))
+	for _, id := range ids {
+		job, err := getJob(tx, id)
+		if errors.Is(err, store.ErrNotFound) {
+			c.placed.forget(node, id)
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		jobs = append(jobs, job)
+	}
+	return jobs, nil
 }
 
 // holdsUnheld reports whether the job has a task on node that is not in held.
@@ -346,12 +374,11 @@ func (j *jobRecord) owns(ref taskRef) bool {
 // loseVanished marks tasks that should be on the node, and that its agent does
 // not hold. While a job is being started or restored its commands tell.
 func (c *Controller) loseVanished(tx store.Tx, node string, held map[taskRef]bool) error {
-	jobs, err := store.All[jobRecord](tx, store.Jobs)
+	jobs, err := c.jobsOn(tx, node)
 	if err != nil {
 		return err
 	}
-	for i := range jobs {
-		job := &jobs[i]
+	for _, job := range jobs {
 		if job.Phase != api.PhaseRunning && job.Phase != api.PhaseSuspending || !holdsUnheld(job, node, held) {
 			continue
 		}

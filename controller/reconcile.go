@@ -15,9 +15,13 @@ import (
 func (c *Controller) reconcile(ctx context.Context) {
 	for {
 		revision := c.store.Revision()
+		begun := c.clock.Now()
 		err := errors.Join(c.driveOperations(ctx), c.startCleanups(ctx))
 		if err != nil && ctx.Err() == nil {
 			c.log.Error("the controller cannot look at its store", "error", err)
+		}
+		if took := c.clock.Now().Sub(begun); took > cheapLook && c.pause(ctx, took) != nil {
+			return
 		}
 		if _, err := c.store.Wait(ctx, revision); err != nil {
 			return
@@ -29,7 +33,7 @@ func (c *Controller) reconcile(ctx context.Context) {
 func (c *Controller) driveOperations(ctx context.Context) error {
 	var running []string
 	err := c.store.View(ctx, func(tx store.Tx) error {
-		ops, err := store.All[opRecord](tx, store.Operations)
+		ops, err := c.operations.all(tx)
 		for _, op := range ops {
 			if op.Phase == api.OpRunning && op.After == "" {
 				running = append(running, op.ID)

@@ -274,7 +274,7 @@ func findJob(tx store.Tx, ref string) (*jobRecord, error) {
 	if job, err := getJob(tx, ref); ref != "" && !errors.Is(err, store.ErrNotFound) {
 		return job, err
 	}
-	jobs, err := store.All[jobRecord](tx, store.Jobs)
+	jobs, err := mentioning[jobRecord](tx, store.Jobs, ref)
 	if err != nil {
 		return nil, err
 	}
@@ -322,7 +322,7 @@ func checkpointsOf(tx store.Tx, job string) ([]api.Checkpoint, error) {
 			return nil, err
 		}
 	}
-	all, err := store.All[api.Checkpoint](tx, store.Checkpoints)
+	all, err := mentioning[api.Checkpoint](tx, store.Checkpoints, job)
 	if err != nil {
 		return nil, err
 	}

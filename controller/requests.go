@@ -28,16 +28,8 @@ func (c *Controller) submit(ctx context.Context, spec api.JobSpec) (*jobRecord, 
 		},
 	}}
 	err := c.store.Update(ctx, func(tx store.Tx) error {
-		records, err := store.All[nodeRecord](tx, store.Nodes)
-		if err != nil {
+		if err := c.possible(tx, job); err != nil {
 			return err
-		}
-		nodes := make([]scheduler.Node, len(records))
-		for i := range records {
-			nodes[i] = records[i].seen()
-		}
-		if err := scheduler.Possible(nodes, requestFor(job)); err != nil {
-			return invalid("%v", err)
 		}
 		number, err := tx.Sequence(store.Jobs)
 		if err != nil {
@@ -56,6 +48,31 @@ func (c *Controller) submit(ctx context.Context, spec api.JobSpec) (*jobRecord, 
 	})
 	c.log.Info("job pending", "job", job.ID, "command", spec.Command[0])
 	return job, err
+}
+
+// possible refuses a job that will not fit even if nothing else runs. It looks at
+// no more nodes than it needs to know that the job will.
+func (c *Controller) possible(tx store.Tx, job *jobRecord) error {
+	request, room := requestFor(job), 0
+	var nodes []scheduler.Node
+	err := tx.Scan(store.Nodes, "", func(key string, value []byte) error {
+		var n nodeRecord
+		if err := json.Unmarshal(value, &n); err != nil {
+			return fmt.Errorf("read node %s from the store: %w", key, err)
+		}
+		nodes = append(nodes, n.seen())
+		if room += scheduler.Room(nodes[len(nodes)-1], request); room >= job.Tasks {
+			return store.ErrStop
+		}
+		return nil
+	})
+	if err != nil || room >= job.Tasks {
+		return err
+	}
+	if err := scheduler.Possible(nodes, request); err != nil {
+		return invalid("%v", err)
+	}
+	return nil
 }
 
 func (c *Controller) checkCloud(name string) error {

@@ -134,6 +134,7 @@ func (d *doing) place(ctx context.Context) (effect, error) {
 		if err := numberNetwork(tx, job); err != nil {
 			return err
 		}
+		d.placed.add(job.ID, placement)
 		job.settleOn(placement, nodes, phase)
 		op.Run = job.Run
 		op.Placed, op.Nodes, op.Up = d.clock.Now().UTC(), unique(placement), time.Time{}

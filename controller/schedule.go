@@ -27,7 +27,7 @@ type survey struct {
 	nodes   []scheduler.Node
 	running []scheduler.Running
 	queue   []scheduler.Waiting
-	jobs    map[string]*jobRecord // those that wait, and those that have a place
+	jobs    map[string]*jobRecord // those that wait, and those that have a place; shared, to be read only
 	// next is when a job is no longer held back or stubborn; zero: none is.
 	next time.Time
 }
@@ -35,20 +35,20 @@ type survey struct {
 // survey looks at all nodes and jobs.
 func (c *Controller) survey(tx store.Tx) (*survey, error) {
 	s := &survey{jobs: make(map[string]*jobRecord)}
-	records, err := store.All[nodeRecord](tx, store.Nodes)
+	records, err := c.nodes.all(tx)
 	if err != nil {
 		return nil, err
 	}
 	for _, r := range records {
 		s.nodes = append(s.nodes, r.seen())
 	}
-	jobs, err := store.All[jobRecord](tx, store.Jobs)
+	jobs, err := c.jobs.all(tx)
 	if err != nil {
 		return nil, err
 	}
 	now := c.clock.Now()
 	for i := range jobs {
-		if err := s.look(tx, &jobs[i], now); err != nil {
+		if err := s.look(tx, jobs[i], now); err != nil {
 			return nil, err
 		}
 	}
@@ -298,9 +298,16 @@ func (j *jobRecord) waitsFor(d scheduler.Decision) string {
 
 // carryOut writes what was decided about a job, and begins what follows.
 func (c *Controller) carryOut(tx store.Tx, s *survey, d scheduler.Decision) error {
-	job := s.jobs[d.ID]
+	job, err := getJob(tx, d.ID)
+	if err != nil {
+		return err
+	}
 	for _, victim := range d.Evict {
-		if _, err := c.giveWay(tx, s.jobs[victim], yield{To: job.ID}, api.TriggerPreempt); err != nil {
+		leaves, err := getJob(tx, victim)
+		if err != nil {
+			return err
+		}
+		if _, err := c.giveWay(tx, leaves, yield{To: job.ID}, api.TriggerPreempt); err != nil {
 			return err
 		}
 	}
@@ -326,6 +333,7 @@ func (c *Controller) settleWaiting(tx store.Tx, s *survey, job *jobRecord, place
 	if err := numberNetwork(tx, job); err != nil {
 		return err
 	}
+	c.placed.add(job.ID, placement)
 	job.settleOn(placement, s.nodes, phase)
 	op, err := c.beginOperation(tx, kind, job, request{})
 	if err != nil {

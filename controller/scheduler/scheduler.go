@@ -99,6 +99,16 @@ func slots(n Node, r Request) int {
 	return max(fit, 0)
 }
 
+// Room is how many of the request's tasks the node would take if nothing else were
+// on it.
+func Room(n Node, r Request) int {
+	n.CPUsUsed, n.MemUsed = 0, 0
+	if !asked(n, r) {
+		return 0
+	}
+	return slots(n, r)
+}
+
 // Place returns the node of each task, or a *NoRoomError.
 func Place(nodes []Node, r Request) ([]string, error) {
 	fits := func(i int) int {

@@ -335,7 +335,7 @@ func (b *fleetBench) read(ctx context.Context) (map[string]latency, error) {
 
 // questions are what the readers ask.
 func (b *fleetBench) questions() map[string]string {
-	asked := map[string]string{"jobs, a page of 100": "/v1/jobs?limit=100", "nodes": "/v1/nodes", "operations": "/v1/operations"}
+	asked := map[string]string{"jobs, a page of 100": "/v1/jobs?limit=100", "nodes, a page of 100": "/v1/nodes?limit=100", "operations, a page of 100": "/v1/operations?limit=100"}
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if len(b.ids) > 0 {
@@ -462,7 +462,7 @@ func printFleet(rows []fleetRow) {
 	number("all agents joined, s", "%.2f", func(r fleetRow) float64 { return r.JoinMS / 1000 })
 	number("submissions/s", "%.0f", func(r fleetRow) float64 { return r.Submissions })
 	both("submit", func(r fleetRow) latency { return r.Submit })
-	for _, kind := range []string{"one job", "jobs, a page of 100", "nodes", "operations"} {
+	for _, kind := range []string{"one job", "jobs, a page of 100", "nodes, a page of 100", "operations, a page of 100"} {
 		both("read under load, "+kind, func(r fleetRow) latency { return r.Reads[kind] })
 		both("read, all running, "+kind, func(r fleetRow) latency { return r.QuietReads[kind] })
 	}
