@@ -88,23 +88,16 @@ func (s *agentService) Join(ctx context.Context, request *agentpb.JoinRequest) (
 	if !nodeName.MatchString(request.GetNode()) {
 		return nil, status.Errorf(codes.InvalidArgument, "%q is not a node name: use up to 63 small letters, digits, dots and dashes", request.GetNode())
 	}
-	// Signed before the token is used up: a bad request may be repeated.
-	certificate, err := c.parts.PKI.SignAgent(request.GetNode(), request.GetCsr(), c.parts.AgentLife)
-	if err != nil {
-		return nil, status.Error(codes.InvalidArgument, err.Error())
-	}
-	err = c.store.Update(ctx, func(tx store.Tx) error {
+	var certificate *x509.Certificate
+	err := c.store.Update(ctx, func(tx store.Tx) (err error) { // a refusal leaves the token as it was
 		if err := c.useToken(tx, request); err != nil {
 			return err
 		}
-		return c.admit(tx, request, certificate)
+		certificate, err = c.admit(tx, request)
+		return err
 	})
-	var p *problem
-	if errors.As(err, &p) {
-		return nil, status.Error(codes.PermissionDenied, p.Detail)
-	}
 	if err != nil {
-		return nil, status.Error(codes.Internal, err.Error())
+		return nil, agentStatus(err)
 	}
 	c.log.Info("node joined", "node", request.GetNode(), "cloud", request.GetCloud())
 	return &agentpb.JoinResponse{Certificate: certificate.Raw, Ca: c.parts.PKI.CADER(), NodeId: request.GetNode()}, nil
@@ -145,22 +138,26 @@ func (c *Controller) checkOpenCloud(name string) error {
 	return nil
 }
 
-// admit makes the node known, by its new certificate only.
-func (c *Controller) admit(tx store.Tx, request *agentpb.JoinRequest, certificate *x509.Certificate) error {
+// admit makes the node known, and the certificate that it returns the only one
+// that the node may show.
+func (c *Controller) admit(tx store.Tx, request *agentpb.JoinRequest) (*x509.Certificate, error) {
 	id := request.GetNode()
 	record, err := store.Get[nodeRecord](tx, store.Nodes, id)
 	switch {
-	case err == nil && record.Cloud != request.GetCloud():
-		return refused("there is a node %s in cloud %s already: choose another name", id, record.Cloud)
-	case err == nil && record.Driver == "" && (record.State == api.NodeReady || record.State == api.NodeCordoned):
-		return refused("there is a node %s already, and it is ready: choose another name", id)
 	case errors.Is(err, store.ErrNotFound):
 		record = nodeRecord{Node: api.Node{ID: id, Name: id, Cloud: request.GetCloud(), State: api.NodeJoining}}
 	case err != nil:
-		return err
+		return nil, err
+	case record.Cloud != request.GetCloud():
+		return nil, refused("there is a node %s in cloud %s already: choose another name", id, record.Cloud)
+	case record.Driver == "" && (record.State == api.NodeReady || record.State == api.NodeCordoned):
+		return nil, refused("there is a node %s already, and it is ready: choose another name", id)
 	}
-	record.Certificates = certificates{Last: serial(certificate)}
-	return store.Put(tx, store.Nodes, id, record)
+	certificate, err := c.sign(&record, request.GetCsr())
+	if err != nil {
+		return nil, err
+	}
+	return certificate, store.Put(tx, store.Nodes, id, record)
 }
 
 // Connect implements agentpb.AgentServiceServer.

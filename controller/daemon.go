@@ -222,7 +222,7 @@ func (d *Daemon) serve() error {
 	if name, err := os.Hostname(); err == nil {
 		names = append(names, name)
 	}
-	certificate, err := d.keys.Server(names)
+	certificate, err := d.keys.Server(names, d.log)
 	if err != nil {
 		return err
 	}
@@ -240,7 +240,7 @@ func (d *Daemon) serve() error {
 	d.server = &http.Server{
 		Handler: d, ReadHeaderTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 64 << 10,
 		TLSConfig: &tls.Config{
-			Certificates: []tls.Certificate{certificate}, ClientAuth: tls.VerifyClientCertIfGiven, ClientCAs: d.keys.Pool(), MinVersion: tls.VersionTLS13,
+			GetCertificate: certificate.Get, ClientAuth: tls.VerifyClientCertIfGiven, ClientCAs: d.keys.Pool(), MinVersion: tls.VersionTLS13,
 		},
 		ErrorLog: slog.NewLogLogger(d.log.Handler(), slog.LevelDebug),
 	}

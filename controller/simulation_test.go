@@ -13,6 +13,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
 	"path/filepath"
@@ -138,10 +139,10 @@ func (s *simulation) open() {
 	must(err)
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	must(err)
-	certificate, err := keys.Server(nil)
+	certificate, err := keys.Server(nil, slog.New(slog.DiscardHandler))
 	must(err)
 	s.server = &http.Server{Handler: s.c, TLSConfig: &tls.Config{
-		Certificates: []tls.Certificate{certificate}, ClientAuth: tls.VerifyClientCertIfGiven, ClientCAs: keys.Pool(),
+		GetCertificate: certificate.Get, ClientAuth: tls.VerifyClientCertIfGiven, ClientCAs: keys.Pool(),
 	}}
 	go s.server.ServeTLS(listener, "", "")
 	s.mu.Lock()

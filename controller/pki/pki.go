@@ -4,12 +4,16 @@
 // All live in one directory, each key in a file that only its owner may read:
 //
 //	ca.pem, ca.key          the authority that signs the server's and all agents' certificates
-//	server.pem, server.key  what the listener shows; made anew when its names change or its end is near
+//	server.pem, server.key  what the listener shows; made anew when its names change or its end is
+//	                        near, also while the controller runs
 //	manifest.key            ed25519 key of manifests (PKCS #8, PEM); losing it makes checkpoints unusable
 //	manifest.pub            its public half
 //
 // An agent's certificate has the node's id as its common name; the controller
-// believes nothing else about who an agent is.
+// believes nothing else about who an agent is. Which of a node's certificates it
+// believes is in the node's record: their serial numbers rise.
+//
+// The authority's own certificate is made once and lasts for twenty years.
 package pki
 
 import (
@@ -21,15 +25,18 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"encoding/binary"
 	"encoding/pem"
 	"errors"
 	"fmt"
 	"io/fs"
+	"log/slog"
 	"math/big"
 	"net"
 	"os"
 	"path/filepath"
 	"slices"
+	"sync"
 	"time"
 )
 
@@ -125,18 +132,52 @@ func (p *PKI) makeCA() error {
 	return p.save("ca", der, key)
 }
 
-// Server returns the certificate of the listener, valid for ServerName and
-// for hosts, which are names or addresses.
-func (p *PKI) Server(hosts []string) (tls.Certificate, error) {
-	hosts = append([]string{ServerName, "localhost", "127.0.0.1", "::1"}, hosts...)
+// Server is the certificate of a listener, which is renewed while it is in use.
+type Server struct {
+	pki   *PKI
+	hosts []string
+	log   *slog.Logger
+
+	mu      sync.Mutex
+	current *tls.Certificate
+	again   time.Time // of the next try, after one that failed
+}
+
+// Server returns the certificate of a listener, valid for ServerName and for
+// hosts, which are names or addresses.
+func (p *PKI) Server(hosts []string, log *slog.Logger) (*Server, error) {
+	s := &Server{pki: p, hosts: append([]string{ServerName, "localhost", "127.0.0.1", "::1"}, hosts...), log: log}
 	certificate, key, err := p.load("server")
-	if err == nil && p.serves(certificate, hosts) {
-		return tls.Certificate{Certificate: [][]byte{certificate.Raw}, PrivateKey: key, Leaf: certificate}, nil
+	if err == nil && p.serves(certificate, s.hosts) {
+		s.current = &tls.Certificate{Certificate: [][]byte{certificate.Raw}, PrivateKey: key, Leaf: certificate}
+		return s, nil
 	}
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return tls.Certificate{}, err
+		return nil, err
 	}
-	return p.makeServer(hosts)
+	s.current, err = p.makeServer(s.hosts)
+	return s, err
+}
+
+// Get is for tls.Config's GetCertificate. Connections made before a renewal go on.
+// When it fails, the old certificate is shown to its end and the next hour's first
+// connection tries again.
+func (s *Server) Get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	now := s.pki.now()
+	if now.Add(renewAhead).Before(s.current.Leaf.NotAfter) || now.Before(s.again) {
+		return s.current, nil
+	}
+	renewed, err := s.pki.makeServer(s.hosts)
+	if err != nil {
+		s.again = now.Add(time.Hour)
+		s.log.Error("cannot renew the controller's certificate", "until", s.current.Leaf.NotAfter, "error", err)
+		return s.current, nil
+	}
+	s.current = renewed
+	s.log.Info("the controller's certificate was renewed", "until", renewed.Leaf.NotAfter)
+	return s.current, nil
 }
 
 func (p *PKI) serves(certificate *x509.Certificate, hosts []string) bool {
@@ -146,10 +187,10 @@ func (p *PKI) serves(certificate *x509.Certificate, hosts []string) bool {
 	return !slices.ContainsFunc(hosts, func(host string) bool { return certificate.VerifyHostname(host) != nil })
 }
 
-func (p *PKI) makeServer(hosts []string) (tls.Certificate, error) {
+func (p *PKI) makeServer(hosts []string) (*tls.Certificate, error) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
-		return tls.Certificate{}, fmt.Errorf("make the server's key: %w", err)
+		return nil, fmt.Errorf("make the server's key: %w", err)
 	}
 	template := p.template(ServerName, serverLife)
 	template.KeyUsage = x509.KeyUsageDigitalSignature
@@ -163,19 +204,20 @@ func (p *PKI) makeServer(hosts []string) (tls.Certificate, error) {
 	}
 	der, err := x509.CreateCertificate(rand.Reader, template, p.ca, key.Public(), p.caKey)
 	if err != nil {
-		return tls.Certificate{}, fmt.Errorf("make the server's certificate: %w", err)
+		return nil, fmt.Errorf("make the server's certificate: %w", err)
 	}
 	if err := p.save("server", der, key); err != nil {
-		return tls.Certificate{}, err
+		return nil, err
 	}
 	leaf, err := x509.ParseCertificate(der)
-	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key, Leaf: leaf}, err
+	return &tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key, Leaf: leaf}, err
 }
 
 // SignAgent signs the certificate request (PKCS #10, DER) of the agent of a
 // node; the certificate ends after life. Only the request's key is used: the name
-// is the controller's word.
-func (p *PKI) SignAgent(node string, csr []byte, life time.Duration) (*x509.Certificate, error) {
+// is the controller's word. Of two certificates of one node, the one with the
+// greater Generation was given later, whatever clocks did.
+func (p *PKI) SignAgent(node string, csr []byte, generation uint64, life time.Duration) (*x509.Certificate, error) {
 	request, err := x509.ParseCertificateRequest(csr)
 	if err != nil {
 		return nil, fmt.Errorf("the certificate request of node %s cannot be read: %w", node, err)
@@ -184,6 +226,7 @@ func (p *PKI) SignAgent(node string, csr []byte, life time.Duration) (*x509.Cert
 		return nil, fmt.Errorf("the certificate request of node %s is not signed by its own key: %w", node, err)
 	}
 	template := p.template(node, life)
+	template.SerialNumber = serialOf(generation)
 	template.KeyUsage = x509.KeyUsageDigitalSignature
 	template.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}
 	der, err := x509.CreateCertificate(rand.Reader, template, p.ca, request.PublicKey, p.caKey)
@@ -191,6 +234,20 @@ func (p *PKI) SignAgent(node string, csr []byte, life time.Duration) (*x509.Cert
 		return nil, fmt.Errorf("sign the certificate of node %s: %w", node, err)
 	}
 	return x509.ParseCertificate(der)
+}
+
+// serialOf is a generation and 64 random bits, so that no serial number can be
+// told beforehand.
+func serialOf(generation uint64) *big.Int {
+	random := make([]byte, 8)
+	rand.Read(random) // never fails: it ends the program instead
+	number := binary.BigEndian.AppendUint64(nil, generation)
+	return new(big.Int).SetBytes(append(number, random...))
+}
+
+// Generation is the one that an agent's certificate was signed with.
+func Generation(certificate *x509.Certificate) uint64 {
+	return new(big.Int).Rsh(certificate.SerialNumber, 64).Uint64()
 }
 
 func (p *PKI) template(name string, life time.Duration) *x509.Certificate {
