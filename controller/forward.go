@@ -145,8 +145,14 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	f.proxy.ServeHTTP(w, r)
 }
 
-// RoundTrip implements http.RoundTripper: it sends a request to whoever leads. It
-// is repeated only when it certainly was not acted upon.
+// mayRepeat reports whether a request may be sent again though it may have been
+// acted upon: it changes nothing, or has a key by which it is done once.
+func mayRepeat(r *http.Request) bool {
+	return r.GetBody != nil && (r.Method == http.MethodGet || r.Header.Get(keyHeader) != "")
+}
+
+// RoundTrip implements http.RoundTripper: it sends a request to whoever leads,
+// and again when it certainly was not acted upon, or may be repeated.
 func (f *forwarder) RoundTrip(r *http.Request) (*http.Response, error) {
 	waiting, cancel := context.WithTimeout(r.Context(), leaderWait)
 	defer cancel()
@@ -160,7 +166,7 @@ func (f *forwarder) RoundTrip(r *http.Request) (*http.Response, error) {
 				return response, nil
 			case err == nil:
 				response.Body.Close()
-			case !errors.As(err, &dial):
+			case !errors.As(err, &dial) && !mayRepeat(r):
 				return nil, err
 			}
 		}

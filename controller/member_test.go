@@ -20,6 +20,7 @@ import (
 
 	"dormouse/api"
 	"dormouse/api/agentpb"
+	"dormouse/client"
 	"dormouse/controller/pki"
 	"dormouse/controller/store"
 	"dormouse/controller/store/etcd"
@@ -384,5 +385,28 @@ func writeTestFile(t *testing.T, file, text string) {
 	t.Helper()
 	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// The client has asked a follower, and the leader dies with the request: under its
+// key it is repeated, and done once.
+func TestAKeyedRequestOutlivesTheLeader(t *testing.T) {
+	t.Parallel()
+	l := newLeague(t, 2, "metal-0")
+	old := l.leader()
+	asked, err := client.New(client.Config{URL: l.follower(old).URL(), Token: adminToken, CAFile: l.keys.CAPath()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer asked.Close()
+	old.network.Cut() // what it is asked from here on it cannot write
+	submitted, err := asked.Submit(t.Context(), api.JobSpec{Name: "once", Command: []string{"forever"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	old.network.Mend()
+	jobs, err := asked.Jobs(t.Context(), true)
+	if err != nil || len(jobs) != 1 || jobs[0].ID != submitted.ID {
+		t.Errorf("want one job %s, got %+v, %v", submitted.ID, jobs, err)
 	}
 }
