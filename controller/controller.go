@@ -125,6 +125,7 @@ type Controller struct {
 	order     []string // of clouds
 	booted    time.Time
 	operating map[string]bool // operations that have a goroutine
+	turns     *turns
 	// interrupts end the steps that operations are taking.
 	interrupts map[string]context.CancelCauseFunc
 	started    bool
@@ -164,6 +165,7 @@ func New(parts Parts) (*Controller, error) {
 		jobs:     newImage[jobRecord](store.Jobs), operations: newImage[opRecord](store.Operations), nodes: newImage[nodeRecord](store.Nodes),
 		placed: &whereabouts{jobs: make(map[string]map[string]bool)},
 		clouds: make(map[string]Cloud), operating: make(map[string]bool), interrupts: make(map[string]context.CancelCauseFunc),
+		turns: newTurns(),
 	}
 	c.run, c.stop = context.WithCancel(context.Background())
 	c.metrics = newMetrics(c)

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/http"
 	"net/http/httptest"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -85,6 +86,10 @@ func TestRepeatedRequestIsDoneOnce(t *testing.T) {
 		}
 		s.restart()
 		s.awaitReady("east-0")
+		s.eventually("no job is to be placed, which takes an operation", func(tx store.Tx) (bool, error) {
+			jobs, err := store.All[jobRecord](tx, store.Jobs)
+			return !slices.ContainsFunc(jobs, func(j jobRecord) bool { return j.waits() }), err
+		})
 		operations, jobs := s.count(store.Operations), s.count(store.Jobs)
 		status, second, replayed := s.sendKeyed(key, c.method, c.path, c.body)
 		if status != c.status || second != first || !replayed {

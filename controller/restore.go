@@ -148,8 +148,10 @@ func (d *doing) place(ctx context.Context) (effect, error) {
 // awaitRoom returns when the job could be placed, or its operation was
 // cancelled.
 func (d *doing) awaitRoom(ctx context.Context, unfit func(scheduler.Node) string) error {
+	last := "" // why it waits, by the newest look at the queue
 	for {
 		revision := d.store.Revision()
+		_, _, next := d.turns.look(d.op.Job)
 		var op *opRecord
 		var job *jobRecord
 		hope := false
@@ -177,7 +179,12 @@ func (d *doing) awaitRoom(ctx context.Context, unfit func(scheduler.Node) string
 			return &failure{Message: noRoom.Reason, Refused: true}
 		}
 		d.say(ctx, "waits for room: "+noRoom.Reason)
-		if _, err := d.store.Wait(ctx, revision); err != nil {
+		if op.waits(job) {
+			last, err = d.turns.await(ctx, job.ID, last, next)
+		} else {
+			_, err = d.store.Wait(ctx, revision)
+		}
+		if err != nil {
 			return err
 		}
 	}

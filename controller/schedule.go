@@ -232,8 +232,8 @@ func (c *Controller) placeJobs(ctx context.Context) {
 		if err != nil && ctx.Err() == nil {
 			c.log.Error("jobs cannot be placed", "error", err)
 		}
-		// With many jobs a look takes its time: at most half of all time.
-		if took := c.clock.Now().Sub(begun); took > cheapLook && c.pause(ctx, took) != nil {
+		// With many jobs a look takes its time: at most a fifth of all time.
+		if took := c.clock.Now().Sub(begun); took > cheapLook && c.pause(ctx, min(4*took, time.Second)) != nil {
 			return
 		}
 		if !c.awaitDue(ctx, revision, next) {
@@ -243,21 +243,26 @@ func (c *Controller) placeJobs(ctx context.Context) {
 }
 
 // cheapLook is a look that needs no rest after it.
-const cheapLook = 5 * time.Millisecond
+const cheapLook = 20 * time.Millisecond
 
 // schedule places the jobs that wait for it, and makes others give way.
 //
 // It returns when to look again although nothing has changed; zero: never.
 func (c *Controller) schedule(ctx context.Context) (next time.Time, err error) {
+	var decisions []scheduler.Decision
 	var due bool
 	err = c.store.View(ctx, func(tx store.Tx) error { // spares the writers' lock
 		s, err := c.survey(tx)
 		if err != nil || len(s.queue) == 0 {
 			return err
 		}
-		due, next = slices.ContainsFunc(s.decide(), s.changes), s.next
+		decisions, next = s.decide(), s.next
+		due = slices.ContainsFunc(decisions, s.changes)
 		return nil
 	})
+	if err == nil {
+		c.turns.announce(decisions)
+	}
 	if err != nil || !due {
 		return next, err
 	}
