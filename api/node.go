@@ -30,7 +30,7 @@ type Node struct {
 
 	// Underlay is the address by which other nodes, and whoever calls a port that
 	// a job publishes, reach the node. Empty: none is known.
-	Underlay     string   `json:"underlay,omitempty"`
+	Underlay string `json:"underlay,omitempty"`
 	// Cordoned nodes get no more tasks, until they are uncordoned.
 	Cordoned bool `json:"cordoned,omitempty"`
 	// Labels are what constraints of jobs ask for, beside node and cloud.
