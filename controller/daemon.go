@@ -419,7 +419,8 @@ func (c *Controller) powerWasCut(ctx context.Context, nodes []drivers.Node) erro
 				return err
 			}
 			n.AgentPid = 0
-			if err := c.putNodeState(tx, n, api.NodeLost, "`dormouse up` ended"); err != nil {
+			n.Tally = n.Tally.After(c.clock.Now().UTC(), up(n.State)) // its end is no failure
+			if err := c.writeNodeState(tx, n, api.NodeLost, "`dormouse up` ended"); err != nil {
 				return err
 			}
 		}
@@ -448,6 +449,10 @@ func (c *Controller) endWithUp(tx store.Tx, job *jobRecord, off map[string]bool)
 	}
 	const reason = "`dormouse up` was ended while the job ran"
 	if err := c.failOperation(tx, job, reason); err != nil {
+		return err
+	}
+	if job.Drill {
+		_, err := forgetTrial(tx, job)
 		return err
 	}
 	for i := range job.TaskStatus {

@@ -160,16 +160,22 @@ func (c *Controller) concludeDrill(tx store.Tx, op *opRecord, job *jobRecord, do
 			return err
 		}
 	}
+	original, err := forgetTrial(tx, job)
+	op.Job = original
+	return errors.Join(err, putOperation(tx, op))
+}
+
+// forgetTrial forgets a trial's job, and returns whose checkpoint it tried.
+func forgetTrial(tx store.Tx, job *jobRecord) (original string, err error) {
 	if err := tx.Delete(store.Jobs, job.ID); err != nil {
-		return err
+		return "", err
 	}
 	cp, err := store.Get[api.Checkpoint](tx, store.Checkpoints, job.From)
 	if err != nil {
-		return errors.Join(ignoreNotFound(err), putOperation(tx, op))
+		return "", ignoreNotFound(err)
 	}
 	cp.Clones = slices.DeleteFunc(slices.Clone(cp.Clones), func(id string) bool { return id == job.ID })
-	op.Job = cp.Job // whom it concerned
-	return errors.Join(store.Put(tx, store.Checkpoints, cp.ID, cp), putOperation(tx, op))
+	return cp.Job, store.Put(tx, store.Checkpoints, cp.ID, cp)
 }
 
 // drillDue is the next trial that a job's policy asks for. One is made at a

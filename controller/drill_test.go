@@ -10,6 +10,7 @@ import (
 	"dormouse/api/agentpb"
 	"dormouse/controller/protocol"
 	"dormouse/controller/store"
+	"dormouse/drivers"
 )
 
 var onTrial = map[string]bool{"restore": true}
@@ -282,4 +283,36 @@ func TestDrillThatAPolicyAsksForWaitsForTheNextCheckpointWithoutRoom(t *testing.
 		t.Errorf("want it tried again after the next checkpoint, got %d since the last", n)
 	}
 	s.nothingOfTrials()
+}
+
+func TestEndOfUpForgetsTheTrialAndIsNoFailureOfItsNodes(t *testing.T) {
+	s := newSimulation(t, "east-0")
+	id := s.running(api.JobSpec{})
+	cp := s.do("/v1/jobs/"+id+"/checkpoints", nil).Checkpoint
+	hold := make(chan struct{})
+	defer close(hold)
+	reached := s.faultOnce(protocol.StepRestore, func(*simAgent) fault { return fault{act: func() { <-hold }} })
+	s.begin("/v1/checkpoints/"+cp+"/verify", onTrial)
+	<-reached
+	s.c.Stop()
+	if err := s.c.powerWasCut(t.Context(), []drivers.Node{{Name: "east-0", Power: drivers.PowerOff}}); err != nil {
+		t.Fatal(err)
+	}
+	err := s.store.View(t.Context(), func(tx store.Tx) error {
+		jobs, err := store.All[jobRecord](tx, store.Jobs)
+		if err != nil {
+			return err
+		}
+		if len(jobs) != 1 || jobs[0].ID != id || jobs[0].Phase != api.PhaseFailed {
+			t.Errorf("want the job alone, and failed, got %+v", jobs)
+		}
+		node, err := store.Get[nodeRecord](tx, store.Nodes, "east-0")
+		if node.State != api.NodeLost || node.Tally.Losses != 0 {
+			t.Errorf("want the node lost without a failure, got %s with %g", node.State, node.Tally.Losses)
+		}
+		return err
+	})
+	if err != nil {
+		t.Error(err)
+	}
 }

@@ -97,7 +97,9 @@ func (s *census) Collect(out chan<- prometheus.Metric) {
 			return err
 		}
 		for i := range jobs {
-			phases[jobs[i].Phase]++
+			if !jobs[i].Drill {
+				phases[jobs[i].Phase]++
+			}
 		}
 		ops, err := s.c.operations.all(tx)
 		if err != nil {

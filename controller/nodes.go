@@ -155,7 +155,13 @@ func (c *Controller) changeNode(ctx context.Context, id string, state api.NodeSt
 	})
 }
 
+// putNodeState writes a node's new state, and counts its loss.
 func (c *Controller) putNodeState(tx store.Tx, n nodeRecord, state api.NodeState, reason string) error {
+	n.note(state, c.clock.Now())
+	return c.writeNodeState(tx, n, state, reason)
+}
+
+func (c *Controller) writeNodeState(tx store.Tx, n nodeRecord, state api.NodeState, reason string) error {
 	if n.State != state {
 		c.log.Info("node "+string(state), "node", n.ID, "reason", reason)
 		message := fmt.Sprintf("node %s is %s", n.ID, state)
@@ -166,7 +172,6 @@ func (c *Controller) putNodeState(tx store.Tx, n nodeRecord, state api.NodeState
 			return err
 		}
 	}
-	n.note(state, c.clock.Now())
 	n.State, n.Reason = state, reason
 	return store.Put(tx, store.Nodes, n.ID, n)
 }
