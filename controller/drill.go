@@ -154,8 +154,8 @@ func (o *opRecord) restoreTime(booted time.Time) float64 {
 
 // concludeDrill forgets the trial's job, of which nothing is left on any node.
 // A failure that another node would not have had is the checkpoint's.
-func (c *Controller) concludeDrill(tx store.Tx, op *opRecord, job *jobRecord, done bool) error {
-	if cause := op.Position.Cause; !done && !op.Placed.IsZero() && !cause.Retryable {
+func (c *Controller) concludeDrill(tx store.Tx, op *opRecord, job *jobRecord) error {
+	if cause := op.Position.Cause; op.Phase == api.OpFailed && !op.Placed.IsZero() && cause != nil && !cause.Retryable {
 		if err := c.stamp(tx, op, job, op.Error); err != nil {
 			return err
 		}

@@ -316,3 +316,22 @@ func TestEndOfUpForgetsTheTrialAndIsNoFailureOfItsNodes(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+func TestDrillThatIsCalledOffSaysNothingOfTheCheckpoint(t *testing.T) {
+	s := newSimulation(t, "east-0")
+	id := s.running(api.JobSpec{})
+	cp := s.do("/v1/jobs/"+id+"/checkpoints", nil).Checkpoint
+	hold := make(chan struct{})
+	reached := s.faultOnce(protocol.StepRestore, func(*simAgent) fault { return fault{act: func() { <-hold }} })
+	op := s.begin("/v1/checkpoints/"+cp+"/verify", onTrial)
+	<-reached
+	s.want(http.StatusAccepted, "POST", "/v1/operations/"+op.ID+"/cancel", nil, nil)
+	close(hold)
+	if ended := s.awaitEnd(op.ID); ended.Phase != api.OpCancelled {
+		t.Errorf("the trial is %s: %s", ended.Phase, ended.Error)
+	}
+	if drill := s.checkpointNow(cp).Drill; drill != nil {
+		t.Errorf("the checkpoint is stamped %+v", drill)
+	}
+	s.nothingOfTrials()
+}

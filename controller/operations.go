@@ -301,7 +301,7 @@ func (c *Controller) endOperation(tx store.Tx, op *opRecord, job *jobRecord) err
 	}
 	job.Operation = ""
 	if op.Kind == api.OpDrill {
-		return c.concludeDrill(tx, op, job, op.Phase == api.OpDone)
+		return c.concludeDrill(tx, op, job)
 	}
 	if err := c.concludeJob(tx, op, job); err != nil {
 		return err
