@@ -23,13 +23,13 @@ func (p *platform) submitWith(command []string, flags ...string) string {
 func TestUrgentJobPreemptsAndTheVictimComesBack(t *testing.T) {
 	t.Parallel()
 	p := onOwn(t, built.bin, nil, "--cloud", "east=1", "--cpus", "1", "--mem", "1G")
-	low := p.submitWith(countTo("200"), "--name", "low")
+	low := p.submitWith(countTo("400"), "--name", "low")
 	p.waitLines(low, 10)
 	equal := p.submitWith(countTo("20"), "--name", "equal")
 	p.until(equal, "it says why it waits", func() bool {
 		return strings.HasPrefix(p.inspect(equal).Reason, "waits for room: needs 1 cpu and 512 MiB on one node, and the most that is free is 0 cpus")
 	})
-	high := p.submitWith(countTo("50"), "--name", "high", "--priority", "10")
+	high := p.submitWith(countTo("300"), "--name", "high", "--priority", "10")
 	p.waitFor(high, api.PhaseRunning)
 	victim := p.inspect(low)
 	if victim.Phase != api.PhaseSuspended || !victim.Queued || !strings.HasPrefix(victim.Reason, "preempted by job "+high) {
@@ -39,7 +39,7 @@ func TestUrgentJobPreemptsAndTheVictimComesBack(t *testing.T) {
 	if len(checkpoints) != 1 || checkpoints[0].State != api.CheckpointDurable || checkpoints[0].Trigger != api.TriggerPreempt {
 		t.Errorf("the victim's checkpoints: %+v", checkpoints)
 	}
-	for job, lines := range map[string]int{high: 50, low: 200, equal: 20} {
+	for job, lines := range map[string]int{high: 300, low: 400, equal: 20} {
 		output := p.completes(job)
 		counts(t, output)
 		if got := strings.Count(output, "\n"); got != lines {
@@ -54,9 +54,9 @@ func TestUrgentJobPreemptsAndTheVictimComesBack(t *testing.T) {
 func TestSwapPutsOneJobWhereAnotherIs(t *testing.T) {
 	t.Parallel()
 	p := onOwn(t, built.bin, nil, "--cloud", "east=1", "--cpus", "1", "--mem", "1G")
-	out := p.submitWith(countTo("150"), "--priority", "5")
+	out := p.submitWith(countTo("300"), "--priority", "5")
 	p.waitLines(out, 10)
-	in := p.submitWith(countTo("50"))
+	in := p.submitWith(countTo("100"))
 	plan := decode[api.PreemptPlan](p, "swap", out, in, "--dry-run")
 	if len(plan.Out) != 1 || plan.Out[0].Job != out || plan.Bytes <= 0 || plan.In == nil || !slices.Equal(plan.In.Nodes, []string{p.node(out)}) {
 		t.Errorf("the plan: %+v", plan)
@@ -82,7 +82,7 @@ func TestSwapPutsOneJobWhereAnotherIs(t *testing.T) {
 func TestPreemptAndDrainMoveJobs(t *testing.T) {
 	t.Parallel()
 	p := onOwn(t, built.bin, nil, "--cloud", "east=2", "--cpus", "1", "--mem", "1G")
-	job := p.submitWith(countTo("300"), "--name", "moves")
+	job := p.submitWith(countTo("800"), "--name", "moves")
 	p.waitLines(job, 10)
 	before := p.node(job)
 	p.run("drain", before)
