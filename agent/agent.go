@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -26,6 +27,9 @@ import (
 type Agent struct {
 	config   Config
 	masters  *controllers
+	identity atomic.Pointer[identity] // since it joined
+	now      func() time.Time
+	after    func(time.Duration) <-chan time.Time
 	log      *slog.Logger
 	lock     *os.File // flock on the state directory
 	lease    *lease
@@ -71,7 +75,7 @@ func New(config Config) (_ *Agent, err error) {
 		return nil, err
 	}
 	a := &Agent{
-		config: config, log: config.Logger, life: context.Background(),
+		config: config, log: config.Logger, life: context.Background(), now: time.Now, after: time.After,
 		lanes: newLanes(), answers: newAnswers(), bandwidth: newBandwidth(),
 		tasks: map[string]*task{}, captures: map[string]*capturing{},
 		requests: requests{waiting: map[string]*agentpb.AppRequest{}},
@@ -203,11 +207,15 @@ func (a *Agent) Run(ctx context.Context) error {
 }
 
 func (a *Agent) joinAndServe(ctx context.Context) error {
-	id, err := a.join(ctx)
-	if err != nil {
+	if err := a.join(ctx); err != nil {
 		return err
 	}
-	return a.serve(ctx, id)
+	defer a.masters.close()
+	var renewing sync.WaitGroup
+	defer renewing.Wait()
+	renewing.Go(func() { a.renewCertificates(ctx) })
+	a.serve(ctx)
+	return nil
 }
 
 // lapse freezes every task: the lease has run out, and the controller may give

@@ -4,12 +4,14 @@ import (
 	"context"
 	"crypto/tls"
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 
@@ -29,6 +31,7 @@ type controllers struct {
 	at          int                         // of known, tried now or next
 	hint        *endpoint                   // tried before it
 	connections map[string]*grpc.ClientConn // by address
+	retired     []*grpc.ClientConn          // which only go on with what they carry
 }
 
 // parseControllers reads one or more addresses with commas between them.
@@ -90,9 +93,31 @@ func (c *controllers) client(config *tls.Config) (agentpb.AgentServiceClient, en
 	return agentpb.NewAgentServiceClient(connection), to, nil
 }
 
+// retire has everything new begin on new connections. gRPC hangs up by itself on
+// those that have been without a stream for half an hour.
+func (c *controllers) retire() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.retired = slices.DeleteFunc(c.retired, func(connection *grpc.ClientConn) bool {
+		done := connection.GetState() == connectivity.Idle
+		if done {
+			connection.Close()
+		}
+		return done
+	})
+	for address, connection := range c.connections {
+		c.retired = append(c.retired, connection)
+		delete(c.connections, address)
+	}
+}
+
 func (c *controllers) close() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	for _, connection := range c.retired {
+		connection.Close()
+	}
+	c.retired = nil
 	for address, connection := range c.connections {
 		connection.Close()
 		delete(c.connections, address)

@@ -31,6 +31,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 
 	"dormouse/agent/criu"
@@ -143,6 +144,7 @@ type controller struct {
 	ca     *x509.Certificate
 	caKey  ed25519.PrivateKey
 	lease  time.Duration
+	aged   bool                 // certificates of agents that join are due to be renewed
 	plan   *agentpb.NetworkPlan // of every job: each has a network of its own
 
 	mu      sync.Mutex
@@ -155,6 +157,8 @@ type controller struct {
 	deaf    bool // heartbeats are not acknowledged
 	destroy []*agentpb.TaskRef
 	next    int
+	shown   []string // serial numbers of the certificates that said hello
+	issued  []string // of those that were given out
 }
 
 // connection is one agent's stream.
@@ -214,7 +218,7 @@ func (c *controller) listen() {
 	pool := x509.NewCertPool()
 	pool.AddCert(c.ca)
 	config := &tls.Config{
-		Certificates: []tls.Certificate{{Certificate: [][]byte{c.certify("dormouse", serverPublic)}, PrivateKey: serverKey}},
+		Certificates: []tls.Certificate{{Certificate: [][]byte{c.certify("dormouse", serverPublic, time.Hour)}, PrivateKey: serverKey}},
 		ClientAuth:   tls.VerifyClientCertIfGiven, ClientCAs: pool,
 	}
 	listener, err := net.Listen("unix", c.socket())
@@ -227,10 +231,11 @@ func (c *controller) listen() {
 
 func (c *controller) socket() string { return filepath.Join(c.dir, "s") }
 
-func (c *controller) certify(name string, key any) []byte {
+// certify signs a certificate that has an hour left, and is of the given age.
+func (c *controller) certify(name string, key any, age time.Duration) []byte {
 	template := &x509.Certificate{
 		SerialNumber: big.NewInt(time.Now().UnixNano()), Subject: pkix.Name{CommonName: name}, DNSNames: []string{name},
-		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
+		NotBefore: time.Now().Add(-age), NotAfter: time.Now().Add(time.Hour),
 		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
 	}
 	der, err := x509.CreateCertificate(rand.Reader, template, c.ca, key, c.caKey)
@@ -242,11 +247,44 @@ func (c *controller) Join(_ context.Context, r *agentpb.JoinRequest) (*agentpb.J
 	if r.GetToken() != "open sesame" {
 		return nil, status.Error(codes.Unauthenticated, "the join token is wrong")
 	}
-	csr, err := x509.ParseCertificateRequest(r.GetCsr())
+	age := time.Duration(0)
+	if c.aged {
+		age = 2 * time.Hour
+	}
+	certificate, err := c.issue(r.GetNode(), r.GetCsr(), age)
+	return &agentpb.JoinResponse{Certificate: certificate, Ca: c.ca.Raw, NodeId: r.GetNode()}, err
+}
+
+func (c *controller) issue(node string, request []byte, age time.Duration) ([]byte, error) {
+	csr, err := x509.ParseCertificateRequest(request)
 	if err != nil {
 		return nil, err
 	}
-	return &agentpb.JoinResponse{Certificate: c.certify(r.GetNode(), csr.PublicKey), Ca: c.ca.Raw, NodeId: r.GetNode()}, nil
+	der := c.certify(node, csr.PublicKey, age)
+	certificate, err := x509.ParseCertificate(der)
+	if err != nil {
+		return nil, err
+	}
+	c.change(func() { c.issued = append(c.issued, certificate.SerialNumber.String()) })
+	return der, nil
+}
+
+func (c *controller) Renew(ctx context.Context, r *agentpb.RenewRequest) (*agentpb.RenewResponse, error) {
+	shown := shownBy(ctx)
+	if shown == nil {
+		return nil, status.Error(codes.Unauthenticated, "no certificate was shown")
+	}
+	certificate, err := c.issue(shown.Subject.CommonName, r.GetCsr(), 0)
+	return &agentpb.RenewResponse{Certificate: certificate}, err
+}
+
+func shownBy(ctx context.Context) *x509.Certificate {
+	from, _ := peer.FromContext(ctx)
+	info, _ := from.AuthInfo.(credentials.TLSInfo)
+	if len(info.State.VerifiedChains) == 0 {
+		return nil
+	}
+	return info.State.VerifiedChains[0][0]
 }
 
 func (c *controller) Connect(stream agentpb.AgentService_ConnectServer) error {
@@ -271,7 +309,12 @@ func (c *controller) Connect(stream agentpb.AgentService_ConnectServer) error {
 	if err := n.send(&agentpb.ToAgent{Body: &agentpb.ToAgent_Welcome{Welcome: welcome}}); err != nil {
 		return err
 	}
-	c.change(func() { c.nodes[n.hello.GetNode()] = n })
+	c.change(func() {
+		c.nodes[n.hello.GetNode()] = n
+		if shown := shownBy(ctx); shown != nil {
+			c.shown = append(c.shown, shown.SerialNumber.String())
+		}
+	})
 	defer c.change(func() {
 		if c.nodes[n.hello.GetNode()] == n {
 			delete(c.nodes, n.hello.GetNode())

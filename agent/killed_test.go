@@ -224,3 +224,35 @@ func (n *node) respawn(ctx context.Context) {
 		n.spawn()
 	}
 }
+
+func TestAgentKilledDuringARenewalOfItsCertificate(t *testing.T) {
+	for point, want := range map[string]int{
+		"agent.renew.issued": 3, // joined, renewed and forgotten, renewed
+		"agent.renew.kept":   2,
+	} {
+		t.Run(point, func(t *testing.T) {
+			c := newController(t)
+			n := c.addNode("east-0")
+			ref := c.start("east-0", "j-renew", counter())
+			c.awaitLog("east-0", ref, "10 lines", counted(10))
+			n.kill()
+			n.aged()
+			n.spawn("DORMOUSE_FAILPOINT=" + point + "=kill")
+			n.command.Wait()
+			n.spawn()
+			c.awaitRenewed()
+			c.mu.Lock()
+			issued := len(c.issued)
+			c.mu.Unlock()
+			if issued != want {
+				t.Errorf("expected %d certificates to be given out, got %d", want, issued)
+			}
+			last, err := countsUp(c.logs("east-0", ref, false))
+			must(t, err)
+			if _, err := countsUp(c.awaitLog("east-0", ref, "more lines after the renewal", counted(last+10))); err != nil {
+				t.Error(err)
+			}
+			c.mustDo("east-0", ref, &agentpb.DestroyTask{})
+		})
+	}
+}

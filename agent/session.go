@@ -2,7 +2,6 @@ package agent
 
 import (
 	"context"
-	"crypto/tls"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -49,20 +48,24 @@ type session struct {
 }
 
 // serve keeps a session with the controller until ctx ends.
-func (a *Agent) serve(ctx context.Context, id *identity) error {
-	config := &tls.Config{RootCAs: id.roots, Certificates: []tls.Certificate{id.certificate}, MinVersion: tls.VersionTLS13}
-	defer a.masters.close()
+func (a *Agent) serve(ctx context.Context) {
 	pause, longest := firstPause, maxPause
 	if a.masters.several() {
 		longest = shortPause
 	}
 	for ctx.Err() == nil {
-		welcomed, err := a.session(ctx, config)
+		welcomed, err := false, a.stillGood(ctx)
+		if err == nil {
+			welcomed, err = a.session(ctx)
+		}
 		if ctx.Err() != nil {
-			break
+			return
 		}
 		if welcomed {
 			pause = firstPause
+		}
+		if errors.Is(err, errRenewed) {
+			continue
 		}
 		a.log.Warn("lost the controller", "error", err, "again_in", pause)
 		select {
@@ -71,20 +74,24 @@ func (a *Agent) serve(ctx context.Context, id *identity) error {
 		}
 		pause = min(2*pause, longest)
 	}
-	return nil
 }
 
 // session runs one stream and reports whether the controller welcomed it. When
 // it did not, or does not go on, the next session is with the next controller.
-func (a *Agent) session(parent context.Context, config *tls.Config) (welcomed bool, err error) {
+func (a *Agent) session(parent context.Context) (welcomed bool, err error) {
 	ctx, end := context.WithCancelCause(parent)
 	defer end(nil)
-	client, to, err := a.masters.client(config)
+	id := a.identity.Load()
+	client, to, err := a.masters.client(a.mutualTLS())
 	if err != nil {
 		return false, err
 	}
 	var trailer metadata.MD
-	defer func() { a.masters.failed(trailer) }()
+	defer func() {
+		if !errors.Is(err, errRenewed) {
+			a.masters.failed(trailer)
+		}
+	}()
 	late := time.AfterFunc(welcomeLimit, func() {
 		if a.masters.several() {
 			end(fmt.Errorf("controller %s does not answer", to.address))
@@ -122,6 +129,9 @@ func (a *Agent) session(parent context.Context, config *tls.Config) (welcomed bo
 	}
 	a.attachSession(s)
 	defer a.attachSession(nil)
+	if a.identity.Load() != id {
+		return true, errRenewed // while this session began
+	}
 	a.log.Info("connected", "controller", to.address, "node", welcome.GetNodeId())
 
 	var writing sync.WaitGroup
