@@ -14,6 +14,7 @@
 //	cleanup.go      tasks that must not exist any more, remembered until their nodes confirm it
 //	fleet.go        streams to agents; a command is repeated over reconnects until it is answered
 //	agents.go       the gRPC service: join, connect, attach
+//	certificates.go which certificates of a node are believed, and their renewal
 //	nodes.go        leases: ready, unreachable, lost
 //	daemon.go       all of it in one process, from one configuration
 //
