@@ -568,7 +568,7 @@ func (c *Controller) listNodes(ctx context.Context, page Page) ([]api.Node, erro
 		if err != nil {
 			return err
 		}
-		if records, err = cut(page, records, func(n *nodeRecord) string { return n.ID }); err != nil {
+		if records, err = cut(page, records, func(n *seenNode) string { return n.ID }); err != nil {
 			return err
 		}
 		s, err := c.survey(tx)

@@ -117,7 +117,7 @@ type Controller struct {
 	// What was decoded of the store last, and where jobs are: see image.go.
 	jobs       *image[jobRecord]
 	operations *image[opRecord]
-	nodes      *image[nodeRecord]
+	nodes      *image[seenNode]
 	placed     *whereabouts
 
 	mu        sync.Mutex
@@ -162,7 +162,7 @@ func New(parts Parts) (*Controller, error) {
 		fleet: newFleet(parts.Cluster.Leads), streams: newAttachments(), bandwidth: newBandwidth(), garbage: make(chan struct{}, 1),
 		signer:   repository.NewSigner(key),
 		verifier: repository.NewVerifier(key.Public().(ed25519.PublicKey)),
-		jobs:     newImage[jobRecord](store.Jobs), operations: newImage[opRecord](store.Operations), nodes: newImage[nodeRecord](store.Nodes),
+		jobs:     newImage[jobRecord](store.Jobs), operations: newImage[opRecord](store.Operations), nodes: newImage[seenNode](store.Nodes),
 		placed: &whereabouts{jobs: make(map[string]map[string]bool)},
 		clouds: make(map[string]Cloud), operating: make(map[string]bool), interrupts: make(map[string]context.CancelCauseFunc),
 		turns: newTurns(),

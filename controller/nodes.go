@@ -118,7 +118,7 @@ func (c *Controller) watchNodes(ctx context.Context) {
 }
 
 func (c *Controller) checkLeases(ctx context.Context) error {
-	var nodes []*nodeRecord
+	var nodes []*seenNode
 	err := c.store.View(ctx, func(tx store.Tx) (err error) {
 		nodes, err = c.nodes.all(tx)
 		return err

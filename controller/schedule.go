@@ -2,6 +2,7 @@ package controller
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"maps"
 	"slices"
@@ -40,7 +41,7 @@ func (c *Controller) survey(tx store.Tx) (*survey, error) {
 		return nil, err
 	}
 	for _, r := range records {
-		s.nodes = append(s.nodes, r.seen())
+		s.nodes = append(s.nodes, r.scheduler)
 	}
 	jobs, err := c.jobs.all(tx)
 	if err != nil {
@@ -53,6 +54,21 @@ func (c *Controller) survey(tx store.Tx) (*survey, error) {
 		}
 	}
 	return s, nil
+}
+
+// seenNode is a node, and what the scheduler sees of it.
+type seenNode struct {
+	nodeRecord
+	scheduler scheduler.Node
+}
+
+// UnmarshalJSON decodes a nodeRecord.
+func (n *seenNode) UnmarshalJSON(text []byte) error {
+	if err := json.Unmarshal(text, &n.nodeRecord); err != nil {
+		return err
+	}
+	n.scheduler = n.seen()
+	return nil
 }
 
 // seen is the node as the scheduler sees it, with nothing in use.
