@@ -16,6 +16,7 @@
 //	agents.go       the gRPC service: join, connect, attach
 //	certificates.go which certificates of a node are believed, and their renewal
 //	nodes.go        leases: ready, unreachable, lost
+//	image.go      what was decoded of the store last, and which jobs may be on a node
 //	daemon.go       all of it in one process, from one configuration
 //
 // Three rules hold it together.

@@ -4,7 +4,8 @@
 // value carries a CRC-32C of its key and itself. Open reads every record once:
 // a damaged file is refused as a whole, before the controller acts on half of
 // it. What bbolt answers to damage with a panic, or the kernel with a fault in
-// the mapped file, becomes the same error.
+// the mapped file, becomes the same error. Updates that come at the same time
+// share a commit: combine.go.
 package bolt
 
 import (
