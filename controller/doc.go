@@ -18,6 +18,8 @@
 //	nodes.go        leases: ready, unreachable, lost
 //	image.go      what was decoded of the store last, and which jobs may be on a node
 //	daemon.go       all of it in one process, from one configuration
+//	member, forward, shared: one of several controllers on one etcd: it leads or follows
+//	backup.go       copies of the store and the keys, out and in
 //
 // Three rules hold it together.
 //
