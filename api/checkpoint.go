@@ -39,6 +39,7 @@ const (
 type Checkpoint struct {
 	ID      string          `json:"id"`
 	Job     string          `json:"job"`
+	Owner   string          `json:"owner,omitempty"` // of the job
 	State   CheckpointState `json:"state"`
 	Trigger Trigger         `json:"trigger"`
 	Label   string          `json:"label"`
@@ -137,7 +138,8 @@ type Operation struct {
 	ID       string         `json:"id"`
 	Kind     OperationKind  `json:"kind"`
 	Job      string         `json:"job"`
-	Node     string         `json:"node,omitempty"` // of operations on a node
+	Node     string         `json:"node,omitempty"`  // of operations on a node
+	Owner    string         `json:"owner,omitempty"` // of the job, or who asked where there is none
 	Phase    OperationPhase `json:"phase"`
 	Progress float64        `json:"progress"` // 0 to 1
 	Error    string         `json:"error,omitempty"`
@@ -165,4 +167,5 @@ type Event struct {
 	Type    string    `json:"type"`
 	Message string    `json:"message"`
 	Node    string    `json:"node,omitempty"`
+	Owner   string    `json:"owner,omitempty"` // of the job
 }

@@ -105,6 +105,9 @@ type JobSpec struct {
 	Volumes []Volume          `json:"volumes,omitempty" yaml:"volumes"`
 	// User is NAME, UID, NAME:GROUP or UID:GID, resolved inside the root.
 	User string `json:"user,omitempty" yaml:"user"`
+	// Confined is set by the controller for jobs of users: the agent refuses volumes
+	// and roots whose path could be made to lead elsewhere.
+	Confined bool `json:"confined,omitempty" yaml:"-" readOnly:"true"`
 	// CapAdd names Linux capabilities beyond the default set of containers.
 	CapAdd []string `json:"cap_add,omitempty" yaml:"cap_add"`
 	// Launch says where the command runs: "each" task, the "first" one, which
@@ -147,7 +150,8 @@ type Job struct {
 	Reason      string     `json:"reason"` // why it is in this phase, for people
 	Tasks       int        `json:"tasks"`
 	Priority    int        `json:"priority"`
-	Cloud       string     `json:"cloud"` // where it runs or ran last
+	Cloud       string     `json:"cloud"`           // where it runs or ran last
+	Owner       string     `json:"owner,omitempty"` // the user, or @ and the token's name, that submitted it
 	Checkpoints int        `json:"checkpoints"`
 	Restarts    int        `json:"restarts"` // restores into running since submission
 	Created     time.Time  `json:"created"`

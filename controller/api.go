@@ -2,7 +2,6 @@ package controller
 
 import (
 	"context"
-	"crypto/subtle"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -36,18 +35,20 @@ func (c *Controller) newHandler() http.Handler {
 	config.Components.SecuritySchemes = map[string]*huma.SecurityScheme{"token": {Type: "http", Scheme: "bearer"}}
 	config.Security = []map[string][]string{{"token": {}}}
 	rest := humago.New(mux, config)
+	rest.UseMiddleware(c.decide)
 	c.routeJobs(rest)
+	c.routeAccess(rest)
 	c.routeCheckpoints(rest)
 	c.routePlatform(rest)
 	c.routeStreams(rest, mux)
-	mux.Handle("GET /metrics", c.metrics.handler())
+	mux.Handle("GET /metrics", c.only("metrics", c.metrics.handler()))
 	mux.HandleFunc("GET /healthz", c.healthz)
-	mux.HandleFunc("GET /v1/backup", c.serveBackup)
+	mux.Handle("GET /v1/backup", c.only("backup", http.HandlerFunc(c.serveBackup)))
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
 		writeProblem(w, newProblem(http.StatusNotFound, "there is no %s %s", r.Method, r.URL.Path))
 	})
 	// One byte more than huma allows, so that huma's refusal is the answer.
-	authorized := http.MaxBytesHandler(c.authorize(c.counted(c.once(mux))), maxBody+1)
+	authorized := http.MaxBytesHandler(c.authorize(c.counted(c.called(c.auditing(c.once(mux))))), maxBody+1)
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.ProtoMajor == 2 && strings.HasPrefix(r.Header.Get("Content-Type"), "application/grpc") {
 			c.grpc.ServeHTTP(w, r)
@@ -60,27 +61,6 @@ func (c *Controller) newHandler() http.Handler {
 // open are the paths that need no token: they tell nothing about jobs.
 func open(path string) bool {
 	return path == "/healthz" || strings.HasPrefix(path, "/openapi")
-}
-
-// authorize lets requests with the admin token through.
-func (c *Controller) authorize(next http.Handler) http.Handler {
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if open(r.URL.Path) || c.tokenFits(r) {
-			next.ServeHTTP(w, r)
-			return
-		}
-		w.Header().Set("WWW-Authenticate", `Bearer realm="dormouse"`)
-		if r.Header.Get("Authorization") == "" {
-			writeProblem(w, newProblem(http.StatusUnauthorized, "a token is needed: set DORMOUSE_TOKEN, or give --token"))
-			return
-		}
-		writeProblem(w, newProblem(http.StatusUnauthorized, "the token is wrong: `dormouse env` prints the right one on the controller's machine"))
-	})
-}
-
-func (c *Controller) tokenFits(r *http.Request) bool {
-	token, bearer := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer ")
-	return bearer && subtle.ConstantTimeCompare([]byte(token), []byte(c.parts.AdminToken)) == 1
 }
 
 // counted counts requests by their status.
@@ -248,6 +228,9 @@ func (c *Controller) routeJobs(rest huma.API) {
 			RawBody []byte
 		}) (api.JobDetail, error) {
 			spec, err := completeSpec(in.Body, in.RawBody)
+			if err == nil {
+				err = c.confine(ctx, &spec)
+			}
 			if err != nil {
 				return api.JobDetail{}, err
 			}
@@ -339,7 +322,7 @@ func (c *Controller) listJobs(ctx context.Context, all bool, page Page) ([]api.J
 	if err != nil {
 		return nil, err
 	}
-	jobs = slices.DeleteFunc(jobs, func(j *jobRecord) bool { return j.Drill || !all && j.Phase.Final() })
+	jobs = slices.DeleteFunc(jobs, func(j *jobRecord) bool { return j.Drill || !sees(ctx, j.Owner) || !all && j.Phase.Final() })
 	sortBy(jobs, func(j *jobRecord) (time.Time, string) { return j.Created, j.ID })
 	if jobs, err = cut(page, jobs, func(j *jobRecord) string { return j.ID }); err != nil {
 		return nil, err
@@ -466,6 +449,7 @@ func (c *Controller) listCheckpoints(ctx context.Context, ref string) (list []ap
 			id = job.ID
 		}
 		list, err = checkpointsOf(tx, id)
+		list = slices.DeleteFunc(list, func(cp api.Checkpoint) bool { return !sees(ctx, cp.Owner) })
 		return err
 	})
 	return list, err
@@ -522,6 +506,7 @@ func (c *Controller) listOperations(ctx context.Context, page Page) ([]api.Opera
 	if err != nil {
 		return nil, err
 	}
+	ops = slices.DeleteFunc(ops, func(op *opRecord) bool { return !sees(ctx, op.Owner) })
 	sortBy(ops, func(op *opRecord) (time.Time, string) { return op.Started, op.ID })
 	if ops, err = cut(page, ops, func(op *opRecord) string { return op.ID }); err != nil {
 		return nil, err

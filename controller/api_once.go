@@ -13,6 +13,7 @@ import (
 	"strings"
 	"time"
 
+	"dormouse/api"
 	"dormouse/controller/store"
 )
 
@@ -59,6 +60,8 @@ var retryStatus = map[int]bool{
 type call struct {
 	receipt string // what its receipt is stored under; empty: it came without a key
 	request string // as in receipt
+	entry   api.AuditEntry
+	audited bool // with its effect
 }
 
 type callKey struct{}
@@ -79,7 +82,16 @@ var errAnswered = errors.New("this request was answered before")
 // fails, and so undoes the transaction, when a twin of the request was quicker.
 func (c *Controller) answered(ctx context.Context, tx store.Tx, status int, body any) error {
 	call := callOf(ctx)
-	if call == nil || call.receipt == "" {
+	if call == nil {
+		return nil
+	}
+	entry := call.entry
+	entry.Status, entry.Target = status, targetOf(body)
+	if err := c.writeAudit(tx, entry); err != nil {
+		return err
+	}
+	call.audited = true
+	if call.receipt == "" {
 		return nil
 	}
 	if _, err := tx.Get(store.Receipts, receiptKey(call.receipt)); !errors.Is(err, store.ErrNotFound) {
@@ -102,6 +114,30 @@ func (c *Controller) putReceipt(tx store.Tx, id string, r receipt) error {
 	)
 }
 
+// targetOf is the id of what a request was about or brought.
+func targetOf(body any) string {
+	switch b := body.(type) {
+	case api.JobDetail:
+		return b.ID
+	case api.Operation:
+		return b.ID
+	case api.NewToken:
+		return b.ID
+	}
+	return ""
+}
+
+// called gives every request that changes something its call.
+func (c *Controller) called(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if mutates(r.Method) {
+			who, _ := askerOf(r.Context())
+			r = r.WithContext(withCall(r.Context(), &call{entry: auditEntry(r, who)}))
+		}
+		next.ServeHTTP(w, r)
+	})
+}
+
 // once answers a repeated request from its receipt.
 func (c *Controller) once(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -109,13 +145,13 @@ func (c *Controller) once(next http.Handler) http.Handler {
 			next.ServeHTTP(w, r)
 			return
 		}
-		call, body, err := c.readCall(w, r)
+		call := callOf(r.Context())
+		body, err := c.readCall(w, r, call)
 		if err != nil {
 			writeProblem(w, asProblem(err))
 			return
 		}
 		r.Body = io.NopCloser(body)
-		r = r.WithContext(withCall(r.Context(), call))
 		if call.receipt == "" {
 			next.ServeHTTP(w, r)
 			return
@@ -130,29 +166,31 @@ func (c *Controller) once(next http.Handler) http.Handler {
 
 // readCall reads a whole request, which is short; one that is too long or
 // breaks off does so for whoever reads body.
-func (c *Controller) readCall(w http.ResponseWriter, r *http.Request) (_ *call, body io.Reader, err error) {
+func (c *Controller) readCall(w http.ResponseWriter, r *http.Request, call *call) (body io.Reader, err error) {
 	key := r.Header.Get(keyHeader)
 	if key == "" {
-		return &call{}, r.Body, nil
+		return r.Body, nil
 	}
 	if len(key) > longestKey || strings.ContainsFunc(key, func(c rune) bool { return c < ' ' || c > '~' }) {
-		return nil, nil, newProblem(http.StatusBadRequest, "the %s must be up to %d printable ASCII characters", keyHeader, longestKey)
+		return nil, newProblem(http.StatusBadRequest, "the %s must be up to %d printable ASCII characters", keyHeader, longestKey)
 	}
 	deadline := http.NewResponseController(w)
 	if err := deadline.SetReadDeadline(time.Now().Add(bodyTimeout)); err != nil && !errors.Is(err, http.ErrNotSupported) {
-		return nil, nil, err
+		return nil, err
 	}
 	raw, broken := io.ReadAll(r.Body)
 	if err := deadline.SetReadDeadline(time.Time{}); err != nil && !errors.Is(err, http.ErrNotSupported) {
-		return nil, nil, err
+		return nil, err
 	}
 	request := sha256.New()
 	fmt.Fprintf(request, "%s\n%s\n%s", r.Method, r.URL.RequestURI(), raw)
-	who := sha256.Sum256([]byte(r.Header.Get("Authorization") + "\n" + key))
+	who, _ := askerOf(r.Context())
+	id := sha256.Sum256([]byte(who.Token + "\n" + key))
 	if broken != nil {
-		return &call{}, io.MultiReader(bytes.NewReader(raw), brokenBody{broken}), nil
+		return io.MultiReader(bytes.NewReader(raw), brokenBody{broken}), nil
 	}
-	return &call{receipt: hex.EncodeToString(who[:]), request: hex.EncodeToString(request.Sum(nil))}, bytes.NewReader(raw), nil
+	call.receipt, call.request = hex.EncodeToString(id[:]), hex.EncodeToString(request.Sum(nil))
+	return bytes.NewReader(raw), nil
 }
 
 type brokenBody struct{ err error }
@@ -302,8 +340,9 @@ const tidyEvery = 10 * time.Minute
 // tidy forgets what is kept for a time only.
 func (c *Controller) tidy(ctx context.Context) {
 	for {
-		if err := c.forgetReceipts(ctx); err != nil && ctx.Err() == nil {
-			c.log.Warn("old answers were not forgotten: they are at the next time", "error", err)
+		err := errors.Join(c.forgetReceipts(ctx), c.forgetAudit(ctx), c.forgetTokens(ctx))
+		if err != nil && ctx.Err() == nil {
+			c.log.Warn("old answers, tokens and audit entries were not forgotten: they are at the next time", "error", err)
 		}
 		if c.pause(ctx, tidyEvery) != nil {
 			return

@@ -40,7 +40,9 @@ func (c *Controller) routeStreams(rest huma.API, mux *http.ServeMux) {
 	events := get("events", "/v1/events", "The history: server-sent events")
 	events.Parameters = []*huma.Param{query("job", "only of this job"), query("follow", "true: go on with what happens"), query("since", "only events after this number")}
 	stream(events, c.serveEvents)
-	mux.HandleFunc("POST /v1/jobs/{id}/exec", c.serveExec)
+	exec := huma.Operation{OperationID: "exec", Method: http.MethodPost, Path: "/v1/jobs/{id}/exec", Summary: "Run a command in a task: upgrades to " + execProtocol}
+	exec.Parameters = []*huma.Param{id, query("task", "a task's number; 0 unless given"), query("cmd", "the program and its arguments, one each"), query("tty", "true: on a terminal")}
+	stream(exec, c.serveExec)
 }
 
 func query(name, doc string) *huma.Param {
@@ -66,6 +68,14 @@ func (c *Controller) serveEvents(w http.ResponseWriter, r *http.Request) {
 	defer end()
 	job := r.URL.Query().Get("job")
 	if job != "" {
+		own, err := c.visibleJob(ctx, job)
+		if err != nil && !c.hadJob(ctx, job) {
+			writeProblem(w, asProblem(err))
+			return
+		}
+		if err == nil {
+			job = own
+		}
 		detail, err := c.jobDetail(ctx, job)
 		if err != nil && !c.hadJob(ctx, job) {
 			writeProblem(w, asProblem(err))
@@ -143,7 +153,7 @@ func (c *Controller) events(ctx context.Context, job string, since uint64, limit
 				return err
 			}
 			last = e.ID
-			if job == "" || e.Job == job {
+			if (job == "" || e.Job == job) && sees(ctx, e.Owner) {
 				events = append(events, e)
 			}
 			if len(events) == limit {
@@ -363,6 +373,10 @@ func (c *Controller) serveExec(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	defer detach()
+	who, _ := askerOf(ctx)
+	entry := auditEntry(r, who)
+	entry.Status, entry.Target, entry.Detail = http.StatusSwitchingProtocols, ref.Job, strings.Join(exec.Command, " ")
+	c.auditNow(ctx, entry)
 	conn, buffered, err := http.NewResponseController(w).Hijack()
 	if err != nil {
 		writeProblem(w, newProblem(http.StatusHTTPVersionNotSupported, "exec needs HTTP/1.1"))

@@ -39,7 +39,9 @@ type Config struct {
 	Repository RepositoryConfig `yaml:"repository"`
 	Clouds     []CloudConfig    `yaml:"clouds"`
 	// Lease and Heartbeat of the agents; 30 s and 1 s unless given.
-	Lease     time.Duration `yaml:"lease"`
+	Lease time.Duration `yaml:"lease"`
+	// Access limits what tokens may do.
+	Access    AccessConfig  `yaml:"access"`
 	Heartbeat time.Duration `yaml:"heartbeat"`
 	// AgentCertificates is how long an agent's certificate is good for; 720 h
 	// unless given. Agents renew theirs at two thirds of it.
@@ -85,6 +87,48 @@ const (
 type RepositoryConfig struct {
 	Backend string `yaml:"backend" json:"backend"` // local
 	Path    string `yaml:"path" json:"path"`       // STATE/repository unless given
+}
+
+// AccessConfig limits what tokens may do.
+type AccessConfig struct {
+	// Paths of the nodes that the volumes and roots of users' jobs may be below;
+	// {user} stands for the user's name. None: users have no volumes.
+	Paths []string `yaml:"paths"`
+	// Priority is the highest that users may ask for; 100 unless given.
+	Priority int `yaml:"priority"`
+	// Rate is how many requests a token may make a second, and Burst how many at
+	// once; 200 and twice the rate unless given. The local admin's are not counted.
+	Rate  float64 `yaml:"rate"`
+	Burst float64 `yaml:"burst"`
+	// AuditKeep is how many entries of the audit log are kept; 100,000 unless given.
+	AuditKeep int `yaml:"audit_keep"`
+}
+
+func (a *AccessConfig) complete() {
+	if a.Priority == 0 {
+		a.Priority = 100
+	}
+	if a.Rate == 0 {
+		a.Rate = 200
+	}
+	if a.Burst == 0 {
+		a.Burst = 2 * a.Rate
+	}
+	if a.AuditKeep == 0 {
+		a.AuditKeep = 100_000
+	}
+}
+
+func (a *AccessConfig) check() error {
+	for _, path := range a.Paths {
+		if !filepath.IsAbs(path) || filepath.Clean(path) == "/" {
+			return fmt.Errorf("access.paths must be absolute and below /, got %q", path)
+		}
+	}
+	if a.Priority < 0 || a.Rate < 0 || a.Burst < 0 || a.AuditKeep < 0 {
+		return errors.New("the numbers of access must be 0 or greater")
+	}
+	return nil
 }
 
 // CloudConfig is one cloud: a driver and its configuration.
@@ -186,6 +230,9 @@ func (c *Config) complete() error {
 	setDefault(&c.Auto.Longest, interval.Usual.Max)
 	if c.Auto.Shortest < interval.Shortest || c.Auto.Longest < c.Auto.Shortest {
 		return fmt.Errorf("auto: the interval is from shortest to longest, and at least %s, not from %s to %s", interval.Shortest, c.Auto.Shortest, c.Auto.Longest)
+	}
+	if err := c.Access.check(); err != nil {
+		return err
 	}
 	seen := make(map[string]bool)
 	for i := range c.Clouds {

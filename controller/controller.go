@@ -9,11 +9,13 @@ import (
 	"log/slog"
 	"net/http"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"google.golang.org/grpc"
 
 	"dormouse/api"
+	"dormouse/controller/access"
 	"dormouse/controller/interval"
 	"dormouse/controller/pki"
 	"dormouse/controller/store"
@@ -70,6 +72,8 @@ type Parts struct {
 	// RepositoryConfig is handed to agents: {"backend":"local","path":DIR}.
 	RepositoryConfig json.RawMessage
 	AdminToken       string
+	// Access are the limits of tokens; zero fields: AccessConfig's defaults.
+	Access AccessConfig
 	// State is the directory of the keys, which a back-up has in it, too.
 	State string
 	// Cluster tells of the other controllers on the store; nil: there are none.
@@ -112,7 +116,13 @@ type Controller struct {
 	signer    repository.Signer
 	verifier  *repository.Verifier
 	handler   http.Handler
-	grpc      *grpc.Server
+	// limiter bounds how often a token asks, guesses how often an address without.
+	limiter, guesses *access.Limiter
+	guests           *guests
+	watchGuests      sync.Once
+	refusals         chan api.AuditEntry // to be written into the audit log
+	unaudited        atomic.Int64        // that were too many to be
+	grpc             *grpc.Server
 
 	// What was decoded of the store last, and where jobs are: see image.go.
 	jobs       *image[jobRecord]
@@ -153,6 +163,7 @@ func New(parts Parts) (*Controller, error) {
 	setDefault(&parts.Lease, 30*time.Second)
 	setDefault(&parts.Margin, parts.Lease/3)
 	setDefault(&parts.AgentLife, pki.AgentLife)
+	parts.Access.complete()
 	setDefault(&parts.Grace, 10*time.Second)
 	setDefault(&parts.Watch, 3*time.Second)
 	setDefault(&parts.Retry, usualRetry)
@@ -168,6 +179,8 @@ func New(parts Parts) (*Controller, error) {
 		turns: newTurns(),
 	}
 	c.run, c.stop = context.WithCancel(context.Background())
+	c.limiter, c.guesses = access.NewLimiter(c.parts.Access.Rate, c.parts.Access.Burst), access.NewLimiter(guessRate, guessBurst)
+	c.guests, c.refusals = newGuests(), make(chan api.AuditEntry, auditQueue)
 	c.metrics = newMetrics(c)
 	c.grpc = c.newAgentServer()
 	c.handler = c.newHandler()
@@ -202,6 +215,7 @@ func (c *Controller) Start(ctx context.Context) error {
 	c.work.Go(func() { c.watchNodes(c.run) })
 	c.work.Go(func() { c.reconcile(c.run) })
 	c.work.Go(func() { c.tidy(c.run) })
+	c.work.Go(func() { c.auditRefusals(c.run) })
 	c.work.Go(func() { c.placeJobs(c.run) })
 	c.work.Go(func() { c.automatic(c.run) })
 	c.work.Go(func() { c.collectGarbage(c.run) })

@@ -101,7 +101,7 @@ func (d *Daemon) start(ctx context.Context, env Env) error {
 	}
 	parts := Parts{
 		Store: d.store, PKI: d.keys, Repository: d.repository, RepositoryConfig: repositoryConfig,
-		AdminToken: d.token, JoinToken: joinToken, Logger: d.log, Version: env.Version,
+		AdminToken: d.token, Access: d.config.Access, JoinToken: joinToken, Logger: d.log, Version: env.Version,
 		Heartbeat: d.config.Heartbeat, Lease: d.config.Lease, AgentURL: d.agentURL, State: d.config.State,
 		AgentLife: d.config.AgentCertificates,
 		Bounds:    interval.Bounds{Min: d.config.Auto.Shortest, Max: d.config.Auto.Longest},

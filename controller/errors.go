@@ -11,6 +11,7 @@ import (
 
 	"dormouse/api"
 	"dormouse/api/agentpb"
+	"dormouse/controller/access"
 	"dormouse/controller/protocol"
 	"dormouse/controller/store"
 )
@@ -56,9 +57,12 @@ func refused(format string, args ...any) error {
 // asProblem makes an answer of any error.
 func asProblem(err error) *problem {
 	var p *problem
+	var denied *access.DeniedError
 	switch {
 	case errors.As(err, &p):
 		return p
+	case errors.As(err, &denied):
+		return newProblem(http.StatusForbidden, "%v", denied)
 	case errors.Is(err, store.ErrDeposed):
 		return newProblem(http.StatusServiceUnavailable, "%v: try again", store.ErrDeposed)
 	case store.IsAway(err):

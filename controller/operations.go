@@ -52,7 +52,7 @@ func (c *Controller) beginOperation(tx store.Tx, kind api.OperationKind, job *jo
 	op.Position = ask.flow(kind).Begin()
 	op.Step = op.Position.Step
 	if job != nil {
-		op.Job, job.Operation = job.ID, op.ID
+		op.Job, op.Owner, job.Operation = job.ID, job.Owner, op.ID
 		if err := putJob(tx, job); err != nil {
 			return nil, err
 		}

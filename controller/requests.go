@@ -24,7 +24,7 @@ func (c *Controller) submit(ctx context.Context, spec api.JobSpec) (*jobRecord, 
 		Spec: spec, TaskStatus: make([]api.TaskStatus, spec.Tasks),
 		Job: api.Job{
 			ID: newID("j"), Name: spec.Name, Phase: api.PhasePending, Tasks: spec.Tasks, Priority: spec.Priority,
-			Cloud: spec.Cloud, Created: c.clock.Now().UTC(),
+			Cloud: spec.Cloud, Created: c.clock.Now().UTC(), Owner: owner(ctx),
 		},
 	}}
 	err := c.store.Update(ctx, func(tx store.Tx) error {
@@ -173,7 +173,7 @@ func (c *Controller) beginCapture(tx store.Tx, kind api.OperationKind, job *jobR
 	}
 	op.Checkpoint = id
 	cp := api.Checkpoint{
-		ID: op.Checkpoint, Job: job.ID, State: api.CheckpointCapturing, Trigger: ask.Trigger, Label: ask.Label,
+		ID: op.Checkpoint, Job: job.ID, Owner: job.Owner, State: api.CheckpointCapturing, Trigger: ask.Trigger, Label: ask.Label,
 		Created: op.Started, Tasks: job.Tasks,
 	}
 	return op, errors.Join(store.Put(tx, store.Checkpoints, cp.ID, cp), putOperation(tx, op))
@@ -293,11 +293,20 @@ func (c *Controller) jobFromCheckpoint(ctx context.Context, id, name string) (*j
 	if err := json.Unmarshal(manifest.Network, &net); err != nil || len(net.Addresses) != len(manifest.Tasks) {
 		return nil, refused("the network in checkpoint %s cannot be read", id)
 	}
+	whose := ""
+	err = c.store.View(ctx, func(tx store.Tx) error {
+		cp, err := store.Get[api.Checkpoint](tx, store.Checkpoints, id)
+		whose = cp.Owner
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
 	spec.Name = name // the original's would mean two jobs from now on
 	job := &jobRecord{Secret: newSecret(), Own: []string{}, JobDetail: api.JobDetail{
 		Spec: spec, From: id,
 		Job: api.Job{
-			ID: newID("j"), Name: name, Phase: api.PhaseRestoring, Tasks: len(manifest.Tasks), Priority: spec.Priority, Created: c.clock.Now().UTC(),
+			ID: newID("j"), Name: name, Owner: whose, Phase: api.PhaseRestoring, Tasks: len(manifest.Tasks), Priority: spec.Priority, Created: c.clock.Now().UTC(),
 		},
 	}}
 	for i, ip := range net.Addresses {
@@ -481,7 +490,10 @@ func (c *Controller) verifyCheckpoints(ctx context.Context, ref string) (*opReco
 			ask.Checkpoints = []string{cp.ID}
 		}
 		var err error
-		op, err = c.beginOperation(tx, api.OpVerify, nil, ask)
+		if op, err = c.beginOperation(tx, api.OpVerify, nil, ask); err == nil {
+			op.Owner = owner(ctx)
+			err = putOperation(tx, op)
+		}
 		return c.accepted(ctx, tx, op, err)
 	})
 	return op, err

@@ -49,6 +49,16 @@ func (l *Limiter) Take(who string, now time.Time) (wait time.Duration, ok bool) 
 	return wait, ok
 }
 
+// Return gives back the token that was taken last: it need not have been.
+func (l *Limiter) Return(who string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if b, known := l.buckets[who]; known {
+		b.left = min(b.left+1, l.burst)
+		l.buckets[who] = b
+	}
+}
+
 func (l *Limiter) filled(b bucket, now time.Time) float64 {
 	return min(l.burst, b.left+max(now.Sub(b.at).Seconds(), 0)*l.rate)
 }

@@ -20,7 +20,9 @@ const (
 
 // The tables of schema 2.
 const (
-	Receipts Table = "receipts" // answers to requests, by the hash of whose and which key, and by age
+	Receipts     Table = "receipts"      // answers to requests, by the hash of whose and which key, and by age
+	AccessTokens Table = "access_tokens" // tokens of people, by the SHA-256 of the secret
+	Audit        Table = "audit"         // who did what, by number, %016x
 )
 
 // Upgrades is the way from the first schema to the present one. A change of
@@ -28,7 +30,7 @@ const (
 // one would miss, is one more step here, and one more Schema.
 func Upgrades() Plan {
 	return Plan{
-		{Tables: []Table{Receipts}},
+		{Tables: []Table{Receipts, AccessTokens, Audit}},
 	}
 }
 
