@@ -75,7 +75,7 @@ func hosts(entries []*agentpb.HostEntry) (list []sandbox.Host) {
 func boxConfig(t *task, r *record) sandbox.Config {
 	s := &r.Spec
 	return sandbox.Config{
-		ID: t.id(), Dir: t.boxDir(), Root: s.Root, Command: s.Command, Env: s.Env, WorkDir: s.Dir, User: s.User,
+		ID: t.id(), Dir: t.boxDir(), Root: s.Root, Confined: s.Confined, Command: s.Command, Env: s.Env, WorkDir: s.Dir, User: s.User,
 		CapAdd: s.CapAdd, Volumes: s.Volumes, Hostname: fmt.Sprintf("task-%d", r.Index), Hosts: r.Hosts,
 		Job: r.Job, Task: int(r.Index), Tasks: s.Tasks, Run: r.Run, Secret: r.Secret,
 		Serve:     s.Launch == api.LaunchFirst && r.Index > 0,

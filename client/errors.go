@@ -48,8 +48,11 @@ func Status(err error) int {
 // IsNotFound reports whether the controller does not know what was asked for.
 func IsNotFound(err error) bool { return Status(err) == http.StatusNotFound }
 
-// IsRefused reports whether state or policy forbids what was asked.
-func IsRefused(err error) bool { return Status(err) == http.StatusConflict }
+// IsRefused reports whether the state, a policy or the token's role forbids what
+// was asked.
+func IsRefused(err error) bool {
+	return Status(err) == http.StatusConflict || Status(err) == http.StatusForbidden
+}
 
 // IsUnreachable reports whether no controller answered.
 func IsUnreachable(err error) bool {

@@ -44,7 +44,10 @@ func repetition(err error, first bool) (after time.Duration, again bool) {
 	case IsUnreachable(err):
 		return repeatEvery, !first || !errors.As(err, &dial) || dial.Op != "dial"
 	case errors.As(err, &problem):
-		again = problem.Status == http.StatusServiceUnavailable || problem.Status == http.StatusTooManyRequests
+		switch problem.Status {
+		case http.StatusServiceUnavailable, http.StatusTooManyRequests, http.StatusBadGateway, http.StatusGatewayTimeout:
+			again = true
+		}
 		return max(repeatEvery, problem.RetryAfter), again
 	}
 	return 0, false

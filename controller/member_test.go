@@ -51,7 +51,7 @@ func newLeague(t *testing.T, controllers int, nodes ...string) *league {
 	l := &league{server: etcdtest.Start(t)}
 	l.options = etcd.Options{Endpoints: []string{l.server.URL}, Lease: etcdLease}
 	w := &world{t: t, dir: t.TempDir(), repository: newMemoryRepository(), agents: make(map[string]*simAgent)}
-	l.simulation = &simulation{world: w}
+	l.simulation = &simulation{world: w, token: adminToken}
 	var err error
 	if w.keys, err = pki.Open(filepath.Join(w.dir, "pki"), time.Now); err != nil {
 		t.Fatal(err)

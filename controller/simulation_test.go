@@ -75,6 +75,7 @@ type simulation struct {
 	server *http.Server
 	client *http.Client
 	url    string
+	token  string // of who asks
 }
 
 const adminToken = "secret-of-the-admin"
@@ -82,7 +83,7 @@ const adminToken = "secret-of-the-admin"
 func newSimulation(t *testing.T, nodes ...string) *simulation {
 	t.Helper()
 	w := &world{t: t, dir: t.TempDir(), repository: newMemoryRepository(), agents: make(map[string]*simAgent)}
-	s := &simulation{world: w}
+	s := &simulation{world: w, token: adminToken}
 	s.open()
 	t.Cleanup(func() {
 		w.stopAgents()
@@ -247,7 +248,7 @@ func (s *simulation) send(method, path string, body any) (status int, raw []byte
 	if err != nil {
 		return 0, nil, err
 	}
-	request.Header.Set("Authorization", "Bearer "+adminToken)
+	request.Header.Set("Authorization", "Bearer "+s.token)
 	request.Header.Set("Content-Type", "application/json")
 	response, raw, err := s.roundTrip(request)
 	if err != nil {

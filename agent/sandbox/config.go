@@ -40,11 +40,14 @@ type Config struct {
 	WorkDir string `json:"work_dir,omitempty"`
 	// User is NAME, UID, NAME:GROUP or UID:GID of the root. Empty means the
 	// image's, or root.
-	User     string       `json:"user,omitempty"`
-	CapAdd   []string     `json:"cap_add,omitempty"` // "NET_ADMIN" or "CAP_NET_ADMIN"
-	Volumes  []api.Volume `json:"volumes,omitempty"`
-	Hostname string       `json:"hostname,omitempty"`
-	Hosts    []Host       `json:"hosts,omitempty"`
+	User    string       `json:"user,omitempty"`
+	CapAdd  []string     `json:"cap_add,omitempty"` // "NET_ADMIN" or "CAP_NET_ADMIN"
+	Volumes []api.Volume `json:"volumes,omitempty"`
+	// Confined is for jobs of users who must not reach what they could not reach
+	// without Dormouse: see checkPath.
+	Confined bool   `json:"confined,omitempty"`
+	Hostname string `json:"hostname,omitempty"`
+	Hosts    []Host `json:"hosts,omitempty"`
 	// VirtualIP is the task's own address; empty leaves only the loopback one.
 	VirtualIP string  `json:"virtual_ip,omitempty"`
 	CPUs      float64 `json:"cpus,omitempty"`      // 0: no limit

@@ -73,7 +73,7 @@ func (r *Runtime) Create(ctx context.Context, cfg Config) (*Sandbox, error) {
 	}
 	s := &Sandbox{runtime: r, dir: cfg.Dir, state: state{Version: 1, Config: cfg}}
 	err = take(ctx, []step{
-		{do: func(context.Context) error { return r.checkVolumes(cfg.Volumes) }},
+		{do: func(context.Context) error { return r.checkVolumes(cfg) }},
 		{do: func(ctx context.Context) error { return r.findRoot(ctx, s, root) }},
 		{do: s.makeDirs, undo: s.removeDirs},
 		{do: s.foresee}, // so that after a crash the next agent knows what to remove
@@ -88,8 +88,13 @@ func (r *Runtime) Create(ctx context.Context, cfg Config) (*Sandbox, error) {
 
 // checkVolumes finds volumes that are not there, or that lie in Dormouse's own
 // state: a task must not read keys or another task's files.
-func (r *Runtime) checkVolumes(volumes []api.Volume) error {
-	for _, v := range volumes {
+func (r *Runtime) checkVolumes(cfg Config) error {
+	for _, v := range cfg.Volumes {
+		if cfg.Confined {
+			if err := checkPath("volume", v.Source); err != nil {
+				return err
+			}
+		}
 		source, err := filepath.EvalSymlinks(v.Source)
 		if err != nil {
 			return refuse("the volume %s cannot be used on this node: %v", v.Source, err)
@@ -108,6 +113,11 @@ func (r *Runtime) Cgroup() string { return filepath.Join(r.hierarchies.Unified, 
 
 // findRoot decides what lies below the overlay.
 func (r *Runtime) findRoot(ctx context.Context, s *Sandbox, root Root) error {
+	if s.state.Config.Confined && filepath.IsAbs(root.Path) && root.Kind != api.RootHost {
+		if err := checkPath("root", root.Path); err != nil {
+			return err
+		}
+	}
 	switch root.Kind {
 	case api.RootOCI:
 		image, err := r.images.Get(ctx, root.Path)

@@ -156,7 +156,9 @@ func lookupUser(spec, passwd, group string) (*account, error) {
 	err := eachLine(passwd, 7, func(fields []string) {
 		uid, ok := parseID(fields[2])
 		gid, okGroup := parseID(fields[3])
-		if found || !ok || !okGroup || fields[0] != user && !(isNumber && uid == number) {
+		// A number is never a name: a root of the user's own making could have an
+		// account that is named 1000 and is root.
+		if found || !ok || !okGroup || isNumber && uid != number || !isNumber && fields[0] != user {
 			return
 		}
 		found = true

@@ -23,7 +23,7 @@ func TestLookupUser(t *testing.T) {
 		"4711":     {home: "/", uid: 4711, groups: []uint32{0}},
 		"4711:12":  {home: "/", uid: 4711, gid: 12, groups: []uint32{12}},
 		"ana:root": {name: "ana", home: "/home/ana", uid: 1000, gid: 0, groups: []uint32{0}},
-		"77":       {name: "77", home: "/", uid: 5, gid: 5, groups: []uint32{5}}, // a name comes before a number
+		"77":       {home: "/", uid: 77, groups: []uint32{0}}, // there is an account of that name: a number is never one
 	} {
 		got, err := lookupUser(spec, passwd, group)
 		if err != nil {
@@ -87,5 +87,22 @@ func write(t *testing.T, name, content string) {
 	t.Helper()
 	if err := os.WriteFile(name, []byte(content), 0o644); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// TestNumberIsNeverAName: with numbers, what the root's own files say of names
+// gives nobody another user's rights.
+func TestNumberIsNeverAName(t *testing.T) {
+	dir := t.TempDir()
+	passwd, group := filepath.Join(dir, "passwd"), filepath.Join(dir, "group")
+	if err := os.WriteFile(passwd, []byte("1000:x:0:0::/root:/bin/sh\nmallory:x:1000:0::/:/bin/sh\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(group, []byte("1000:x:0:\nroot:x:0:mallory,1000\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	who, err := lookupUser("1000:1000", passwd, group)
+	if err != nil || who.uid != 1000 || who.gid != 1000 || len(who.groups) != 1 || who.groups[0] != 1000 {
+		t.Errorf("want 1000:1000 and no other group, got %+v, %v", who, err)
 	}
 }

@@ -106,7 +106,7 @@ func exitStatus(err error) int {
 		return exitUsage
 	case http.StatusNotFound:
 		return exitNotFound
-	case http.StatusConflict:
+	case http.StatusConflict, http.StatusForbidden:
 		return exitRefused
 	case http.StatusRequestTimeout, http.StatusGatewayTimeout:
 		return exitTimedOut

@@ -1,12 +1,14 @@
 package main
 
 import (
+	"context"
 	"maps"
 	"os/user"
 
 	"github.com/spf13/cobra"
 
 	"dormouse/api"
+	"dormouse/client"
 )
 
 // What a task is given when nothing is said.
@@ -68,6 +70,9 @@ under "spec"; publish may list texts as for --publish. Flags override the file.`
 				return err
 			}
 			defer controller.Close()
+			if err := defaultUser(command.Context(), controller, &spec); err != nil {
+				return err
+			}
 			job, err := controller.Submit(command.Context(), spec)
 			if err != nil {
 				return err
@@ -222,7 +227,20 @@ func defaultSpec(command *cobra.Command, spec *api.JobSpec) error {
 	if spec.MemBytes == 0 && !changed("mem") {
 		spec.MemBytes = defaultMem
 	}
+	return nil
+}
+
+// defaultUser has a job run as who submits it, where nothing else was said: the
+// token's user, whom the controller knows, or else the caller's account.
+func defaultUser(ctx context.Context, controller *client.Client, spec *api.JobSpec) error {
 	if spec.User != "" {
+		return nil
+	}
+	token, err := controller.WhoAmI(ctx)
+	if err != nil && !client.IsNotFound(err) { // an older controller knows admins only
+		return err
+	}
+	if err == nil && token.Role == api.RoleUser {
 		return nil
 	}
 	me, err := user.Current()

@@ -48,12 +48,23 @@ func TestSubmitReadsAJobFileAndFlagsOverrideIt(t *testing.T) {
 	}
 }
 
+func TestSubmitWithAUsersTokenLeavesTheUserToTheController(t *testing.T) {
+	f := newFake(t, map[string]any{"POST /v1/jobs": runningJob, "GET /v1/whoami": api.Token{Role: api.RoleUser, User: "alice"}})
+	dormouse(t, f.url, "submit", "--", "true").check(t, exitDone, "", "")
+	if last := f.calls[len(f.calls)-1]; strings.Contains(last, `"user"`) {
+		t.Errorf("the request names a user: %s", last)
+	}
+}
+
 func TestSubmitRunsAsTheCallerUnlessToldOtherwise(t *testing.T) {
 	f := newFake(t, map[string]any{"POST /v1/jobs": runningJob})
 	dormouse(t, f.url, "submit", "--", "true").check(t, exitDone, "", "")
 	dormouse(t, f.url, "submit", "--root", "dir:/srv/root", "--", "true").check(t, exitDone, "", "")
 	specs := []api.JobSpec{}
 	for _, call := range f.calls {
+		if call == "GET /v1/whoami" {
+			continue
+		}
 		spec := api.JobSpec{}
 		if err := json.Unmarshal([]byte(strings.TrimPrefix(call, "POST /v1/jobs ")), &spec); err != nil {
 			t.Fatal(err)
