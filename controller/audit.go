@@ -38,6 +38,7 @@ func (c *Controller) writeAudit(tx store.Tx, e api.AuditEntry) error {
 		return err
 	}
 	e.ID = n
+	c.newestAudit.Store(n)
 	if e.Time.IsZero() {
 		e.Time = c.clock.Now().UTC()
 	}
@@ -108,20 +109,20 @@ func (c *Controller) listAudit(ctx context.Context, since time.Time, limit int) 
 	return list, err
 }
 
-// forgetAudit removes the oldest entries beyond those that are kept.
+// forgetAudit removes the oldest entries beyond those that are kept. A controller
+// that has not added any has none to remove.
 func (c *Controller) forgetAudit(ctx context.Context) error {
+	newest, keep := c.newestAudit.Load(), uint64(c.parts.Access.AuditKeep)
+	if newest <= keep {
+		return nil
+	}
+	last := eventKey(newest - keep)
 	for {
 		var old []string
 		err := c.store.Update(ctx, func(tx store.Tx) error {
 			old = old[:0]
-			var newest uint64
-			newest, err := tx.Sequence(store.Audit)
-			if err != nil || newest <= uint64(c.parts.Access.AuditKeep) {
-				return err
-			}
-			last := eventKey(newest - uint64(c.parts.Access.AuditKeep))
-			err = tx.Scan(store.Audit, "", func(key string, _ []byte) error {
-				if key >= last || len(old) == auditAtA {
+			err := tx.Scan(store.Audit, "", func(key string, _ []byte) error {
+				if key > last || len(old) == auditAtA {
 					return store.ErrStop
 				}
 				old = append(old, key)

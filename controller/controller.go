@@ -122,6 +122,7 @@ type Controller struct {
 	watchGuests      sync.Once
 	refusals         chan api.AuditEntry // to be written into the audit log
 	unaudited        atomic.Int64        // that were too many to be
+	newestAudit      atomic.Uint64       // number of the newest entry written
 	grpc             *grpc.Server
 
 	// What was decoded of the store last, and where jobs are: see image.go.
