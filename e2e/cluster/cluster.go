@@ -29,6 +29,7 @@ type Options struct {
 	Binary string   // path of bin/dormouse
 	State  string   // state directory, made by the caller
 	Args   []string // of `dormouse up`, such as --cloud east=2
+	Config string   // configuration file: run `dormouse controller` with it instead
 	Env    []string // added to the environment of `up`
 	Log    io.Writer
 }
@@ -61,6 +62,9 @@ const idLength = 8
 func Start(ctx context.Context, o Options) (*Cluster, error) {
 	c := &Cluster{binary: o.Binary, state: o.State, exited: make(chan struct{})}
 	c.up = exec.Command(o.Binary, append([]string{"up", "--state", o.State}, o.Args...)...)
+	if o.Config != "" {
+		c.up = exec.Command(o.Binary, "controller", "--config", o.Config)
+	}
 	c.up.Env = append(os.Environ(), o.Env...)
 	c.up.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // Ctrl-C at the terminal is ours to pass on
 	log := &tail{to: o.Log}
@@ -72,16 +76,17 @@ func Start(ctx context.Context, o Options) (*Cluster, error) {
 	if err := c.up.Start(); err != nil {
 		return nil, fmt.Errorf("start %s up: %w", o.Binary, err)
 	}
-	ready := make(chan bool, 1)
+	ready := make(chan string, 1)
 	go func() {
 		defer close(c.exited)
 		ready <- scanReady(stdout, log)
 		io.Copy(log, stdout)
 		c.up.Wait()
 	}()
+	url := ""
 	select {
-	case ok := <-ready:
-		if !ok {
+	case url = <-ready:
+		if url == "" {
 			<-c.exited
 			return nil, fmt.Errorf("`dormouse up` ended before it was ready: %s", log)
 		}
@@ -98,22 +103,34 @@ func Start(ctx context.Context, o Options) (*Cluster, error) {
 		return nil, fmt.Errorf("the cluster's id %q is too short", id)
 	}
 	c.id = "dormouse-" + strings.ToLower(string(id[:idLength]))
+	if o.Config != "" {
+		return c, c.readState(url)
+	}
 	return c, c.readEnv(ctx)
 }
 
-// scanReady reads lines until `ready URL` and reports whether it came.
-func scanReady(stdout io.Reader, log io.Writer) bool {
+// scanReady reads lines until `ready URL` and returns the URL; empty when it did
+// not come.
+func scanReady(stdout io.Reader, log io.Writer) string {
 	lines := bufio.NewReader(stdout)
 	for {
 		line, err := lines.ReadString('\n')
 		fmt.Fprint(log, line)
-		if strings.HasPrefix(line, "ready ") {
-			return true
+		if url, ok := strings.CutPrefix(line, "ready "); ok {
+			return strings.TrimSpace(url)
 		}
 		if err != nil {
-			return false
+			return ""
 		}
 	}
+}
+
+// readState learns from a controller's files how to reach it.
+func (c *Cluster) readState(url string) error {
+	token, err := os.ReadFile(filepath.Join(c.state, "admin.token"))
+	c.env = append(os.Environ(), "DORMOUSE_CONTROLLER="+url, "DORMOUSE_TOKEN="+strings.TrimSpace(string(token)),
+		"DORMOUSE_CA="+filepath.Join(c.state, "pki", "ca.pem"))
+	return err
 }
 
 // readEnv learns from `dormouse env` how another shell reaches this cluster.
