@@ -109,6 +109,12 @@ func Start(ctx context.Context, o Options) (*Cluster, error) {
 	return c, c.readEnv(ctx)
 }
 
+// Reach returns a Cluster that somebody else runs: its commands have env. It never
+// exits, and leaves nothing of its own.
+func Reach(binary string, env []string) *Cluster {
+	return &Cluster{binary: binary, env: append(os.Environ(), env...), exited: make(chan struct{})}
+}
+
 // scanReady reads lines until `ready URL` and returns the URL; empty when it did
 // not come.
 func scanReady(stdout io.Reader, log io.Writer) string {
