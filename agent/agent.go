@@ -77,7 +77,8 @@ func New(config Config) (_ *Agent, err error) {
 	a := &Agent{
 		config: config, log: config.Logger, life: context.Background(), now: time.Now, after: time.After,
 		lanes: newLanes(), answers: newAnswers(), bandwidth: newBandwidth(),
-		tasks: map[string]*task{}, captures: map[string]*capturing{},
+		plugins: []plugins.Plugin{tcp.Plugin{}},
+		tasks:   map[string]*task{}, captures: map[string]*capturing{},
 		requests: requests{waiting: map[string]*agentpb.AppRequest{}},
 	}
 	defer func() {

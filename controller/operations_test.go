@@ -768,22 +768,3 @@ func TestPlacementWaitsForNodesThatMayComeBack(t *testing.T) {
 		t.Errorf("the operation is %s: %s", ended.Phase, ended.Error)
 	}
 }
-
-func TestRestartWaitsForTheOldRunOfAJobThatIsOver(t *testing.T) {
-	s := newSimulation(t, "east-0", "west-0")
-	id := s.running(api.JobSpec{Tasks: 2, CPUs: 2})
-	open := make(chan struct{})
-	reached := s.faultOnce("cleanup", func(*simAgent) fault { return fault{act: func() { <-open }} })
-	s.end(id, 1) // fails the job; the other task is to be destroyed
-	<-reached
-	s.awaitPhase(id, api.PhaseFailed)
-	op := s.begin("/v1/jobs/"+id+"/restart", nil)
-	other := s.running(api.JobSpec{})
-	s.do("/v1/jobs/"+other+"/restart", nil) // time enough for the first, too, did it not wait
-	var waiting api.Operation
-	if s.want(http.StatusOK, "GET", "/v1/operations/"+op.ID, nil, &waiting); waiting.Step != protocol.StepStop {
-		t.Errorf("the restart is at %q while a task of the old run is being destroyed", waiting.Step)
-	}
-	close(open)
-	s.awaitPhase(id, api.PhaseRunning) // and checkOneCopy has watched
-}
