@@ -138,7 +138,8 @@ func TestKillEndsAJobWhateverItIsIn(t *testing.T) {
 					t.Errorf("the kill does not say what it waits for: %+v", kill)
 				}
 				detail := s.want(http.StatusConflict, "POST", "/v1/jobs/"+h.job+"/kill", nil, nil)
-				if !strings.Contains(detail, "is being ended already, by operation "+kill.ID) {
+				ended := step == "cleanup" && strings.Contains(detail, "is over already") // a kill need not wait for it
+				if !ended && !strings.Contains(detail, "is being ended already, by operation "+kill.ID) {
 					t.Errorf("a second kill: %q", detail)
 				}
 				s.want(http.StatusConflict, "POST", "/v1/operations/"+kill.ID+"/cancel", nil, nil)
