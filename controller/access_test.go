@@ -7,11 +7,13 @@ import (
 	"net/http"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
 	"dormouse/api"
 	"dormouse/controller/access"
+	"dormouse/controller/protocol"
 	"dormouse/controller/store"
 )
 
@@ -29,8 +31,11 @@ func (s *simulation) asUser(name string, uid int) *simulation {
 	return s.as(api.TokenRequest{Name: name + "-token", Role: api.RoleUser, User: fmt.Sprintf("%s:%d:%d", name, uid, uid)})
 }
 
-// described are the routes of the OpenAPI description.
-func described(s *simulation) (routes []struct{ id, method, path string }) {
+// apiRoute is one way to ask the controller.
+type apiRoute struct{ id, method, path string }
+
+// allRoutes are the routes of the OpenAPI description, and those outside of it.
+func allRoutes(s *simulation) (routes []apiRoute) {
 	var document struct {
 		Paths map[string]map[string]struct {
 			OperationID string `json:"operationId"`
@@ -39,15 +44,18 @@ func described(s *simulation) (routes []struct{ id, method, path string }) {
 	s.want(http.StatusOK, "GET", "/openapi.json", nil, &document)
 	for path, methods := range document.Paths {
 		for method, op := range methods {
-			routes = append(routes, struct{ id, method, path string }{op.OperationID, strings.ToUpper(method), path})
+			routes = append(routes, apiRoute{op.OperationID, strings.ToUpper(method), path})
 		}
+	}
+	for _, plain := range s.c.plainRoutes() {
+		method, path, _ := strings.Cut(plain.pattern, " ")
+		routes = append(routes, apiRoute{plain.id, method, path})
 	}
 	return routes
 }
 
-// TestEveryRouteDecidesForEveryRole asks every route that the controller
-// describes as every role, of things that belong to somebody else. A new route
-// needs a rule, or this fails.
+// TestEveryRouteDecidesForEveryRole asks every route as every role, of things
+// that belong to somebody else. A new route needs a rule, or this fails.
 func TestEveryRouteDecidesForEveryRole(t *testing.T) {
 	s := newSimulation(t, "east-0")
 	bob := s.asUser("bob", 2000)
@@ -60,42 +68,89 @@ func TestEveryRouteDecidesForEveryRole(t *testing.T) {
 		api.RoleUser:     s.asUser("alice", 1000),
 	}
 	ids := map[string]string{"jobs": job.ID, "checkpoints": op.Checkpoint, "operations": op.ID, "nodes": "none", "tokens": "none"}
-	routes := described(s)
+	routes := allRoutes(s)
 	for _, r := range routes {
 		rule, known := access.Rules[r.id]
 		if !known {
 			t.Errorf("%s %s (%s) has no rule: add one to access.Rules", r.method, r.path, r.id)
 			continue
 		}
-		path := strings.Replace(r.path, "{id}", ids[strings.Split(r.path, "/")[2]], 1)
+		named := strings.Contains(r.path, "{id}")
+		if named {
+			r.path = strings.Replace(r.path, "{id}", ids[strings.Split(r.path, "/")[2]], 1)
+		}
 		for role, who := range roles {
-			named := strings.Contains(r.path, "{id}")
 			denied := rule == access.Admin || role == api.RoleUser && (rule == access.Operator || rule == access.Own && named)
 			if !denied && r.method != "GET" || r.id == "wait-job" && !denied {
 				continue // that it may is for the other tests: here it would do it
 			}
-			status, raw, err := who.send(r.method, path, nil)
+			status, raw, err := who.send(r.method, r.path, nil)
 			if err != nil {
 				t.Fatal(err)
 			}
 			if denied != (status == http.StatusForbidden) {
-				t.Errorf("%s %s as %s: status %d: %s", r.method, path, role, status, raw)
+				t.Errorf("%s %s as %s: status %d: %s", r.method, r.path, role, status, raw)
+			}
+			for what, id := range ids {
+				if role == api.RoleUser && !denied && strings.Contains(string(raw), id) && id != "none" {
+					t.Errorf("%s %s shows alice one of bob's %s: %s", r.method, r.path, what, raw)
+				}
 			}
 		}
 	}
 	for id := range access.Rules {
-		if !slices.ContainsFunc(routes, func(r struct{ id, method, path string }) bool { return r.id == id }) && id != "metrics" {
+		if !slices.ContainsFunc(routes, func(r apiRoute) bool { return r.id == id }) {
 			t.Errorf("there is a rule for %s, and no such route", id)
 		}
 	}
-	for _, path := range []string{"/metrics", "/v1/backup"} {
-		if status, raw, _ := roles[api.RoleUser].send("GET", path, nil); status != http.StatusForbidden {
-			t.Errorf("%s as a user: %d %s", path, status, raw)
+}
+
+// TestNothingIsAnsweredWithoutAToken but whether the controller lives, and the
+// description of its interface.
+func TestNothingIsAnsweredWithoutAToken(t *testing.T) {
+	s := newSimulation(t)
+	s.c.guesses = access.NewLimiter(1e6, 1e6)
+	routes := append(allRoutes(s), apiRoute{"", "GET", "/v1/none"}, apiRoute{"", "GET", "/"}, apiRoute{"", "GET", "/debug/pprof/"})
+	for _, r := range routes {
+		for _, header := range []string{"", "Bearer ", "Bearer wrong", "Basic " + s.token, s.token} {
+			request, err := http.NewRequestWithContext(t.Context(), r.method, s.url+strings.Replace(r.path, "{id}", "x", 1), nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			request.Header.Set("Authorization", header)
+			response, raw, err := s.roundTrip(request)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if response.StatusCode != http.StatusUnauthorized || response.Header.Get("WWW-Authenticate") == "" && header == "" {
+				t.Errorf("%s %s with %q: status %d: %s", r.method, r.path, header, response.StatusCode, raw)
+			}
 		}
 	}
-	if status, _, _ := roles[api.RoleOperator].send("GET", "/v1/backup", nil); status != http.StatusForbidden {
-		t.Errorf("a back-up as an operator: %d", status)
+}
+
+// TestUsersDoNotKeepTheirPlaceAgainstOthers: a preemption is for the sake of
+// somebody else, so that the victim's owner cannot call it off.
+func TestUsersDoNotKeepTheirPlaceAgainstOthers(t *testing.T) {
+	s := newSimulation(t, "east-0")
+	alice := s.asUser("alice", 1000)
+	var job api.JobDetail
+	alice.want(http.StatusCreated, "POST", "/v1/jobs", api.JobSpec{Command: []string{"forever"}, CPUs: 4}, &job)
+	s.awaitPhase(job.ID, api.PhaseRunning)
+	open := make(chan struct{})
+	release := sync.OnceFunc(func() { close(open) })
+	t.Cleanup(release)
+	reached := s.faultOnce(protocol.StepCapture, func(*simAgent) fault { return fault{act: func() { <-open }} })
+	urgent := s.submit(api.JobSpec{CPUs: 4, Priority: 1})
+	<-reached
+	op := s.jobNow(job.ID).Operation
+	detail := alice.want(http.StatusForbidden, "POST", "/v1/operations/"+op+"/cancel", nil, nil)
+	if want := "operation " + op + " makes room for others: only an admin or an operator may cancel it"; detail != want {
+		t.Errorf("the refusal: %q, want %q", detail, want)
 	}
+	release()
+	s.awaitPhase(urgent, api.PhaseRunning)
+	alice.want(http.StatusForbidden, "POST", "/v1/jobs/"+urgent+"/kill", nil, nil)
 }
 
 func TestUsersSeeTheirOwnOnly(t *testing.T) {

@@ -41,9 +41,10 @@ func (c *Controller) newHandler() http.Handler {
 	c.routeCheckpoints(rest)
 	c.routePlatform(rest)
 	c.routeStreams(rest, mux)
-	mux.Handle("GET /metrics", c.only("metrics", c.metrics.handler()))
+	for _, plain := range c.plainRoutes() {
+		mux.Handle(plain.pattern, c.only(plain.id, plain.handler))
+	}
 	mux.HandleFunc("GET /healthz", c.healthz)
-	mux.Handle("GET /v1/backup", c.only("backup", http.HandlerFunc(c.serveBackup)))
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
 		writeProblem(w, newProblem(http.StatusNotFound, "there is no %s %s", r.Method, r.URL.Path))
 	})
@@ -56,6 +57,20 @@ func (c *Controller) newHandler() http.Handler {
 		}
 		authorized.ServeHTTP(w, r)
 	})
+}
+
+// plainRoute is a route that the OpenAPI description does not have.
+type plainRoute struct {
+	id      string // names its access.Rule
+	pattern string // of http.ServeMux
+	handler http.Handler
+}
+
+func (c *Controller) plainRoutes() []plainRoute {
+	return []plainRoute{
+		{"metrics", "GET /metrics", c.metrics.handler()},
+		{"backup", "GET /v1/backup", http.HandlerFunc(c.serveBackup)},
+	}
 }
 
 // open are the paths that need no token: they tell nothing about jobs.

@@ -6,6 +6,7 @@ import (
 	"fmt"
 
 	"dormouse/api"
+	"dormouse/controller/access"
 	"dormouse/controller/store"
 )
 
@@ -29,6 +30,9 @@ func (c *Controller) cancel(ctx context.Context, ref string) (*opRecord, error) 
 		if op, err = getOperation(tx, id); err != nil {
 			return err
 		}
+		if err := maySpare(ctx, op); err != nil {
+			return err
+		}
 		if err := mayCancel(op); err != nil {
 			return err
 		}
@@ -39,6 +43,16 @@ func (c *Controller) cancel(ctx context.Context, ref string) (*opRecord, error) 
 		c.interrupt(op.ID)
 	}
 	return op, err
+}
+
+// maySpare keeps users from calling off what makes room for others at their
+// jobs' cost.
+func maySpare(ctx context.Context, op *opRecord) error {
+	who, _ := askerOf(ctx)
+	if who.Role == api.RoleUser && op.Kind == api.OpPreempt {
+		return &access.DeniedError{Reason: fmt.Sprintf("operation %s makes room for others: only an admin or an operator may cancel it", op.ID)}
+	}
+	return nil
 }
 
 func mayCancel(op *opRecord) error {

@@ -70,6 +70,7 @@ var Rules = map[string]Rule{
 	"tokens":       Admin,
 	"revoke-token": Admin,
 	"audit":        Admin,
+	"backup":       Admin, // it holds the controller's keys
 }
 
 // Decide refuses a route to a token whose role may not use it. Whose the thing
