@@ -33,7 +33,7 @@ func failpoints(t *testing.T, folders ...string) []string {
 				t.Fatal(err)
 			}
 			for _, match := range call.FindAllStringSubmatch(string(text), -1) {
-				if !slices.Contains(names, match[1]) && match[1] != withoutFUSE {
+				if !slices.Contains(names, match[1]) && !elsewhere.MatchString(match[1]) {
 					names = append(names, match[1])
 				}
 			}
@@ -45,9 +45,10 @@ func failpoints(t *testing.T, folders ...string) []string {
 	return names
 }
 
-// withoutFUSE is an instant of restores on nodes whose kernel has no FUSE; the
-// agent's own tests come to it.
-const withoutFUSE = "agent.restore.images"
+// elsewhere are the instants that the agent's own tests come to: those of
+// restores on nodes whose kernel has no FUSE, and those of certificates that
+// grow old.
+var elsewhere = regexp.MustCompile(`^agent\.(restore\.images$|renew\.)`)
 
 // severally are the instants that only a job of several tasks comes to.
 var severally = regexp.MustCompile(`^agent\.(open|release)\.`)
