@@ -20,6 +20,7 @@ import (
 
 	"dormouse/api"
 	"dormouse/e2e/cluster"
+	"dormouse/internal/child"
 )
 
 // Fencing, with a real cut: a controller and agents as on machines of their own,
@@ -145,8 +146,8 @@ func (s *site) addMachine(i int) {
 	s.t.Helper()
 	m := &machine{name: fmt.Sprintf("fence%d-%d-%d", s.number, i, os.Getpid())}
 	m.anchor = exec.Command("sleep", "infinity")
-	m.anchor.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET, Pdeathsig: syscall.SIGKILL}
-	s.must(m.anchor.Start())
+	m.anchor.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET}
+	s.must(child.Start(m.anchor, syscall.SIGKILL))
 	s.t.Cleanup(func() {
 		m.anchor.Process.Kill()
 		m.anchor.Wait()
@@ -196,7 +197,7 @@ func (s *site) startAgent(m *machine) {
 		"--join", "https://"+s.address(1)+":7117", "--token-file", filepath.Join(s.state(), "join.token"), "--ca", filepath.Join(s.state(), "pki", "ca.pem"),
 		"--cloud", "rack", "--node", m.name, "--state", filepath.Join(s.dir, m.name), "--cpus", "2", "--mem", "2G")
 	m.agent.Stdout, m.agent.Stderr = out, out
-	s.must(m.agent.Start())
+	s.must(child.Start(m.agent, syscall.SIGTERM))
 	m.ended = make(chan struct{})
 	go func() {
 		defer close(m.ended)

@@ -17,6 +17,7 @@ import (
 	"dormouse/api"
 	"dormouse/controller/store/etcd/etcdtest"
 	"dormouse/e2e/cluster"
+	"dormouse/internal/child"
 )
 
 // failover bounds the time from the death of a leader to the next one.
@@ -116,7 +117,7 @@ func (h *trio) start(d *daemon) {
 	if err != nil {
 		h.t.Fatal(err)
 	}
-	if err := command.Start(); err != nil {
+	if err := child.Start(command, syscall.SIGTERM); err != nil {
 		h.t.Fatal(err)
 	}
 	d.command, d.exited = command, make(chan struct{})

@@ -22,6 +22,8 @@ import (
 	"sync"
 	"syscall"
 	"time"
+
+	"dormouse/internal/child"
 )
 
 // Options say what to start.
@@ -73,7 +75,8 @@ func Start(ctx context.Context, o Options) (*Cluster, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := c.up.Start(); err != nil {
+	// Told to end, `up` ends its jobs as well.
+	if err := child.Start(c.up, syscall.SIGTERM); err != nil {
 		return nil, fmt.Errorf("start %s up: %w", o.Binary, err)
 	}
 	ready := make(chan string, 1)

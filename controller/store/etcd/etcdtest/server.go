@@ -17,6 +17,8 @@ import (
 
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.uber.org/zap"
+
+	"dormouse/internal/child"
 )
 
 // unpacked is where setup/etcd.sh puts the program.
@@ -101,7 +103,7 @@ func (s *Server) run(ctx context.Context) error {
 	s.command.Stdout, s.command.Stderr = log, log
 	// A group of its own: an interrupt of the tests is for the tests to act on.
 	s.command.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	if err := s.command.Start(); err != nil {
+	if err := child.Start(s.command, syscall.SIGKILL); err != nil {
 		return fmt.Errorf("start etcd: %w", err)
 	}
 	s.exited = make(chan struct{})
