@@ -287,3 +287,48 @@ func unnoticedAnew(t *testing.T, h *trio, job string) {
 		t.Error("nothing of the job runs")
 	}
 }
+
+// TestTheNextLeaderFinishesWhatTheLastBegan: the leader dies at a step of an
+// operation, and the next one takes it again.
+func TestTheNextLeaderFinishesWhatTheLastBegan(t *testing.T) {
+	for _, c := range []struct {
+		step, verb string
+		phase      api.Phase
+	}{
+		{"controller.checkpoint.capture", "checkpoint", api.PhaseRunning},
+		{"controller.checkpoint.publish", "checkpoint", api.PhaseRunning},
+		{"controller.suspend.destroy", "suspend", api.PhaseSuspended},
+		{"controller.restart.restore", "restart", api.PhaseRunning},
+	} {
+		t.Run(c.step, func(t *testing.T) {
+			t.Parallel()
+			const length = "400"
+			want := undisturbed(t, "python3", program("tree.py"), length, "0")
+			once := filepath.Join(directory(t), "once")
+			h := newTrio(t, built.killable, []string{"DORMOUSE_FAILPOINT=" + c.step + "=kill", "DORMOUSE_FAILPOINT_ONCE=" + once})
+			job := h.submit("--mem", "64M", "--env", "MARK="+h.dir, "--", "python3", program("tree.py"), length, "20")
+			h.waitLines(job, 5)
+			if c.verb == "restart" {
+				h.checkpoint(job)
+			}
+			old := h.leader()
+			h.by(h.others(old)[0])
+			h.try(c.verb, job) // its leader dies of it; whoever asked need not know
+			<-old.exited
+			h.await("the operation has ended", func() bool {
+				got := h.try("-o", "json", "inspect", job)
+				var now api.JobDetail
+				return got.status == 0 && json.Unmarshal([]byte(got.stdout), &now) == nil && now.Phase == c.phase && now.Operation == ""
+			})
+			if list := decode[[]api.Checkpoint](h.platform, "checkpoints", job); len(list) != 1 || list[0].State != api.CheckpointDurable {
+				t.Errorf("want one durable checkpoint, got %+v", list)
+			}
+			if c.phase == api.PhaseSuspended {
+				h.run("resume", job)
+			}
+			h.alone(job, h.dir)
+			sameOutput(t, h.completes(job), want)
+			h.run("verify")
+		})
+	}
+}
