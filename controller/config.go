@@ -268,10 +268,15 @@ func (c *Config) checkStore() error {
 		if u, err := url.Parse(endpoint); err != nil || u.Host == "" || u.Scheme != "http" && u.Scheme != "https" {
 			return fmt.Errorf("store.endpoints: %q is no URL such as https://10.0.0.1:2379", endpoint)
 		}
+		if strings.HasPrefix(endpoint, "https://") != strings.HasPrefix(c.Store.Endpoints[0], "https://") {
+			return fmt.Errorf("store.endpoints: %s and %s differ: either all are https or none is", c.Store.Endpoints[0], endpoint)
+		}
 	}
 	switch {
 	case c.Store.SecretFile == "":
 		return errors.New("store.secret_file is missing: name a file with a secret, the same for every controller; `head -c 32 /dev/urandom | base64` prints one")
+	case c.Store.CA+c.Store.Cert+c.Store.Key != "" && !strings.HasPrefix(c.Store.Endpoints[0], "https://"):
+		return fmt.Errorf("store.ca, store.cert and store.key are for https, and %s is not: correct store.endpoints", c.Store.Endpoints[0])
 	case (c.Store.Cert == "") != (c.Store.Key == ""):
 		return errors.New("store.cert and store.key go together: give both or neither")
 	case c.Store.User != "" && c.Store.PasswordFile == "":

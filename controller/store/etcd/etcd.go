@@ -143,6 +143,7 @@ func open(ctx context.Context, options Options, plan store.Plan) (*Store, error)
 		revision, err = s.prepare(ctx, revision)
 	}
 	if err != nil {
+		err = s.untrusted(err)
 		s.end()
 		s.client.Close()
 		return nil, err
@@ -179,8 +180,9 @@ func connect(options Options, plan store.Plan) (*Store, error) {
 		DialTimeout: patience, DialKeepAliveTime: patience, DialKeepAliveTimeout: patience, PermitWithoutStream: true,
 	})
 	if err != nil {
+		err = s.untrusted(s.explain(err))
 		s.end()
-		return nil, s.explain(err)
+		return nil, err
 	}
 	s.client = client
 	return s, nil

@@ -4,6 +4,7 @@ package etcdtest
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"net"
@@ -30,6 +31,7 @@ type Server struct {
 
 	program, peer string
 	data, log     string
+	tls           *tls.Config // of clients; nil: http
 	arguments     []string
 	command       *exec.Cmd
 	exited        chan struct{}
@@ -53,14 +55,24 @@ func program(t testing.TB) string {
 }
 
 // Start starts an etcd, with further arguments when given, which ends with the test.
-func Start(t testing.TB, arguments ...string) *Server {
+func Start(t testing.TB, arguments ...string) *Server { return start(t, "http", nil, arguments) }
+
+// StartTLS starts an etcd with a certificate of an authority, which asks its
+// clients for one of the same.
+func StartTLS(t testing.TB, authority *Authority) *Server {
+	t.Helper()
+	cert, key := authority.Issue(t, "server")
+	return start(t, "https", authority.config(t), []string{"--cert-file", cert, "--key-file", key, "--client-cert-auth", "--trusted-ca-file", authority.CA})
+}
+
+func start(t testing.TB, scheme string, config *tls.Config, arguments []string) *Server {
 	t.Helper()
 	dir := t.TempDir()
-	s := &Server{program: program(t), data: filepath.Join(dir, "data"), log: filepath.Join(dir, "etcd.log"), arguments: arguments}
+	s := &Server{program: program(t), data: filepath.Join(dir, "data"), log: filepath.Join(dir, "etcd.log"), tls: config, arguments: arguments}
 	t.Cleanup(s.Kill)
 	// A port that was free may be taken before etcd gets it.
 	for attempt := 1; ; attempt++ {
-		s.URL, s.peer = "http://"+freeAddress(t), "http://"+freeAddress(t)
+		s.URL, s.peer = scheme+"://"+freeAddress(t), "http://"+freeAddress(t)
 		err := s.run(t.Context())
 		if err == nil {
 			return s
@@ -123,7 +135,7 @@ func (s *Server) run(ctx context.Context) error {
 func (s *Server) answers(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
-	client, err := clientv3.New(clientv3.Config{Endpoints: []string{s.URL}, Logger: zap.NewNop(), DialTimeout: 30 * time.Second})
+	client, err := clientv3.New(clientv3.Config{Endpoints: []string{s.URL}, TLS: s.tls, Logger: zap.NewNop(), DialTimeout: 30 * time.Second})
 	if err != nil {
 		return err
 	}
@@ -164,7 +176,7 @@ func (s *Server) Continue() error { return s.command.Process.Signal(syscall.SIGC
 // Client is a client of the server, to look and to meddle; it ends with the test.
 func (s *Server) Client(t testing.TB) *clientv3.Client {
 	t.Helper()
-	client, err := clientv3.New(clientv3.Config{Endpoints: []string{s.URL}, Logger: zap.NewNop(), DialTimeout: 10 * time.Second})
+	client, err := clientv3.New(clientv3.Config{Endpoints: []string{s.URL}, TLS: s.tls, Logger: zap.NewNop(), DialTimeout: 10 * time.Second})
 	if err != nil {
 		t.Fatal(err)
 	}
