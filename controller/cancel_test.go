@@ -39,6 +39,7 @@ var cancellable = map[string]api.Phase{
 	"checkpoint/preflight": api.PhaseRunning, "checkpoint/freeze": api.PhaseRunning, "checkpoint/capture": api.PhaseRunning,
 	"checkpoint/thaw": api.PhaseRunning, "checkpoint/upload": api.PhaseRunning,
 	"suspend/preflight": api.PhaseRunning, "suspend/freeze": api.PhaseRunning, "suspend/capture": api.PhaseRunning, "suspend/upload": api.PhaseRunning,
+	"preempt/preflight": api.PhaseRunning, "preempt/freeze": api.PhaseRunning, "preempt/capture": api.PhaseRunning, "preempt/upload": api.PhaseRunning,
 	"resume/restore":  api.PhaseSuspended,
 	"restart/restore": api.PhaseFailed, // its old run is gone
 }
@@ -91,6 +92,153 @@ func cancelAt(t *testing.T, sc scenario, step string, killed bool) {
 	next := map[api.Phase]string{api.PhaseRunning: "checkpoints", api.PhaseSuspended: "resume", api.PhaseFailed: "restart"}[phase]
 	s.do("/v1/jobs/"+h.job+"/"+next, nil)
 	s.awaitPhase(h.job, api.PhaseRunning)
+}
+
+// held lets the agent hang at the next step so called, until released.
+func (s *simulation) held(step string) (reached <-chan struct{}, release func()) {
+	s.t.Helper()
+	open := make(chan struct{})
+	reached = s.faultOnce(step, func(*simAgent) fault { return fault{act: func() { <-open }} })
+	release = sync.OnceFunc(func() { close(open) })
+	s.t.Cleanup(release)
+	return reached, release
+}
+
+// callOff calls an operation off whose agent hangs, with the controller being
+// killed before the agent goes on or not.
+func (s *simulation) callOff(op string, killed bool, release func()) {
+	s.t.Helper()
+	s.begin("/v1/operations/"+op+"/cancel", nil)
+	if killed {
+		s.restart()
+	}
+	release()
+	if ended := s.awaitEnd(op); ended.Phase != api.OpCancelled || ended.Error != "cancelled by `dormouse operations cancel`" {
+		s.t.Errorf("the operation: %s, %q", ended.Phase, ended.Error)
+	}
+	s.want(http.StatusConflict, "POST", "/v1/operations/"+op+"/cancel", nil, nil)
+}
+
+// atEach runs a test for each step at which an agent may hang, with and without
+// the controller being killed.
+func atEach(t *testing.T, steps []string, test func(t *testing.T, step string, killed bool)) {
+	for _, step := range steps {
+		for _, killed := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s/killed=%v", step, killed), func(t *testing.T) { test(t, step, killed) })
+		}
+	}
+}
+
+// TestCancelledSwapLeavesOneRunningAndOneQueued: whichever it is that has the
+// place then, the other has it next.
+func TestCancelledSwapLeavesOneRunningAndOneQueued(t *testing.T) {
+	atEach(t, []string{protocol.StepPreflight, protocol.StepFreeze, protocol.StepCapture, protocol.StepUpload, "cleanup", protocol.StepNetwork, protocol.StepRestore}, func(t *testing.T, step string, killed bool) {
+		s := newSimulation(t, "east-0")
+		out := s.running(api.JobSpec{CPUs: 4})
+		in := s.submit(api.JobSpec{CPUs: 4})
+		s.awaitReason(in, "waits for room")
+		reached, release := s.held(step)
+		op := s.begin("/v1/jobs/"+out+"/swap", map[string]string{"in": in})
+		<-reached
+		s.callOff(op.ID, killed, release)
+		first, second := "", ""
+		s.eventually("one has the place and the other waits", func(tx store.Tx) (bool, error) {
+			one, err := getJob(tx, out)
+			if err != nil {
+				return false, err
+			}
+			other, err := getJob(tx, in)
+			if err != nil {
+				return false, err
+			}
+			if one.Phase != api.PhaseRunning {
+				one, other = other, one
+			}
+			first, second = one.ID, other.ID
+			return one.Phase == api.PhaseRunning && one.Operation == "" && other.waits() && other.Operation == "", nil
+		})
+		s.checkAlive(first, api.PhaseRunning)
+		s.checkAlive(second, api.PhaseSuspended)
+		s.end(first, 0)
+		s.awaitPhase(second, api.PhaseRunning)
+		s.checkAlive(second, api.PhaseRunning)
+	})
+}
+
+// TestCancelledCloneIsNoJobThatRuns, and the one that it was to be made of does
+// not notice.
+func TestCancelledCloneIsNoJobThatRuns(t *testing.T) {
+	atEach(t, []string{protocol.StepNetwork, protocol.StepRestore}, func(t *testing.T, step string, killed bool) {
+		s := newSimulation(t, "east-0", "west-0")
+		id := s.running(api.JobSpec{})
+		cp := s.do("/v1/jobs/"+id+"/checkpoints", nil).Checkpoint
+		reached, release := s.held(step)
+		op := s.begin("/v1/checkpoints/"+cp+"/clone", nil)
+		<-reached
+		s.callOff(op.ID, killed, release)
+		if job := s.awaitPhase(op.Job, api.PhaseCancelled); !strings.Contains(job.Reason, "the clone was cancelled") {
+			t.Errorf("the clone's reason: %q", job.Reason)
+		}
+		s.eventually("it is gone from its nodes", noCleanups)
+		s.checkAlive(op.Job, api.PhaseCancelled)
+		s.checkAlive(id, api.PhaseRunning)
+		s.awaitReady("east-0", "west-0")
+		again := s.do("/v1/checkpoints/"+cp+"/clone", nil)
+		s.awaitPhase(again.Job, api.PhaseRunning)
+	})
+}
+
+// TestCancelledDrillLeavesNothing; once the trial has shown what it was for, there
+// is nothing to call off.
+func TestCancelledDrillLeavesNothing(t *testing.T) {
+	atEach(t, []string{protocol.StepNetwork, protocol.StepRestore, "cleanup"}, func(t *testing.T, step string, killed bool) {
+		s := newSimulation(t, "east-0", "west-0")
+		id := s.running(api.JobSpec{})
+		cp := s.do("/v1/jobs/"+id+"/checkpoints", nil).Checkpoint
+		reached, release := s.held(step)
+		op := s.begin("/v1/checkpoints/"+cp+"/verify", onTrial)
+		<-reached
+		if step != "cleanup" {
+			s.callOff(op.ID, killed, release)
+		} else {
+			detail := s.want(http.StatusConflict, "POST", "/v1/operations/"+op.ID+"/cancel", nil, nil)
+			if want := "operation " + op.ID + " (drill) cannot be cancelled: its step watch and what follows cannot be undone"; detail != want {
+				t.Errorf("the refusal: %q, want %q", detail, want)
+			}
+			release()
+			s.awaitEnd(op.ID)
+		}
+		if drill := s.checkpointNow(cp).Drill; (drill != nil) != (step == "cleanup") {
+			t.Errorf("the checkpoint is stamped %+v", drill)
+		}
+		s.nothingOfTrials()
+		s.checkAlive(id, api.PhaseRunning)
+	})
+}
+
+// TestCancelledDrainLeavesItsJobsRunningAndTheNodeCordoned: what has left comes up
+// elsewhere, what has not stays.
+func TestCancelledDrainLeavesItsJobsRunningAndTheNodeCordoned(t *testing.T) {
+	atEach(t, []string{protocol.StepPreflight, protocol.StepCapture, protocol.StepUpload, "cleanup", protocol.StepRestore}, func(t *testing.T, step string, killed bool) {
+		s := newSimulation(t, "east-0", "east-1")
+		id := s.running(api.JobSpec{})
+		node := s.jobNow(id).TaskStatus[0].Node
+		reached, release := s.held(step)
+		op := s.begin("/v1/nodes/"+node+"/drain", nil)
+		<-reached
+		s.callOff(op.ID, killed, release)
+		s.eventually("the job runs, and rests", func(tx store.Tx) (bool, error) {
+			job, err := getJob(tx, id)
+			return err == nil && job.Phase == api.PhaseRunning && job.Operation == "", err
+		})
+		s.checkAlive(id, api.PhaseRunning)
+		s.awaitReady(map[string]string{"east-0": "east-1", "east-1": "east-0"}[node])
+		if n := s.nodeNow(node); !n.Cordoned {
+			t.Errorf("the node is %s", n.State)
+		}
+		s.want(http.StatusNoContent, "POST", "/v1/nodes/"+node+"/uncordon", nil, nil)
+		s.do("/v1/nodes/"+node+"/drain", nil)
+	})
 }
 
 func TestCancelledStartEndsTheJob(t *testing.T) {

@@ -391,6 +391,7 @@ func scenarios() []scenario {
 	return []scenario{
 		{"checkpoint", append(captureSteps, protocol.StepDiscard), nothing, on("checkpoints"), api.PhaseRunning},
 		{"suspend", []string{protocol.StepPreflight, protocol.StepFreeze, protocol.StepCapture, protocol.StepUpload, "cleanup", protocol.StepDestroy}, nothing, on("suspend"), api.PhaseSuspended},
+		{"preempt", []string{protocol.StepPreflight, protocol.StepFreeze, protocol.StepCapture, protocol.StepUpload, "cleanup", protocol.StepDestroy}, nothing, on("preempt"), api.PhaseRunning}, // it comes back at once
 		{"resume", []string{protocol.StepRestore}, func(s *simulation, id string) { s.do("/v1/jobs/"+id+"/suspend", nil) }, on("resume"), api.PhaseRunning},
 		{"restart", []string{"cleanup", protocol.StepRestore}, checkpointed, on("restart"), api.PhaseRunning},
 		{"kill", []string{protocol.StepSignal, "cleanup"}, nothing, on("kill"), api.PhaseCancelled},

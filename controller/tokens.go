@@ -61,7 +61,7 @@ func (c *Controller) createToken(ctx context.Context, ask api.TokenRequest) (api
 		return api.NewToken{}, invalid("%v", err)
 	}
 	if ask.User != "" && token.UID == 0 && !token.AllowRoot {
-		return api.NewToken{}, invalid("user %s is root: allow the token that, or choose another user", token.User)
+		return api.NewToken{}, invalid("user %s is root: allow the token that (--allow-root), or choose another user", token.User)
 	}
 	secret := access.NewSecret()
 	err := c.store.Update(ctx, func(tx store.Tx) error {

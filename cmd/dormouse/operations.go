@@ -103,10 +103,13 @@ func (c *cli) operationsCancelCommand() *cobra.Command {
 		Long: `Undo what an operation has done so far, and end it. A checkpoint is thrown away
 while it is not durable, and its job runs on; so it does when it was to be
 suspended. A job that was to be resumed sleeps on. A job that was to be started is
-cancelled, and one whose old run is gone has failed, until it is restarted.
+cancelled, and one whose old run is gone has failed, until it is restarted. Of a
+preemption or a swap, whoever has the place keeps it, and the other is queued. A
+drain moves no further jobs, and its node stays cordoned (see ` + "`dormouse uncordon`" + `).
 
 Refused once there is no way back: after a checkpoint is signed, while the tasks of
-a job are being destroyed, and for ` + "`dormouse kill`" + `. An agent that is in the middle of a
+a job are being destroyed, for ` + "`dormouse kill`" + `, and to users for what takes the place
+of their jobs for the sake of others. An agent that is in the middle of a
 step finishes that first.`,
 		Example:           `  dormouse operations cancel o-3f7k2m5q`,
 		Args:              exactly("OPERATION"),
