@@ -1,13 +1,15 @@
 // Package client is the Go SDK of Dormouse's REST API; the command line uses
 // nothing else.
 //
-// A Client is made once per controller and is safe for concurrent use. Every
-// method takes a context that ends the call. What can go wrong is one of:
+// A Client is made once per installation and is safe for concurrent use. Several
+// controllers are tried in turn: when one cannot be reached, or has no leader to
+// turn to, the next is asked, and stays the one that is asked first. Every method
+// takes a context that ends the call. What can go wrong is one of:
 //
 //   - *api.Problem: the controller answered with an error; Status is the HTTP
 //     status (404 not found, 409 refused, 400 and 422 a bad request) and Detail
 //     one sentence for people.
-//   - *UnreachableError: no controller answered at that address.
+//   - *UnreachableError: no controller answered at any address.
 //   - *CertificateError: something answered that is not the pinned controller.
 //   - the context's error.
 //
@@ -39,20 +41,25 @@ import (
 	"net/url"
 	"os"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"dormouse/api"
 )
 
-// dialTimeout bounds how long a controller may take to accept a connection.
-const dialTimeout = 10 * time.Second
+// dialTimeout bounds how long a controller may take to accept a connection;
+// nextTimeout if there are others to try.
+const (
+	dialTimeout = 10 * time.Second
+	nextTimeout = 2 * time.Second
+)
 
 // maxProblemBytes bounds how much of an error's body is read.
 const maxProblemBytes = 64 << 10
 
 // Config says where the controller is and how to prove who is calling.
 type Config struct {
-	URL   string // https://HOST:PORT
+	URL   string // https://HOST:PORT; of several controllers, separated by commas
 	Token string // bearer token
 	// CAFile holds the PEM certificates that may have signed the controller's
 	// certificate. Empty: the system's authorities.
@@ -65,9 +72,10 @@ type Config struct {
 // defaultPatience outlasts a controller's restart.
 const defaultPatience = 30 * time.Second
 
-// Client calls one controller.
+// Client calls one controller, or one of several.
 type Client struct {
-	base   *url.URL
+	bases  []*url.URL
+	first  atomic.Int32 // of bases, to be tried next
 	token  string
 	caFile string
 	http   *http.Client
@@ -77,9 +85,9 @@ type Client struct {
 
 // New checks the configuration; it does not connect.
 func New(config Config) (*Client, error) {
-	base, err := url.Parse(strings.TrimRight(config.URL, "/"))
-	if err != nil || base.Host == "" || (base.Scheme != "https" && base.Scheme != "http") {
-		return nil, fmt.Errorf("the controller's address %q is not a URL such as https://127.0.0.1:7117", config.URL)
+	bases, err := parseURLs(config.URL)
+	if err != nil {
+		return nil, err
 	}
 	tlsConfig := &tls.Config{MinVersion: tls.VersionTLS12}
 	if config.CAFile != "" {
@@ -88,21 +96,36 @@ func New(config Config) (*Client, error) {
 			return nil, err
 		}
 	}
+	patience := dialTimeout
+	if len(bases) > 1 {
+		patience = nextTimeout
+	}
 	// HTTP/1.1 only (ForceAttemptHTTP2 stays false): Exec upgrades its
 	// connection, which HTTP/2 cannot.
 	transport := &http.Transport{
 		Proxy:               http.ProxyFromEnvironment,
-		DialContext:         (&net.Dialer{Timeout: dialTimeout}).DialContext,
+		DialContext:         (&net.Dialer{Timeout: patience}).DialContext,
 		TLSClientConfig:     tlsConfig,
-		TLSHandshakeTimeout: dialTimeout,
+		TLSHandshakeTimeout: patience,
 	}
 	if config.Patience == 0 {
 		config.Patience = defaultPatience
 	}
 	return &Client{
-		base: base, token: config.Token, caFile: config.CAFile, patience: config.Patience,
+		bases: bases, token: config.Token, caFile: config.CAFile, patience: config.Patience,
 		http: &http.Client{Transport: transport},
 	}, nil
+}
+
+func parseURLs(list string) (bases []*url.URL, err error) {
+	for text := range strings.SplitSeq(list, ",") {
+		base, err := url.Parse(strings.TrimRight(strings.TrimSpace(text), "/"))
+		if err != nil || base.Host == "" || (base.Scheme != "https" && base.Scheme != "http") {
+			return nil, fmt.Errorf("the controller's address %q is not a URL such as https://127.0.0.1:7117", strings.TrimSpace(text))
+		}
+		bases = append(bases, base)
+	}
+	return bases, nil
 }
 
 func readCA(file string) (*x509.CertPool, error) {
@@ -117,8 +140,8 @@ func readCA(file string) (*x509.CertPool, error) {
 	return pool, nil
 }
 
-// URL is the controller's address.
-func (c *Client) URL() string { return c.base.String() }
+// URL is the address of the controller that is asked first at the moment.
+func (c *Client) URL() string { return c.bases[c.first.Load()].String() }
 
 // Close lets go of idle connections.
 func (c *Client) Close() { c.http.CloseIdleConnections() }
@@ -172,16 +195,15 @@ func (c *Client) exchange(ctx context.Context, method, path string, query url.Va
 // send returns the response of a call that succeeded; its body is the caller's
 // to close. key is the Idempotency-Key, if any.
 func (c *Client) send(ctx context.Context, method, path string, query url.Values, key string, in any) (*http.Response, error) {
-	request, err := c.request(ctx, method, path, query, in)
+	response, err := c.do(ctx, func(base string) (*http.Request, error) {
+		request, err := c.request(ctx, method, base+path, query, in)
+		if err == nil && key != "" {
+			request.Header.Set("Idempotency-Key", key)
+		}
+		return request, err
+	})
 	if err != nil {
 		return nil, err
-	}
-	if key != "" {
-		request.Header.Set("Idempotency-Key", key)
-	}
-	response, err := c.http.Do(request)
-	if err != nil {
-		return nil, c.failed(ctx, err)
 	}
 	if response.StatusCode >= 300 {
 		defer response.Body.Close()
@@ -190,22 +212,56 @@ func (c *Client) send(ctx context.Context, method, path string, query url.Values
 	return response, nil
 }
 
-func (c *Client) request(ctx context.Context, method, path string, query url.Values, in any) (*http.Request, error) {
+// do asks one controller after the other, beginning with the one that answered
+// last, until one answers. What may have been acted upon goes to another one
+// only if doing it again changes nothing.
+func (c *Client) do(ctx context.Context, ask func(base string) (*http.Request, error)) (*http.Response, error) {
+	for tried := 1; ; tried++ {
+		at := c.first.Load()
+		request, err := ask(c.bases[at].String())
+		if err != nil {
+			return nil, err
+		}
+		response, err := c.http.Do(request)
+		if err == nil && response.StatusCode != http.StatusServiceUnavailable || ctx.Err() != nil {
+			return response, c.failed(ctx, err)
+		}
+		c.first.CompareAndSwap(at, (at+1)%int32(len(c.bases)))
+		if tried == len(c.bases) || !again(request, err) {
+			return response, c.failedAt(ctx, c.bases[at], err)
+		}
+		if err == nil {
+			response.Body.Close()
+		}
+	}
+}
+
+// again reports whether a request may be sent to another controller.
+func again(request *http.Request, err error) bool {
+	return notSent(err) || request.Method == http.MethodGet || request.Header.Get("Idempotency-Key") != ""
+}
+
+// notSent reports whether a request did not even find anybody.
+func notSent(err error) bool {
+	var dial *net.OpError
+	return errors.As(err, &dial) && dial.Op == "dial"
+}
+
+func (c *Client) request(ctx context.Context, method, address string, query url.Values, in any) (*http.Request, error) {
 	var body io.Reader
 	if in != nil {
 		encoded, err := json.Marshal(in)
 		if err != nil {
-			return nil, fmt.Errorf("encode the request for %s %s: %w", method, path, err)
+			return nil, fmt.Errorf("encode the request for %s %s: %w", method, address, err)
 		}
 		body = bytes.NewReader(encoded)
 	}
-	address := c.base.String() + path
 	if len(query) > 0 {
 		address += "?" + query.Encode()
 	}
 	request, err := http.NewRequestWithContext(ctx, method, address, body)
 	if err != nil {
-		return nil, fmt.Errorf("make the request %s %s: %w", method, path, err)
+		return nil, fmt.Errorf("make the request %s %s: %w", method, address, err)
 	}
 	if in != nil {
 		request.Header.Set("Content-Type", "application/json")
@@ -234,20 +290,27 @@ func problem(response *http.Response) error {
 	}
 }
 
-// failed explains why no whole answer came.
+// failed explains why no whole answer came, if err is not nil.
 func (c *Client) failed(ctx context.Context, err error) error {
+	return c.failedAt(ctx, c.bases[c.first.Load()], err)
+}
+
+func (c *Client) failedAt(ctx context.Context, from *url.URL, err error) error {
+	if err == nil {
+		return nil
+	}
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
 	var certificate *tls.CertificateVerificationError
 	if errors.As(err, &certificate) {
-		return &CertificateError{URL: c.URL(), CAFile: c.caFile, Err: certificate.Err}
+		return &CertificateError{URL: from.String(), CAFile: c.caFile, Err: certificate.Err}
 	}
 	var wrapped *url.Error
 	if errors.As(err, &wrapped) {
 		err = wrapped.Err
 	}
-	return &UnreachableError{URL: c.URL(), Err: err}
+	return &UnreachableError{URL: from.String(), Err: err}
 }
 
 // segment makes a user's word one segment of a path.

@@ -60,15 +60,16 @@ func (c *Client) Exec(ctx context.Context, job string, exec ExecRequest) (*Sessi
 		query.Set("rows", strconv.Itoa(int(exec.Rows)))
 		query.Set("cols", strconv.Itoa(int(exec.Cols)))
 	}
-	request, err := c.request(ctx, http.MethodPost, jobPath(job)+"/exec", query, nil)
+	response, err := c.do(ctx, func(base string) (*http.Request, error) {
+		request, err := c.request(ctx, http.MethodPost, base+jobPath(job)+"/exec", query, nil)
+		if err == nil {
+			request.Header.Set("Connection", "Upgrade")
+			request.Header.Set("Upgrade", execProtocol)
+		}
+		return request, err
+	})
 	if err != nil {
 		return nil, err
-	}
-	request.Header.Set("Connection", "Upgrade")
-	request.Header.Set("Upgrade", execProtocol)
-	response, err := c.http.Do(request)
-	if err != nil {
-		return nil, c.failed(ctx, err)
 	}
 	if response.StatusCode != http.StatusSwitchingProtocols {
 		defer response.Body.Close()

@@ -4,7 +4,6 @@ import (
 	"context"
 	"crypto/rand"
 	"errors"
-	"net"
 	"net/http"
 	"strconv"
 	"time"
@@ -38,11 +37,10 @@ func (c *Client) insist(ctx context.Context, call func(key string) error) error 
 // after how long. One that could not even connect at first is not: there is no
 // controller, or not there.
 func repetition(err error, first bool) (after time.Duration, again bool) {
-	var dial *net.OpError
 	var problem *api.Problem
 	switch {
 	case IsUnreachable(err):
-		return repeatEvery, !first || !errors.As(err, &dial) || dial.Op != "dial"
+		return repeatEvery, !first || !notSent(err)
 	case errors.As(err, &problem):
 		switch problem.Status {
 		case http.StatusServiceUnavailable, http.StatusTooManyRequests, http.StatusBadGateway, http.StatusGatewayTimeout:

@@ -74,7 +74,7 @@ or a policy forbids it); 5 timed out. ` + "`dormouse exec`" + ` passes on that o
 		PersistentPreRunE: func(*cobra.Command, []string) error { return c.start() },
 	}
 	flags := root.PersistentFlags()
-	flags.StringVar(&c.controller, "controller", "", "the controller's `URL` (default $DORMOUSE_CONTROLLER, else the `up` of this machine)")
+	flags.StringVar(&c.controller, "controller", "", "the controller's `URL`, or those of several, separated by commas (default $DORMOUSE_CONTROLLER, else the `up` of this machine)")
 	flags.StringVar(&c.token, "token", "", "the `token` to call the controller with (default $DORMOUSE_TOKEN)")
 	flags.StringVar(&c.ca, "ca", "", "`file` with the controller's CA certificate (default $DORMOUSE_CA)")
 	flags.StringVarP(&c.output, "output", "o", outputTable, "output `format`: table or json")
