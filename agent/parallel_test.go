@@ -18,6 +18,7 @@ import (
 	"dormouse/agent/network"
 	"dormouse/api"
 	"dormouse/api/agentpb"
+	"dormouse/internal/child"
 	"dormouse/repository"
 )
 
@@ -91,8 +92,8 @@ func wiredNamespaces(t *testing.T) (list [2]*os.File) {
 	t.Helper()
 	for i := range list {
 		anchor := exec.Command(tools.init, "hold", t.Name())
-		anchor.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET, Pdeathsig: syscall.SIGKILL}
-		must(t, anchor.Start())
+		anchor.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET}
+		must(t, child.Start(anchor, syscall.SIGKILL))
 		t.Cleanup(func() { anchor.Process.Kill(); anchor.Wait() })
 		var err error
 		list[i], err = network.OfProcess(anchor.Process.Pid)

@@ -25,6 +25,7 @@ import (
 
 	"dormouse/api"
 	"dormouse/e2e/fleet"
+	"dormouse/internal/child"
 )
 
 // What `-fleet` measures: one real controller on a bbolt store against simulated
@@ -501,12 +502,11 @@ func (s *server) start(ctx context.Context) error {
 	s.log = log
 	s.process = exec.Command(s.binary, "controller", "--config", filepath.Join(s.dir, "controller.yaml"))
 	s.process.Stderr = log
-	s.process.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	stdout, err := s.process.StdoutPipe()
 	if err != nil {
 		return err
 	}
-	if err := s.process.Start(); err != nil {
+	if err := child.Start(s.process, syscall.SIGKILL); err != nil {
 		return err
 	}
 	ready := make(chan error, 1)

@@ -23,6 +23,7 @@ import (
 	"dormouse/agent/plugins"
 	"dormouse/agent/plugins/plugintest"
 	"dormouse/api"
+	"dormouse/internal/child"
 )
 
 func TestConformance(t *testing.T) { plugintest.Run(t, newFixture) }
@@ -120,14 +121,14 @@ func startProgram(t *testing.T) *program {
 	must(t, err)
 	p := &program{t: t, cmd: exec.Command(self)}
 	p.cmd.Env = append(os.Environ(), asProgram+"=1")
-	p.cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET, Pdeathsig: syscall.SIGKILL}
+	p.cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET}
 	p.cmd.Stderr = os.Stderr
 	p.orders, err = p.cmd.StdinPipe()
 	must(t, err)
 	out, err := p.cmd.StdoutPipe()
 	must(t, err)
 	p.said = bufio.NewReader(out)
-	must(t, p.cmd.Start())
+	must(t, child.Start(p.cmd, syscall.SIGKILL))
 	t.Cleanup(p.end)
 	return p
 }
