@@ -108,6 +108,7 @@ func (s *site) until(job, what string, condition func() bool) {
 	if err := cluster.WaitFor(ctx, what, func() (bool, error) { return condition(), nil }); err != nil {
 		if job != "" {
 			s.report(job)
+			s.showNetworks()
 		}
 		s.t.Fatal(err)
 	}
@@ -123,6 +124,37 @@ func (s *site) logs() {
 		text, _ := os.ReadFile(file)
 		s.t.Logf("%s:\n%s", filepath.Base(file), tail(string(text), 60))
 	}
+}
+
+func (s *site) showNetworks() {
+	for _, m := range s.machines {
+		for namespace, pid := range m.networks() {
+			out, _ := exec.Command("nsenter", "--net=/proc/"+pid+"/ns/net", "ip", "-statistics", "address").CombinedOutput()
+			routes, _ := exec.Command("nsenter", "--net=/proc/"+pid+"/ns/net", "ip", "route").CombinedOutput()
+			rules, _ := exec.Command("nsenter", "--net=/proc/"+pid+"/ns/net", "nft", "list", "ruleset").CombinedOutput()
+			s.t.Logf("%s, %s:\n%s%s%s", m.name, namespace, out, routes, rules)
+		}
+	}
+}
+
+// networks are the namespaces of the machine's processes, with a process in each.
+func (m *machine) networks() map[string]string {
+	found := make(map[string]string)
+	for _, top := range m.cgroups() {
+		filepath.WalkDir(top, func(path string, entry fs.DirEntry, err error) error {
+			if err != nil || entry.Name() != "cgroup.procs" {
+				return nil
+			}
+			pids, _ := os.ReadFile(path) // it may be gone already
+			for _, pid := range strings.Fields(string(pids)) {
+				if namespace, err := os.Readlink("/proc/" + pid + "/ns/net"); err == nil {
+					found[namespace] = pid
+				}
+			}
+			return nil
+		})
+	}
+	return found
 }
 
 // address is of the subnet of this site: 1 is the controller.
