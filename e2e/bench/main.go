@@ -140,7 +140,7 @@ func run(ctx context.Context, sizes string, rounds int, file, binary, criu strin
 			fmt.Fprintln(os.Stderr, "bench:", err)
 		}
 	}()
-	b := &bench{raw: raw{criu: criu, subject: subject, images: images},
+	b := &bench{raw: raw{criu: criu, subject: subject, images: images, binary: binary},
 		dormouse: dormouse{c: c, subject: subject}, scratch: filepath.Join(dir, "scratch")}
 	if err := os.Mkdir(b.scratch, 0o755); err != nil {
 		return err
@@ -174,6 +174,7 @@ type row struct {
 	RawPauseMS  []float64 `json:"raw_pause_ms"`
 	RestoreMS   []float64 `json:"restore_ms"`
 	RawRestore  []float64 `json:"raw_restore_ms"`
+	FloorMS     []float64 `json:"floor_restore_ms"`
 	DurableMS   []float64 `json:"durable_ms"`
 	CopySyncMS  []float64 `json:"copy_sync_ms"`
 	Pause2MS    []float64 `json:"second_pause_ms"`
@@ -212,6 +213,7 @@ func (r *row) add(plain rawResult, ours dormouseResult) {
 	r.RawPauseMS = append(r.RawPauseMS, ms(plain.pause))
 	r.RestoreMS = append(r.RestoreMS, ms(ours.restore))
 	r.RawRestore = append(r.RawRestore, ms(plain.restore))
+	r.FloorMS = append(r.FloorMS, ms(plain.floor))
 	r.DurableMS = append(r.DurableMS, ms(ours.durable))
 	r.CopySyncMS = append(r.CopySyncMS, ms(plain.copied))
 	r.Pause2MS = append(r.Pause2MS, ms(ours.pause2))
@@ -240,6 +242,7 @@ func printTable(rows []row) {
 		const mib = 1 << 20
 		both("pause, ms", r.PauseMS, r.RawPauseMS, 1, "%.0f")
 		both("restore to first instruction, ms", r.RestoreMS, r.RawRestore, 1, "%.0f")
+		both("  the same beside the floor: plain CRIU that verifies and writes down, ms", r.RestoreMS, r.FloorMS, 1, "%.0f")
 		both("durable (plain: cp and sync of the images), ms", r.DurableMS, r.CopySyncMS, 1, "%.0f")
 		both("stored (plain: images), MiB", r.Stored, r.ImageBytes, mib, "%.1f")
 		both("second checkpoint, 1 % rewritten: pause (plain: a second dump), ms", r.Pause2MS, r.RawPause2MS, 1, "%.0f")

@@ -16,6 +16,7 @@ type raw struct {
 	criu    string
 	subject string
 	images  string // directory on a tmpfs
+	binary  string // a dormouse, for floor
 }
 
 // rawResult is one round of plain CRIU.
@@ -23,6 +24,7 @@ type rawResult struct {
 	pause   time.Duration
 	pause2  time.Duration // of a second dump, after 1 % was rewritten; it is as complete as the first
 	restore time.Duration // to the first instruction
+	floor   time.Duration // of a restore that verifies and writes down: floor.go
 	copied  time.Duration // cp and sync of the images to disk
 	bytes   int64
 }
@@ -72,13 +74,22 @@ func (r *raw) round(ctx context.Context, s scenario, scratch string) (result raw
 	if result.copied, err = copyAndSync(ctx, images, filepath.Join(scratch, "copy")); err != nil {
 		return result, err
 	}
+	// The restored subject has its old pid and is not our child.
+	defer syscall.Kill(pid, syscall.SIGKILL)
 	begin := time.Now()
 	if err := r.run(ctx, images, "restore", "--restore-detached"); err != nil {
 		return result, err
 	}
-	defer syscall.Kill(pid, syscall.SIGKILL) // the restored subject has its old pid and is not our child
 	first, err := firstTick(ctx, tickFile, begin)
+	if err != nil {
+		return result, err
+	}
 	result.restore = first.Sub(begin)
+	if err := endRestored(ctx, pid); err != nil {
+		return result, err
+	}
+	f := floor{raw: r, binary: r.binary}
+	result.floor, err = f.restore(ctx, s, images, tickFile, scratch)
 	return result, err
 }
 
