@@ -106,6 +106,9 @@ func (p *PartReader) OpenMemory(ctx context.Context, dir string, isPages func(En
 	if m.memory, err = unix.Mmap(-1, 0, memoryBlocks*memorySpan, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS); err != nil {
 		return nil, errors.Join(os.NewSyscallError("mmap", err), m.prints.Close())
 	}
+	// A fault per 2 MiB rather than per 4 KiB while a task waits for its memory,
+	// madvise(2). Where the kernel has no huge pages, it takes longer, that is all.
+	_ = unix.Madvise(m.memory, unix.MADV_HUGEPAGE)
 	for i := range memoryBlocks {
 		m.free = append(m.free, m.memory[i*memorySpan:(i+1)*memorySpan])
 	}
