@@ -27,8 +27,8 @@ import (
 //
 // The floor ends at the first instruction or with the last hash, whichever is
 // later: nothing may run that was not verified. It has no network, no sandbox, no
-// files and no second process, so nothing that does all these can be faster; and
-// it takes the images from memory, unpacked.
+// files and no daemons, and takes the images from memory, unpacked. It is a floor
+// for two processors: with more, several threads could hash.
 type floor struct {
 	raw    *raw
 	binary string
