@@ -189,7 +189,7 @@ func fill(nodes []Node, r Request, fits func(i int) int) []string {
 		best, most := -1, 0
 		for i := range nodes {
 			fit := min(room[i]-taken[i], left)
-			if fit > 0 && (best < 0 || before(candidate{nodes[i], taken[i], fit}, candidate{nodes[best], taken[best], most}, r)) {
+			if fit > 0 && (best < 0 || before(candidate{&nodes[i], taken[i], fit}, candidate{&nodes[best], taken[best], most}, r)) {
 				best, most = i, fit
 			}
 		}
@@ -205,11 +205,12 @@ func fill(nodes []Node, r Request, fits func(i int) int) []string {
 	return placement
 }
 
-// fillOne is fill for one task: what most jobs have.
+// fillOne is fill for one task: what most jobs have. It asks of few nodes whether
+// the task fits: of those that would be better than the best so far.
 func fillOne(nodes []Node, r Request, fits func(i int) int) []string {
 	best := -1
 	for i := range nodes {
-		if fits(i) > 0 && (best < 0 || before(candidate{nodes[i], 0, 1}, candidate{nodes[best], 0, 1}, r)) {
+		if (best < 0 || before(candidate{&nodes[i], 0, 1}, candidate{&nodes[best], 0, 1}, r)) && fits(i) > 0 {
 			best = i
 		}
 	}
@@ -221,22 +222,25 @@ func fillOne(nodes []Node, r Request, fits func(i int) int) []string {
 
 // candidate is a node that could take tasks next.
 type candidate struct {
-	node  Node
+	node  *Node
 	taken int // it takes already
 	fit   int // it could take
 }
 
 // before reports whether a is to take a task rather than b.
 func before(a, b candidate, r Request) bool {
-	loads := cmp.Compare(load(a.node, a.taken+1, r), load(b.node, b.taken+1, r))
+	order := cmp.Compare(load(a.node, a.taken+1, r), load(b.node, b.taken+1, r))
 	if r.Pack {
-		return cmp.Or(b.fit-a.fit, -loads, cmp.Compare(a.node.ID, b.node.ID)) < 0
+		order = cmp.Or(b.fit-a.fit, -order)
 	}
-	return cmp.Or(loads, cmp.Compare(a.node.ID, b.node.ID)) < 0
+	if order == 0 {
+		return a.node.ID < b.node.ID
+	}
+	return order < 0
 }
 
 // load is the share of a node in use once it has so many tasks more.
-func load(n Node, tasks int, r Request) float64 {
+func load(n *Node, tasks int, r Request) float64 {
 	share := 0.0
 	if n.CPUs > 0 {
 		share = (n.CPUsUsed + float64(tasks)*r.CPUs) / n.CPUs
