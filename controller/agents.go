@@ -272,13 +272,12 @@ func (s *agentService) acknowledge(ctx context.Context, se *session, seq uint64)
 
 // reachable makes a node ready again that was only silent for a while.
 func (c *Controller) reachable(ctx context.Context, id string) error {
-	var state api.NodeState
-	err := c.store.View(ctx, func(tx store.Tx) error { // spares the writers' lock
-		n, err := store.Get[nodeRecord](tx, store.Nodes, id)
-		state = n.State
+	var n *seenNode
+	err := c.store.View(ctx, func(tx store.Tx) (err error) { // spares the writers' lock
+		n, err = c.nodes.get(tx, id)
 		return err
 	})
-	if err != nil || state != api.NodeUnreachable {
+	if err != nil || n.State != api.NodeUnreachable {
 		return err
 	}
 	return c.store.Update(ctx, func(tx store.Tx) error {

@@ -139,7 +139,13 @@ func (c *Controller) interruptible(ctx context.Context, d *doing) (effect, error
 		delete(c.interrupts, d.op.ID)
 	}()
 	// The wish may have been written before there was something to interrupt.
-	if now, err := c.load(ctx, d.op.ID); err == nil && now.op.Cancel != "" {
+	called := false
+	err := c.store.View(ctx, func(tx store.Tx) error {
+		now, err := c.operations.get(tx, d.op.ID)
+		called = err == nil && now.Cancel != ""
+		return err
+	})
+	if err == nil && called {
 		return nil, errCalledOff
 	}
 	change, err := d.take(step)

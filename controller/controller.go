@@ -136,6 +136,7 @@ type Controller struct {
 	order     []string // of clouds
 	booted    time.Time
 	operating map[string]bool // operations that have a goroutine
+	loads     chan struct{}   // held while one of them reads what it is to do
 	turns     *turns
 	// interrupts end the steps that operations are taking.
 	interrupts map[string]context.CancelCauseFunc
@@ -176,7 +177,7 @@ func New(parts Parts) (*Controller, error) {
 		verifier: repository.NewVerifier(key.Public().(ed25519.PublicKey)),
 		jobs:     newImage[jobRecord](store.Jobs), operations: newImage[opRecord](store.Operations), nodes: newImage[seenNode](store.Nodes),
 		placed: &whereabouts{jobs: make(map[string]map[string]bool)},
-		clouds: make(map[string]Cloud), operating: make(map[string]bool), interrupts: make(map[string]context.CancelCauseFunc),
+		clouds: make(map[string]Cloud), operating: make(map[string]bool), loads: make(chan struct{}, mostLoads), interrupts: make(map[string]context.CancelCauseFunc),
 		turns: newTurns(),
 	}
 	c.run, c.stop = context.WithCancel(context.Background())

@@ -33,29 +33,50 @@ func newImage[T any](table store.Table) *image[T] {
 // all returns every record of the table, in the order of keys. They are shared:
 // who changes one reads it again first.
 func (m *image[T]) all(tx store.Tx) ([]*T, error) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	all := make([]*T, 0, len(m.records))
+	all := make([]*T, 0, m.size())
 	err := tx.Scan(m.table, "", func(key string, value []byte) error {
 		record, err := m.decode(key, value)
 		all = append(all, record)
 		return err
 	})
-	if err == nil && len(m.records) > 2*len(all)+16 {
+	if err == nil && m.size() > 2*len(all)+16 {
+		m.mu.Lock()
+		defer m.mu.Unlock()
 		clear(m.records) // most of them are of records that were removed
 	}
 	return all, err
 }
 
-// decode returns the record of key. The caller holds the lock.
+// get returns one record, shared as those of all.
+func (m *image[T]) get(tx store.Tx, key string) (*T, error) {
+	value, err := tx.Get(m.table, key)
+	if err != nil {
+		return nil, err
+	}
+	return m.decode(key, value)
+}
+
+func (m *image[T]) size() int {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return len(m.records)
+}
+
+// decode returns the record of key. Nobody holds the lock for longer than it
+// takes to look: who reads one record does not wait for who reads all.
 func (m *image[T]) decode(key string, value []byte) (*T, error) {
-	if known, ok := m.records[key]; ok && bytes.Equal(known.raw, value) {
+	m.mu.Lock()
+	known, ok := m.records[key]
+	m.mu.Unlock()
+	if ok && bytes.Equal(known.raw, value) {
 		return known.record, nil
 	}
 	record := new(T)
 	if err := json.Unmarshal(value, record); err != nil {
 		return nil, fmt.Errorf("read %s %s from the store: %w", m.table, key, err)
 	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
 	m.records[key] = decoded[T]{raw: bytes.Clone(value), record: record}
 	return record, nil
 }

@@ -70,7 +70,7 @@ func (c *Controller) drive(ctx context.Context, id string) {
 	}
 	core := protocol.New(id, d.ask.flow(d.op.Kind), d.op.Position)
 	out := core.Begin()
-	for out.End == "" {
+	for fresh := true; out.End == ""; fresh = false {
 		if out.Wait > 0 {
 			if c.pause(ctx, out.Wait) != nil {
 				return
@@ -78,9 +78,11 @@ func (c *Controller) drive(ctx context.Context, id string) {
 			out = core.Waited()
 			continue
 		}
-		if d, err = c.load(ctx, id); err != nil || d.op.Phase != api.OpRunning {
-			c.cannotRead(ctx, log, err)
-			return
+		if !fresh {
+			if d, err = c.load(ctx, id); err != nil || d.op.Phase != api.OpRunning {
+				c.cannotRead(ctx, log, err)
+				return
+			}
 		}
 		d.core = core
 		if d.op.Cancel != "" {
@@ -132,29 +134,58 @@ func (c *Controller) cannotRead(ctx context.Context, log *slog.Logger, err error
 	}
 }
 
-// keptOperations is how many ended operations are remembered.
-const keptOperations = 2000
+// Ended operations are remembered for keptFor, so that who waits for one learns
+// how it has ended, and the newest keptOperations for longer.
+const (
+	keptOperations = 2000
+	keptFor        = time.Hour
+	prunedAtA      = 1000 // in one transaction
+)
 
 // prune forgets the oldest ended operations.
 func (c *Controller) prune(ctx context.Context) error {
-	return c.store.Update(ctx, func(tx store.Tx) error {
-		ops, err := store.All[opRecord](tx, store.Operations)
+	var ended []*opRecord
+	err := c.store.View(ctx, func(tx store.Tx) (err error) {
+		ended, err = c.operations.all(tx)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	ended = slices.DeleteFunc(ended, func(op *opRecord) bool { return op.Phase == api.OpRunning || op.Finished == nil })
+	sortBy(ended, func(op *opRecord) (time.Time, string) { return op.Started, op.ID })
+	old := ended[:max(len(ended)-keptOperations, 0)]
+	since := c.clock.Now().Add(-keptFor)
+	old = slices.DeleteFunc(old, func(op *opRecord) bool { return op.Finished.After(since) })
+	for part := range slices.Chunk(old, prunedAtA) {
+		err := c.store.Update(ctx, func(tx store.Tx) error {
+			for _, op := range part {
+				if err := tx.Delete(store.Operations, op.ID); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
 		if err != nil {
 			return err
 		}
-		ended := slices.DeleteFunc(ops, func(op opRecord) bool { return op.Phase == api.OpRunning })
-		sortBy(ended, func(op opRecord) (time.Time, string) { return op.Started, op.ID })
-		for i := range len(ended) - keptOperations {
-			if err := tx.Delete(store.Operations, ended[i].ID); err != nil {
-				return err
-			}
-		}
-		return nil
-	})
+	}
+	return nil
 }
+
+// mostLoads is how many operations are read at once. One look at the queue can
+// begin a thousand, and if all of them were to run at the same time, every
+// request would wait until the last has had its turn.
+const mostLoads = 16
 
 // load reads an operation and its job.
 func (c *Controller) load(ctx context.Context, id string) (*doing, error) {
+	select {
+	case c.loads <- struct{}{}:
+		defer func() { <-c.loads }()
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
 	d := &doing{Controller: c}
 	err := c.store.View(ctx, func(tx store.Tx) (err error) {
 		if d.op, err = getOperation(tx, id); err != nil {
@@ -410,7 +441,7 @@ func (d *doing) forsaken(ctx context.Context, tasks []protocol.Task) error {
 func (d *doing) there(ctx context.Context, step func(context.Context) (effect, error)) (effect, error) {
 	var before map[string]int64
 	err := d.store.View(ctx, func(tx store.Tx) (err error) {
-		before, err = hellos(tx, d.job)
+		before, err = d.hellos(tx, d.job)
 		return err
 	})
 	if err != nil {
@@ -421,7 +452,7 @@ func (d *doing) there(ctx context.Context, step func(context.Context) (effect, e
 		return nil, err
 	}
 	return func(tx store.Tx, op *opRecord, job *jobRecord) error {
-		now, err := hellos(tx, job)
+		now, err := d.hellos(tx, job)
 		if err != nil {
 			return err
 		}
@@ -436,14 +467,18 @@ func (d *doing) there(ctx context.Context, step func(context.Context) (effect, e
 }
 
 // hellos counts the sessions that the agents of the job's nodes have begun.
-func hellos(tx store.Tx, job *jobRecord) (map[string]int64, error) {
+func (c *Controller) hellos(tx store.Tx, job *jobRecord) (map[string]int64, error) {
 	counts := make(map[string]int64)
 	for _, ref := range job.refs() {
-		node, err := store.Get[nodeRecord](tx, store.Nodes, ref.Node)
-		if err != nil && !errors.Is(err, store.ErrNotFound) {
+		node, err := c.nodes.get(tx, ref.Node)
+		switch {
+		case err == nil:
+			counts[ref.Node] = node.Hellos
+		case errors.Is(err, store.ErrNotFound):
+			counts[ref.Node] = 0
+		default:
 			return nil, err
 		}
-		counts[ref.Node] = node.Hellos
 	}
 	return counts, nil
 }

@@ -8,6 +8,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"dormouse/api"
 	"dormouse/api/agentpb"
@@ -767,5 +768,43 @@ func TestPlacementWaitsForNodesThatMayComeBack(t *testing.T) {
 	a.cutNetwork(false)
 	if ended := s.awaitEnd(op.ID); ended.Phase != api.OpDone {
 		t.Errorf("the operation is %s: %s", ended.Phase, ended.Error)
+	}
+}
+
+func TestOnlyOldEndedOperationsAreForgotten(t *testing.T) {
+	s := newSimulation(t)
+	now := time.Now()
+	ended := func(id string, at time.Time) *opRecord {
+		return &opRecord{Operation: api.Operation{ID: id, Kind: api.OpVerify, Phase: api.OpDone, Started: at, Finished: &at}}
+	}
+	err := s.store.Update(t.Context(), func(tx store.Tx) error {
+		long := ended("o-old", now.Add(-4*keptFor))
+		under := ended("o-running", now.Add(-4*keptFor))
+		under.Phase, under.Finished, under.After = api.OpRunning, nil, "o-other" // so that nobody drives it
+		err := errors.Join(putOperation(tx, long), putOperation(tx, under), putOperation(tx, ended("o-recent", now.Add(-2*keptFor))))
+		for i := range keptOperations - 1 {
+			err = errors.Join(err, putOperation(tx, ended(fmt.Sprintf("o-new-%04d", i), now)))
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.c.prune(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	err = s.store.View(t.Context(), func(tx store.Tx) error {
+		if _, err := getOperation(tx, "o-old"); !errors.Is(err, store.ErrNotFound) {
+			t.Errorf("the oldest ended operation is still there (%v)", err)
+		}
+		_, running := getOperation(tx, "o-running")
+		_, recent := getOperation(tx, "o-recent")
+		return errors.Join(running, recent)
+	})
+	if err != nil {
+		t.Error(err)
+	}
+	if n := s.count(store.Operations); n != keptOperations+1 {
+		t.Errorf("want %d operations, got %d", keptOperations+1, n)
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"slices"
+	"time"
 
 	"dormouse/api"
 	"dormouse/controller/scheduler"
@@ -20,13 +21,29 @@ func (c *Controller) reconcile(ctx context.Context) {
 		if err != nil && ctx.Err() == nil {
 			c.log.Error("the controller cannot look at its store", "error", err)
 		}
-		if took := c.clock.Now().Sub(begun); took > cheapLook && c.pause(ctx, took) != nil {
+		if c.restAfter(ctx, c.clock.Now().Sub(begun)) != nil {
 			return
 		}
 		if _, err := c.store.Wait(ctx, revision); err != nil {
 			return
 		}
 	}
+}
+
+// Looks at all records take their time, with many of them: at most a fifth of
+// all time. One that took less than cheapLook needs no rest after it, and none
+// is longer than longestRest.
+const (
+	cheapLook   = time.Millisecond
+	longestRest = 500 * time.Millisecond
+)
+
+// restAfter rests after a look that took so long.
+func (c *Controller) restAfter(ctx context.Context, took time.Duration) error {
+	if took <= cheapLook {
+		return nil
+	}
+	return c.pause(ctx, min(4*took, longestRest))
 }
 
 // driveOperations gives every operation under way a goroutine.
@@ -60,10 +77,8 @@ func (j *jobRecord) settleOn(placement []string, nodes []scheduler.Node, phase a
 		t := &j.TaskStatus[i]
 		*t = api.TaskStatus{Index: i, Node: placement[i], Phase: phase, VirtualIP: t.VirtualIP}
 	}
-	for _, n := range nodes {
-		if n.ID == placement[0] {
-			j.Cloud = n.Cloud
-		}
+	if i := slices.IndexFunc(nodes, func(n scheduler.Node) bool { return n.ID == placement[0] }); i >= 0 {
+		j.Cloud = nodes[i].Cloud
 	}
 }
 

@@ -207,11 +207,13 @@ func (c *Controller) emit(tx store.Tx, e api.Event) error {
 	}
 	e.ID, e.Time = n, c.clock.Now().UTC()
 	if e.Job != "" {
-		job, err := store.Get[owned](tx, store.Jobs, e.Job)
-		if err != nil && !errors.Is(err, store.ErrNotFound) {
+		job, err := c.jobs.get(tx, e.Job)
+		switch {
+		case err == nil:
+			e.Owner = job.Owner
+		case !errors.Is(err, store.ErrNotFound):
 			return err
 		}
-		e.Owner = job.Owner
 	}
 	return store.Put(tx, store.Events, eventKey(n), e)
 }

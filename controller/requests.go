@@ -56,11 +56,11 @@ func (c *Controller) possible(tx store.Tx, job *jobRecord) error {
 	request, room := requestFor(job), 0
 	var nodes []scheduler.Node
 	err := tx.Scan(store.Nodes, "", func(key string, value []byte) error {
-		var n nodeRecord
-		if err := json.Unmarshal(value, &n); err != nil {
-			return fmt.Errorf("read node %s from the store: %w", key, err)
+		n, err := c.nodes.decode(key, value)
+		if err != nil {
+			return err
 		}
-		nodes = append(nodes, n.seen())
+		nodes = append(nodes, n.scheduler)
 		if room += scheduler.Room(nodes[len(nodes)-1], request); room >= job.Tasks {
 			return store.ErrStop
 		}

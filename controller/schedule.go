@@ -248,8 +248,7 @@ func (c *Controller) placeJobs(ctx context.Context) {
 		if err != nil && ctx.Err() == nil {
 			c.log.Error("jobs cannot be placed", "error", err)
 		}
-		// With many jobs a look takes its time: at most a fifth of all time.
-		if took := c.clock.Now().Sub(begun); took > cheapLook && c.pause(ctx, min(4*took, time.Second)) != nil {
+		if c.restAfter(ctx, c.clock.Now().Sub(begun)) != nil {
 			return
 		}
 		if !c.awaitDue(ctx, revision, next) {
@@ -257,9 +256,6 @@ func (c *Controller) placeJobs(ctx context.Context) {
 		}
 	}
 }
-
-// cheapLook is a look that needs no rest after it.
-const cheapLook = 20 * time.Millisecond
 
 // schedule places the jobs that wait for it, and makes others give way.
 //
