@@ -23,6 +23,8 @@ import (
 	"text/tabwriter"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"dormouse/api"
 	"dormouse/e2e/fleet"
 	"dormouse/internal/child"
@@ -49,6 +51,11 @@ type fleetRow struct {
 	JoinMS float64 `json:"join_ms"`
 	// Submissions per second, sustained over all jobs.
 	Submissions float64 `json:"submissions_per_s"`
+	// ControllerMS is the controller's CPU time for one job, from its submission to
+	// its start, with all reads, looks and heartbeats meanwhile. SimulatorMS is what
+	// the clients and agents take for it on the same processors.
+	ControllerMS float64 `json:"controller_cpu_ms_per_job"`
+	SimulatorMS  float64 `json:"simulator_cpu_ms_per_job"`
 	// Submit, and Reads by kind, are what the client waited, while jobs were
 	// submitted; QuietReads when all of them ran.
 	Submit     latency            `json:"submit"`
@@ -225,6 +232,10 @@ func (b *fleetBench) load(ctx context.Context, row *fleetRow) error {
 	var readErr error
 	var reader sync.WaitGroup
 	reader.Go(func() { reads, readErr = b.read(reading) })
+	controller, simulator, err := b.cpu()
+	if err != nil {
+		return err
+	}
 	begin := time.Now()
 	asked, waits, err := b.submit(ctx, row.Jobs)
 	row.Submissions = float64(row.Jobs) / time.Since(begin).Seconds()
@@ -237,6 +248,12 @@ func (b *fleetBench) load(ctx context.Context, row *fleetRow) error {
 	if err := b.allStarted(ctx, row.Jobs); err != nil {
 		return err
 	}
+	controllerAfter, simulatorAfter, err := b.cpu()
+	if err != nil {
+		return err
+	}
+	row.ControllerMS = ms(controllerAfter-controller) / float64(row.Jobs)
+	row.SimulatorMS = ms(simulatorAfter-simulator) / float64(row.Jobs)
 	var toStart []time.Duration
 	last := begin
 	b.mu.Lock()
@@ -249,6 +266,16 @@ func (b *fleetBench) load(ctx context.Context, row *fleetRow) error {
 	}
 	row.ToStart, row.AllRunningMS = latencyOf(toStart), ms(last.Sub(begin))
 	return nil
+}
+
+// cpu is the processor time that the controller, and this process, have used.
+func (b *fleetBench) cpu() (controller, simulator time.Duration, err error) {
+	var own unix.Rusage
+	if err := unix.Getrusage(unix.RUSAGE_SELF, &own); err != nil {
+		return 0, 0, err
+	}
+	controller, err = b.server.cpu()
+	return controller, time.Duration(own.Utime.Nano() + own.Stime.Nano()), err
 }
 
 // submit submits n jobs and returns when each was asked for and how long it took.
@@ -462,6 +489,8 @@ func printFleet(rows []fleetRow) {
 	number("jobs", "%.0f", func(r fleetRow) float64 { return float64(r.Jobs) })
 	number("all agents joined, s", "%.2f", func(r fleetRow) float64 { return r.JoinMS / 1000 })
 	number("submissions/s", "%.0f", func(r fleetRow) float64 { return r.Submissions })
+	number("controller CPU, ms per job", "%.2f", func(r fleetRow) float64 { return r.ControllerMS })
+	number("simulator CPU, ms per job", "%.2f", func(r fleetRow) float64 { return r.SimulatorMS })
 	both("submit", func(r fleetRow) latency { return r.Submit })
 	for _, kind := range []string{"one job", "jobs, a page of 100", "nodes, a page of 100", "operations, a page of 100"} {
 		both("read under load, "+kind, func(r fleetRow) latency { return r.Reads[kind] })
