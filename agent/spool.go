@@ -170,7 +170,7 @@ func allocate(ctx context.Context, f *os.File, size int64) {
 	const window = 16 << 20
 	var next atomic.Int64
 	var group sync.WaitGroup
-	for range runtime.GOMAXPROCS(0) {
+	for range runtime.NumCPU() {
 		group.Go(func() {
 			for ctx.Err() == nil {
 				at := next.Add(window) - window

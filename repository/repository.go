@@ -75,7 +75,7 @@ func Open(ctx context.Context, be backend.Backend, opts Options) (*Repository, e
 		return nil, err
 	}
 	if opts.Workers <= 0 {
-		opts.Workers = runtime.GOMAXPROCS(0)
+		opts.Workers = runtime.NumCPU()
 	}
 	if opts.LeaseTTL <= 0 {
 		opts.LeaseTTL = 10 * time.Minute

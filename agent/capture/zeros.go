@@ -217,7 +217,7 @@ func zeroPages(f *os.File, pages int64) ([]bool, error) {
 	zero := make([]bool, pages)
 	var next atomic.Int64
 	var group errgroup.Group
-	for range runtime.GOMAXPROCS(0) {
+	for range runtime.NumCPU() {
 		group.Go(func() error {
 			buf := make([]byte, scanStep)
 			for {

@@ -7,12 +7,14 @@ import (
 	"net/netip"
 	"os"
 	"os/signal"
+	"runtime"
 	"strings"
 	"syscall"
 
 	"github.com/spf13/cobra"
 
 	"dormouse/agent"
+	"dormouse/agent/pagefs"
 )
 
 // defaultAgentState is where an agent keeps what it must remember.
@@ -136,6 +138,9 @@ func (c *cli) agent(ctx context.Context, config agent.Config) error {
 	}
 	outliveReaders()
 	config.Logger = c.daemonLogger()
+	// While as many goroutines hash as there are processors, the answer to a read
+	// of CRIU's must not wait until one of them has used up its share.
+	runtime.GOMAXPROCS(runtime.GOMAXPROCS(0) + pagefs.Readers)
 	daemon, err := agent.New(config)
 	if err != nil {
 		return err
