@@ -1,6 +1,7 @@
 package local
 
 import (
+	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -258,6 +259,65 @@ func TestForwardingIsSwitchedOffAgain(t *testing.T) {
 		if got := forwarding(); got != want {
 			t.Errorf("after the end of %d fabrics, ip_forward is %s, want %s", i+1, got, want)
 		}
+	}
+}
+
+// TestOtherBridgesGoOn: what passes over a bridge that is not ours is none of our
+// business, also where the kernel's br_netfilter shows it to our rules.
+func TestOtherBridgesGoOn(t *testing.T) {
+	newSite(t) // or skip
+	if err := os.WriteFile(forwardingFile, []byte("0"), 0); err != nil {
+		t.Fatal(err)
+	}
+	f, err := NewFabric(filepath.Join(t.TempDir(), "fabric.json"), "one", slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { f.Close() })
+	if _, err := f.address("a"); err != nil {
+		t.Fatal(err)
+	}
+	bridge := &netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: "others"}}
+	if err := netlink.LinkAdd(bridge); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { netlink.LinkDel(bridge) })
+	if err := netlink.LinkSetUp(bridge); err != nil {
+		t.Fatal(err)
+	}
+	var guests []*os.File
+	for i, address := range []string{"198.51.100.1/24", "198.51.100.2/24"} {
+		guest := newNamespace(t)
+		cable := netlink.NewVeth(netlink.LinkAttrs{Name: fmt.Sprintf("others%d", i), MasterIndex: bridge.Index})
+		cable.PeerName, cable.PeerNamespace = "eth0", netlink.NsFd(guest.Fd())
+		if err := netlink.LinkAdd(cable); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { netlink.LinkDel(cable) })
+		if err := netlink.LinkSetUp(cable); err != nil {
+			t.Fatal(err)
+		}
+		inside, err := netlink.NewHandleAt(netns.NsHandle(guest.Fd()))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer inside.Close()
+		link, err := inside.LinkByName("eth0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		parsed, err := netlink.ParseAddr(address)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := errors.Join(inside.AddrAdd(link, parsed), inside.LinkSetUp(link)); err != nil {
+			t.Fatal(err)
+		}
+		guests = append(guests, guest)
+	}
+	echo(t, guests[0], "198.51.100.1:80")
+	if said, err := call(guests[1], "198.51.100.1:80", 5*time.Second); said != "198.51.100.2" {
+		t.Errorf("the other guest says %q, %v; want to be called from 198.51.100.2", said, err)
 	}
 }
 

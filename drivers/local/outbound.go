@@ -24,6 +24,15 @@ const (
 	forwardingWasOff = "dormouse: ip_forward was 0"
 	// bridgePrefix begins the name of every fabric's bridge.
 	bridgePrefix = "dm"
+	// bridgeKind is what rtnetlink calls a bridge.
+	bridgeKind = "bridge\x00"
+)
+
+// What a packet's devices are, linux/netfilter/nf_tables.h; the library has no
+// names for them.
+const (
+	metaIIFKIND expr.MetaKey = 26
+	metaOIFKIND expr.MetaKey = 27
 )
 
 // openOutbound makes the way out. The caller holds the namespace's lock.
@@ -102,7 +111,9 @@ func (f *Fabric) table() *nftables.Table {
 }
 
 // writeRules replaces the rules at once. With onlyOurs, nothing is forwarded but
-// what is from or for a fabric.
+// what is from or for a fabric. Where br_netfilter is loaded, what another bridge
+// passes between its own ports comes by here, too, as if from that bridge to that
+// bridge; it goes on.
 func (f *Fabric) writeRules(onlyOurs bool) error {
 	rules, err := nftables.New()
 	if err != nil {
@@ -120,6 +131,8 @@ func (f *Fabric) writeRules(onlyOurs bool) error {
 	rules.AddRule(&nftables.Rule{Table: table, Chain: passing, Exprs: join(
 		device(expr.MetaKeyIIFNAME, expr.CmpOpNeq, f.bridge+"\x00"), device(expr.MetaKeyOIFNAME, expr.CmpOpEq, f.bridge+"\x00"), noAnswer(), drop)})
 	if onlyOurs {
+		rules.AddRule(&nftables.Rule{Table: table, Chain: passing, Exprs: join(
+			device(metaIIFKIND, expr.CmpOpEq, bridgeKind), device(metaOIFKIND, expr.CmpOpEq, bridgeKind), []expr.Any{&expr.Verdict{Kind: expr.VerdictReturn}})})
 		rules.AddRule(&nftables.Rule{Table: table, Chain: passing, Exprs: join(
 			device(expr.MetaKeyIIFNAME, expr.CmpOpNeq, bridgePrefix), device(expr.MetaKeyOIFNAME, expr.CmpOpNeq, bridgePrefix), drop)})
 	}
