@@ -66,6 +66,8 @@ import (
 
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.uber.org/zap"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
 
 	"dormouse/controller/store"
 )
@@ -80,6 +82,13 @@ const (
 	// maxRequest is what the client is willing to send; the server decides.
 	maxRequest = 256 << 20
 )
+
+// reconnecting is how an etcd that went away is looked for. By itself gRPC would
+// rest for up to two minutes between two attempts.
+var reconnecting = grpc.ConnectParams{
+	Backoff:           backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: time.Second},
+	MinConnectTimeout: patience,
+}
 
 // Options say where etcd is.
 type Options struct {
@@ -178,6 +187,7 @@ func connect(options Options, plan store.Plan) (*Store, error) {
 		Endpoints: options.Endpoints, TLS: options.TLS, Username: options.User, Password: options.Password,
 		Context: s.life, Logger: zap.NewNop(), MaxCallSendMsgSize: maxRequest,
 		DialTimeout: patience, DialKeepAliveTime: patience, DialKeepAliveTimeout: patience, PermitWithoutStream: true,
+		DialOptions: []grpc.DialOption{grpc.WithConnectParams(reconnecting)},
 	})
 	if err != nil {
 		err = s.untrusted(s.explain(err))

@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	random "math/rand/v2"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -351,20 +352,19 @@ func TestCommitsSurviveLostAnswers(t *testing.T) {
 	cut := place
 	cut.Endpoints = []string{network.URL}
 	s := cut.open(t)
-	const writes = 40
-	stop := make(chan struct{})
+	// With time enough between two of them for a slow machine to connect again.
+	const most = 40
+	var breaks atomic.Int64
 	var breaking sync.WaitGroup
 	breaking.Go(func() {
-		for {
-			select {
-			case <-stop:
-				return
-			case <-time.After(20 * time.Millisecond):
-				network.Break()
-			}
+		for range most {
+			time.Sleep(10*time.Millisecond + random.N(150*time.Millisecond))
+			network.Break()
+			breaks.Add(1)
 		}
 	})
-	for range writes {
+	writes := 0
+	for ; breaks.Load() < most; writes++ {
 		err := s.Update(t.Context(), func(tx store.Tx) error {
 			n, err := store.Get[int](tx, store.Jobs, "count")
 			if err != nil && !errors.Is(err, store.ErrNotFound) {
@@ -376,7 +376,6 @@ func TestCommitsSurviveLostAnswers(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	close(stop)
 	breaking.Wait()
 	if got := get(t, place.open(t), "count"); got != fmt.Sprint(writes) {
 		t.Errorf("want each of %d increments once, got %s", writes, got)
