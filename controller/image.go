@@ -3,27 +3,39 @@ package controller
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"slices"
 	"sync"
 
 	"dormouse/controller/store"
 )
 
-// image remembers what the records of a table decode to, so that a look at all
-// of them decodes only those that have changed: with ten thousand jobs almost all
-// of the time would go into decoding. A remembered record is used only for the
-// very bytes that it was decoded from, so an image is right in every transaction,
-// also of the past, and needs no one to tell it of changes.
+// image remembers what the records of a table decode to, and in which order they
+// are, so that a look at all of them reads only those that have changed: with ten
+// thousand jobs almost all of the time would go into reading. A remembered record
+// is used only for the very bytes that it was decoded from, and a remembered
+// order only where the transaction tells what has changed since; so an image is
+// right in every transaction, also of the past, and needs no one to tell it of
+// changes.
 type image[T any] struct {
 	table store.Table
 
 	mu      sync.Mutex
 	records map[string]decoded[T]
+	last    picture[T] // the newest
 }
 
 type decoded[T any] struct {
 	raw    []byte
 	record *T
+}
+
+// picture is the whole table in the order of keys. It is never changed.
+type picture[T any] struct {
+	version uint64 // as store.Recent's; 0: it is no version's
+	keys    []string
+	records []*T
 }
 
 func newImage[T any](table store.Table) *image[T] {
@@ -33,18 +45,80 @@ func newImage[T any](table store.Table) *image[T] {
 // all returns every record of the table, in the order of keys. They are shared:
 // who changes one reads it again first.
 func (m *image[T]) all(tx store.Tx) ([]*T, error) {
-	all := make([]*T, 0, m.size())
-	err := tx.Scan(m.table, "", func(key string, value []byte) error {
-		record, err := m.decode(key, value)
-		all = append(all, record)
-		return err
-	})
-	if err == nil && m.size() > 2*len(all)+16 {
-		m.mu.Lock()
-		defer m.mu.Unlock()
+	p, err := m.look(tx)
+	if err != nil {
+		return nil, err
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if p.version > m.last.version {
+		m.last = p
+	}
+	if len(m.records) > 2*len(p.records)+16 {
 		clear(m.records) // most of them are of records that were removed
 	}
-	return all, err
+	return slices.Clone(p.records), nil
+}
+
+func (m *image[T]) look(tx store.Tx) (p picture[T], err error) {
+	recent, ok := tx.(store.Recent)
+	if !ok {
+		return m.read(tx)
+	}
+	m.mu.Lock()
+	last := m.last
+	m.mu.Unlock()
+	if keys, known := recent.Changed(m.table, last.version); known && last.version > 0 {
+		p, err = m.redraw(tx, last, keys)
+	} else {
+		p, err = m.read(tx)
+	}
+	p.version = recent.Version()
+	return p, err
+}
+
+// read reads the whole table.
+func (m *image[T]) read(tx store.Tx) (p picture[T], err error) {
+	err = tx.Scan(m.table, "", func(key string, value []byte) error {
+		record, err := m.decode(key, value)
+		p.keys, p.records = append(p.keys, key), append(p.records, record)
+		return err
+	})
+	return p, err
+}
+
+// redraw reads those that have changed since the last picture.
+func (m *image[T]) redraw(tx store.Tx, last picture[T], changed []string) (picture[T], error) {
+	if len(changed) == 0 {
+		return last, nil
+	}
+	slices.Sort(changed)
+	next := picture[T]{
+		keys:    make([]string, 0, len(last.keys)+len(changed)),
+		records: make([]*T, 0, len(last.keys)+len(changed)),
+	}
+	from := 0
+	keep := func(to int) {
+		next.keys, next.records = append(next.keys, last.keys[from:to]...), append(next.records, last.records[from:to]...)
+		from = to
+	}
+	for _, key := range slices.Compact(changed) {
+		at, found := slices.BinarySearch(last.keys[from:], key)
+		keep(from + at)
+		if found {
+			from++
+		}
+		record, err := m.get(tx, key)
+		if errors.Is(err, store.ErrNotFound) {
+			continue
+		}
+		if err != nil {
+			return next, err
+		}
+		next.keys, next.records = append(next.keys, key), append(next.records, record)
+	}
+	keep(len(last.keys))
+	return next, nil
 }
 
 // get returns one record, shared as those of all.
@@ -54,12 +128,6 @@ func (m *image[T]) get(tx store.Tx, key string) (*T, error) {
 		return nil, err
 	}
 	return m.decode(key, value)
-}
-
-func (m *image[T]) size() int {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	return len(m.records)
 }
 
 // decode returns the record of key. Nobody holds the lock for longer than it

@@ -1,9 +1,12 @@
 package controller
 
 import (
+	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net/http"
 	"path/filepath"
+	"slices"
 	"testing"
 
 	"dormouse/api"
@@ -60,6 +63,116 @@ func TestImageIsRightInEveryTransaction(t *testing.T) {
 		t.Fatal("the update did not fail")
 	}
 	view(func(tx store.Tx) { want(tx, "a2 b1 ") })
+}
+
+// TestImageShowsWhatTheStoreHolds compares all with the store itself through
+// random histories: failed updates, several in one commit, and views that stay
+// open while the table moves on.
+func TestImageShowsWhatTheStoreHolds(t *testing.T) {
+	s, err := bolt.Open(filepath.Join(t.TempDir(), "db"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	m := newImage[api.Job](store.Jobs)
+	compare := func(tx store.Tx) {
+		t.Helper()
+		got, err := m.all(tx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		wanted, err := store.All[api.Job](tx, store.Jobs)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !slices.EqualFunc(got, wanted, func(a *api.Job, b api.Job) bool { return a.ID == b.ID && a.Name == b.Name }) {
+			t.Fatalf("the image has %d records, the store %d: %v, %v", len(got), len(wanted), got, wanted)
+		}
+	}
+	random := rand.New(rand.NewPCG(1, 2))
+	change := func(tx store.Tx) error {
+		for range random.IntN(4) {
+			id := string(rune('a' + random.IntN(20)))
+			if random.IntN(3) == 0 {
+				if err := tx.Delete(store.Jobs, id); err != nil {
+					return err
+				}
+				continue
+			}
+			if err := store.Put(tx, store.Jobs, id, api.Job{ID: id, Name: fmt.Sprint(random.IntN(3))}); err != nil {
+				return err
+			}
+		}
+		compare(tx)
+		if random.IntN(4) == 0 {
+			return errors.New("not meant")
+		}
+		return nil
+	}
+	var step func(depth int)
+	step = func(depth int) {
+		_ = s.Update(t.Context(), change)
+		err := s.View(t.Context(), func(tx store.Tx) error {
+			if random.IntN(2) == 0 {
+				compare(tx)
+			}
+			for range random.IntN(3) {
+				if depth < 4 {
+					step(depth + 1)
+				}
+			}
+			compare(tx)
+			return nil
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	for range 60 {
+		step(0)
+	}
+}
+
+// unscanned is a transaction of which no table can be read as a whole.
+type unscanned struct {
+	store.Tx
+	store.Recent
+}
+
+func (unscanned) Scan(table store.Table, _ string, _ func(string, []byte) error) error {
+	return fmt.Errorf("table %s is read again", table)
+}
+
+func TestImageReadsOnlyWhatHasChanged(t *testing.T) {
+	s, err := bolt.Open(filepath.Join(t.TempDir(), "db"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	m := newImage[api.Job](store.Jobs)
+	write := func(id string) {
+		t.Helper()
+		if err := s.Update(t.Context(), func(tx store.Tx) error { return store.Put(tx, store.Jobs, id, api.Job{ID: id}) }); err != nil {
+			t.Fatal(err)
+		}
+	}
+	look := func(want int, wrap func(store.Tx) store.Tx) {
+		t.Helper()
+		err := s.View(t.Context(), func(tx store.Tx) error {
+			all, err := m.all(wrap(tx))
+			if err == nil && len(all) != want {
+				t.Errorf("want %d records, got %d", want, len(all))
+			}
+			return err
+		})
+		if err != nil {
+			t.Error(err)
+		}
+	}
+	write("a")
+	look(1, func(tx store.Tx) store.Tx { return tx })
+	write("b")
+	look(2, func(tx store.Tx) store.Tx { return unscanned{tx, tx.(store.Recent)} })
 }
 
 func TestImageGivesOneRecordUntilItChanges(t *testing.T) {

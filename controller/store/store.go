@@ -171,6 +171,18 @@ type Tx interface {
 	Sequence(table Table) (uint64, error)
 }
 
+// Recent is a Tx that knows what has changed lately, so that who keeps a picture
+// of a table need not read all of it again.
+type Recent interface {
+	// Version numbers what the transaction sees: greater after each commit. It is
+	// 0 when the transaction may write, as what it sees may never be committed.
+	Version() uint64
+	// Changed returns the keys of a table under which this transaction may see
+	// something else than one of the version since did, in no order and some of
+	// them repeated; false when that is not remembered.
+	Changed(table Table, since uint64) ([]string, bool)
+}
+
 // ErrStop ends a Scan early and is not returned by it.
 var ErrStop = errors.New("stop the scan")
 

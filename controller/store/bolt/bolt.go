@@ -42,7 +42,8 @@ var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
 // Store is a store.Store in one file.
 type Store struct {
-	db *bbolt.DB
+	db      *bbolt.DB
+	history *history
 
 	mu        sync.Mutex
 	revision  uint64
@@ -64,7 +65,7 @@ func open(file string, plan store.Plan) (*Store, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Store{db: db, revision: 1, changed: make(chan struct{}), closed: make(chan struct{})}, nil
+	return &Store{db: db, history: newHistory(), revision: 1, changed: make(chan struct{}), closed: make(chan struct{})}, nil
 }
 
 // openChecked opens file, brings it to the present schema and reads all of it.
@@ -251,7 +252,7 @@ func (s *Store) View(ctx context.Context, fn func(store.Tx) error) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	return closedError(s.db.View(func(tx *bbolt.Tx) error { return fn(&transaction{tx: tx}) }))
+	return closedError(s.db.View(func(tx *bbolt.Tx) error { return fn(&transaction{tx: tx, history: s.history}) }))
 }
 
 func closedError(err error) error {
@@ -315,9 +316,13 @@ func (s *Store) Close() error {
 
 // transaction is a store.Tx on a bbolt transaction.
 type transaction struct {
-	tx    *bbolt.Tx
-	wrote bool
-	log   []former // of what it wrote; see undo
+	tx      *bbolt.Tx
+	history *history
+	wrote   bool
+	log     []former // of what it wrote; see undo
+	// keys are those that this one and the others of its commit have written, those
+	// of failed ones among them; nil where nothing may be written.
+	keys map[store.Table][]string
 }
 
 func (t *transaction) bucket(table store.Table) (*bbolt.Bucket, error) {
@@ -346,7 +351,7 @@ func (t *transaction) Put(table store.Table, key string, value []byte) error {
 		return err
 	}
 	if t.tx.Writable() && key != "" {
-		t.remember(bucket, []byte(key))
+		t.remember(table, bucket, key)
 	}
 	if err := bucket.Put([]byte(key), seal(key, value)); err != nil {
 		return fmt.Errorf("write %s %s to the store: %w", table, key, err)
@@ -360,7 +365,7 @@ func (t *transaction) Delete(table store.Table, key string) error {
 		return err
 	}
 	if t.tx.Writable() && key != "" {
-		t.remember(bucket, []byte(key))
+		t.remember(table, bucket, key)
 	}
 	if err := bucket.Delete([]byte(key)); err != nil {
 		return fmt.Errorf("delete %s %s from the store: %w", table, key, err)

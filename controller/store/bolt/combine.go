@@ -83,14 +83,14 @@ func (s *Store) next() *change {
 func (s *Store) commit() {
 	var together []*change
 	err := s.db.Update(func(tx *bbolt.Tx) error {
-		wrote := false
+		wrote, keys := false, make(map[store.Table][]string)
 		for len(together) < mostTogether {
 			c := s.next()
 			if c == nil {
 				break
 			}
 			together = append(together, c)
-			if err := c.carryOut(tx); err != nil {
+			if err := c.carryOut(&transaction{tx: tx, history: s.history, keys: keys}); err != nil {
 				return err
 			}
 			wrote = wrote || c.wrote
@@ -98,6 +98,7 @@ func (s *Store) commit() {
 		if !wrote {
 			return errNothingWritten // spares the two disk writes of an empty commit
 		}
+		s.history.add(uint64(tx.ID()), keys) // before anybody can see it
 		return nil
 	})
 	if err == nil {
@@ -120,8 +121,7 @@ var errNothingWritten = errors.New("nothing written")
 
 // carryOut runs fn, and undoes what it wrote if it fails. An error is one of
 // undoing: then nothing of the whole transaction may stay.
-func (c *change) carryOut(tx *bbolt.Tx) (err error) {
-	own := &transaction{tx: tx}
+func (c *change) carryOut(own *transaction) (err error) {
 	defer func() {
 		if c.broken = recover(); c.broken != nil || c.err != nil {
 			err = own.undo()
@@ -144,14 +144,17 @@ type former struct {
 }
 
 // remember notes what is under key, before it is written.
-func (t *transaction) remember(bucket *bbolt.Bucket, key []byte) {
+func (t *transaction) remember(table store.Table, bucket *bbolt.Bucket, key string) {
 	// A copy: bbolt may reuse what a write has replaced.
-	f := former{bucket: bucket, key: key}
-	if value := bucket.Get(key); value != nil {
+	f := former{bucket: bucket, key: []byte(key)}
+	if value := bucket.Get(f.key); value != nil {
 		f.value = append(make([]byte, 0, len(value)), value...)
 	}
 	t.log = append(t.log, f)
 	t.wrote = true
+	if t.keys != nil {
+		t.keys[table] = append(t.keys[table], key)
+	}
 }
 
 // undo takes back every write, the last one first.

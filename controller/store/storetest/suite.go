@@ -38,6 +38,7 @@ func Run(t *testing.T, fresh func(t *testing.T) Opener) {
 		"EverythingFailsAfterClose":         failsAfterClose,
 		"GenericHelpersRoundTripTheirTypes": helpersRoundTrip,
 		"CopyHasEverythingOfOneMoment":      copyHasEverything,
+		"RecentChangesAreToldWhole":         recentChanges,
 	} {
 		t.Run(name, func(t *testing.T) { check(t, fresh(t)) })
 	}
@@ -391,6 +392,77 @@ func copyHasEverything(t *testing.T, o Opener) {
 	if !maps.Equal(copied, wanted) {
 		t.Errorf("want %v, got %v", wanted, copied)
 	}
+}
+
+// recentChanges concerns transactions that are a store.Recent.
+func recentChanges(t *testing.T, o Opener) {
+	s := open(t, o)
+	table := store.Jobs
+	put(t, s, table, "a", "1")
+	put(t, s, table, "b", "1")
+	var first uint64
+	changed := func(tx store.Tx, since uint64, wanted ...string) {
+		t.Helper()
+		recent, ok := tx.(store.Recent)
+		if !ok {
+			return
+		}
+		keys, known := recent.Changed(table, since)
+		if !known {
+			t.Errorf("it is not known what %v changed", wanted)
+		}
+		for _, key := range wanted {
+			if !slices.Contains(keys, key) {
+				t.Errorf("the change of %s is not among %v", key, keys)
+			}
+		}
+	}
+	view := func(fn func(tx store.Tx)) {
+		t.Helper()
+		if err := s.View(t.Context(), func(tx store.Tx) error { fn(tx); return nil }); err != nil {
+			t.Fatal(err)
+		}
+	}
+	view(func(tx store.Tx) {
+		recent, ok := tx.(store.Recent)
+		if !ok {
+			return
+		}
+		first = recent.Version()
+		if keys, known := recent.Changed(table, first); first == 0 || !known || len(keys) > 0 {
+			t.Errorf("since its own version %d: %v, %v; want none", first, keys, known)
+		}
+		put(t, s, table, "b", "2")
+		if keys, _ := recent.Changed(table, first); len(keys) > 0 {
+			t.Errorf("a view knows of changes after it: %v", keys)
+		}
+		view(func(later store.Tx) {
+			version := later.(store.Recent).Version()
+			if version <= first {
+				t.Errorf("the version is %d after a commit, and was %d", version, first)
+			}
+			if _, known := recent.Changed(table, version); known {
+				t.Error("a view claims to know what changed before a version after it")
+			}
+		})
+	})
+	err := s.Update(t.Context(), func(tx store.Tx) error {
+		if err := tx.Delete(table, "a"); err != nil {
+			return err
+		}
+		if err := tx.Put(table, "c", []byte("1")); err != nil {
+			return err
+		}
+		changed(tx, first, "a", "b", "c")
+		if recent, ok := tx.(store.Recent); ok && recent.Version() != 0 {
+			t.Error("what is not committed has a version")
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	view(func(tx store.Tx) { changed(tx, first, "a", "b", "c") })
 }
 
 func helpersRoundTrip(t *testing.T, o Opener) {
