@@ -54,6 +54,13 @@ const (
 	nextTimeout = 2 * time.Second
 )
 
+// A body larger than largeBody is sent when the controller has said that it will
+// read it, or nothing within continueTimeout.
+const (
+	largeBody       = 64 << 10
+	continueTimeout = 5 * time.Second
+)
+
 // maxProblemBytes bounds how much of an error's body is read.
 const maxProblemBytes = 64 << 10
 
@@ -107,6 +114,8 @@ func New(config Config) (*Client, error) {
 		DialContext:         (&net.Dialer{Timeout: patience}).DialContext,
 		TLSClientConfig:     tlsConfig,
 		TLSHandshakeTimeout: patience,
+
+		ExpectContinueTimeout: continueTimeout,
 	}
 	if config.Patience == 0 {
 		config.Patience = defaultPatience
@@ -265,6 +274,9 @@ func (c *Client) request(ctx context.Context, method, address string, query url.
 	}
 	if in != nil {
 		request.Header.Set("Content-Type", "application/json")
+		if request.ContentLength > largeBody {
+			request.Header.Set("Expect", "100-continue")
+		}
 	}
 	request.Header.Set("Accept", "application/json, application/problem+json")
 	if c.token != "" {

@@ -1,11 +1,14 @@
 package client
 
 import (
-	"net"
+	"fmt"
 	"net/http"
 	"net/http/httptest"
 	"strings"
+	"sync"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"dormouse/api"
 )
@@ -13,17 +16,37 @@ import (
 // controllerAt is a server that answers with its name, and counts who asks.
 type controllerAt struct {
 	*httptest.Server
-	asked int
+	mu    sync.Mutex
+	count int
 	fail  func(w http.ResponseWriter) // instead of answering
+}
+
+func (c *controllerAt) failWith(fail func(w http.ResponseWriter)) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.fail = fail
+}
+
+func (c *controllerAt) asked() int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.count
+}
+
+// ask counts a request and returns how to fail it, if at all.
+func (c *controllerAt) ask() func(w http.ResponseWriter) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.count++
+	return c.fail
 }
 
 func newControllerAt(t *testing.T, name string) *controllerAt {
 	t.Helper()
 	c := &controllerAt{}
 	c.Server = httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		c.asked++
-		if c.fail != nil {
-			c.fail(w)
+		if fail := c.ask(); fail != nil {
+			fail(w)
 			return
 		}
 		status := http.StatusOK
@@ -36,15 +59,23 @@ func newControllerAt(t *testing.T, name string) *controllerAt {
 	return c
 }
 
-// nobody is an address where nothing listens.
+// nobody is an address where nothing listens, nor will before the test ends: it
+// is taken by a socket that is only bound.
 func nobody(t *testing.T) string {
 	t.Helper()
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	socket, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer listener.Close()
-	return "http://" + listener.Addr().String()
+	t.Cleanup(func() { unix.Close(socket) })
+	if err := unix.Bind(socket, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}); err != nil {
+		t.Fatal(err)
+	}
+	address, err := unix.Getsockname(socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return fmt.Sprintf("http://127.0.0.1:%d", address.(*unix.SockaddrInet4).Port)
 }
 
 func newClientOf(t *testing.T, urls ...string) *Client {
@@ -65,7 +96,7 @@ func TestTheNextControllerIsAskedWhenOneIsAway(t *testing.T) {
 	for name, fail := range failures {
 		t.Run(name, func(t *testing.T) {
 			first, second := newControllerAt(t, "first"), newControllerAt(t, "second")
-			first.fail = fail
+			first.failWith(fail)
 			c := newClientOf(t, nobody(t), first.URL, second.URL)
 			for range 2 {
 				if job, err := c.Job(t.Context(), "j"); err != nil || job.ID != "second" {
@@ -75,10 +106,11 @@ func TestTheNextControllerIsAskedWhenOneIsAway(t *testing.T) {
 			if _, err := c.Submit(t.Context(), api.JobSpec{Command: []string{"x"}}); err != nil {
 				t.Fatal(err)
 			}
-			if first.asked != 1 || second.asked != 3 || c.URL() != second.URL {
-				t.Errorf("want the one that answered to be asked from then on, got %d and %d requests", first.asked, second.asked)
+			if first.asked() != 1 || second.asked() != 3 || c.URL() != second.URL {
+				t.Errorf("want the one that answered to be asked from then on, got %d and %d requests", first.asked(), second.asked())
 			}
-			first.fail, second.fail = nil, fail
+			first.failWith(nil)
+			second.failWith(fail)
 			if job, err := c.Job(t.Context(), "j"); err != nil || job.ID != "first" {
 				t.Errorf("want the answer of the first controller, got %v, %v", job, err)
 			}
@@ -89,20 +121,20 @@ func TestTheNextControllerIsAskedWhenOneIsAway(t *testing.T) {
 // An exec has no key: it may have been begun.
 func TestWhatMayHaveBegunIsNotBegunElsewhere(t *testing.T) {
 	first, second := newControllerAt(t, "first"), newControllerAt(t, "second")
-	first.fail = brokenAnswers["broken connection"]
+	first.failWith(brokenAnswers["broken connection"])
 	c := newClientOf(t, first.URL, second.URL)
-	if _, err := c.Exec(t.Context(), "j", ExecRequest{Command: []string{"x"}}); !IsUnreachable(err) || second.asked != 0 {
-		t.Errorf("want the failure, got %v and %d requests to another", err, second.asked)
+	if _, err := c.Exec(t.Context(), "j", ExecRequest{Command: []string{"x"}}); !IsUnreachable(err) || second.asked() != 0 {
+		t.Errorf("want the failure, got %v and %d requests to another", err, second.asked())
 	}
 }
 
 func TestRefusalsOfOneControllerHold(t *testing.T) {
 	first, second := newControllerAt(t, "first"), newControllerAt(t, "second")
-	first.fail = func(w http.ResponseWriter) {
+	first.failWith(func(w http.ResponseWriter) {
 		answer(t, w, http.StatusConflict, "application/problem+json", api.Problem{Status: http.StatusConflict, Detail: "no"})
-	}
-	if _, err := newClientOf(t, first.URL, second.URL).Job(t.Context(), "j"); !IsRefused(err) || second.asked != 0 {
-		t.Errorf("want the refusal, got %v and %d requests to another", err, second.asked)
+	})
+	if _, err := newClientOf(t, first.URL, second.URL).Job(t.Context(), "j"); !IsRefused(err) || second.asked() != 0 {
+		t.Errorf("want the refusal, got %v and %d requests to another", err, second.asked())
 	}
 }
 

@@ -49,7 +49,7 @@ func (c *Controller) newHandler() http.Handler {
 		writeProblem(w, newProblem(http.StatusNotFound, "there is no %s %s", r.Method, r.URL.Path))
 	})
 	// One byte more than huma allows, so that huma's refusal is the answer.
-	authorized := http.MaxBytesHandler(c.authorize(c.counted(c.called(c.auditing(c.once(mux))))), maxBody+1)
+	authorized := http.MaxBytesHandler(c.authorize(c.counted(c.called(c.auditing(sized(c.once(mux)))))), maxBody+1)
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.ProtoMajor == 2 && strings.HasPrefix(r.Header.Get("Content-Type"), "application/grpc") {
 			c.grpc.ServeHTTP(w, r)
@@ -84,6 +84,21 @@ func (c *Controller) counted(next http.Handler) http.Handler {
 		counter := &statusWriter{ResponseWriter: w, status: http.StatusOK}
 		next.ServeHTTP(counter, r)
 		c.metrics.requests.WithLabelValues(r.Method, strconv.Itoa(counter.status)).Inc()
+	})
+}
+
+var tooLarge = fmt.Sprintf("the request is larger than %d bytes", maxBody)
+
+// sized refuses a request whose header says that it is too large before any of
+// its body is read: a client that waits for that (Expect: 100-continue) has the
+// answer although it sent no body, instead of a connection closed while it sends.
+func sized(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.ContentLength > maxBody {
+			writeProblem(w, newProblem(http.StatusRequestEntityTooLarge, "%s", tooLarge))
+			return
+		}
+		next.ServeHTTP(w, r)
 	})
 }
 
@@ -134,7 +149,7 @@ func plainProblem(_ huma.Context, _ string, v any) (any, error) {
 	detail := model.Detail
 	switch {
 	case model.Status == http.StatusRequestEntityTooLarge:
-		detail = fmt.Sprintf("the request is larger than %d bytes", maxBody)
+		detail = tooLarge
 	case len(found) > 0:
 		detail = sentences(found)
 	}

@@ -208,7 +208,7 @@ func endedTokens(t *testing.T, admin *platform, alice bearer, job string) {
 	admin.run("token", "revoke", "alice-laptop")
 	oneSentence(t, "revoked", alice.try("ps"), failed, "the token was revoked")
 	oneSentence(t, "revoked", alice.try("submit", "--", "true"), failed, "the token was revoked")
-	brief.until(job, "the token has expired", func() bool { return brief.try("ps").status != 0 })
+	admin.until(job, "the token has expired", func() bool { return brief.try("ps").status != 0 })
 	oneSentence(t, "expired", brief.try("ps"), failed, "the token has expired")
 	never := bearer{&platform{t: t, c: cluster.Reach(built.bin+"/dormouse", append(admin.c.Command(t.Context()).Env, "DORMOUSE_TOKEN=dm_guess"))}, ""}
 	oneSentence(t, "guessed", never.try("ps"), failed, "the token is wrong")
