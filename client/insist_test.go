@@ -2,7 +2,6 @@ package client
 
 import (
 	"errors"
-	"net"
 	"net/http"
 	"sync/atomic"
 	"testing"
@@ -111,13 +110,7 @@ func TestPatienceEnds(t *testing.T) {
 }
 
 func TestControllerThatWasNeverThereIsNotWaitedFor(t *testing.T) {
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	address := listener.Addr().String()
-	listener.Close()
-	c, err := New(Config{URL: "http://" + address, Patience: time.Hour})
+	c, err := New(Config{URL: nobody(t), Patience: time.Hour})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -38,7 +38,7 @@ func faulty(t *testing.T, name, action string) (p *platform, once string) {
 		action += ":" + once
 	}
 	env := []string{"DORMOUSE_FAILPOINT=" + name + "=" + action, "DORMOUSE_FAILPOINT_ONCE=" + once}
-	args := []string{"--cloud", "east=3", "--cloud", "west=3", "--cpus", "1", "--mem", "1G", "--listen", freeAddress(t)}
+	args := []string{"--cloud", "east=3", "--cloud", "west=3", "--cpus", "1", "--mem", "1G", "--listen", freeAddress()}
 	p.start(built.killable, dir, env, args...)
 	p.revive = func() { p.start(built.killable, dir, env, args...) }
 	return p, once

@@ -58,7 +58,7 @@ func newTrio(t *testing.T, bin string, env []string) *trio {
 	h.write(secret, strings.Repeat("not guessed ", 4))
 	for i := range 3 {
 		name := fmt.Sprintf("c%d", i)
-		network, address := etcdtest.NewProxy(t, h.etcd), freeAddress(t)
+		network, address := etcdtest.NewProxy(t, h.etcd), freeAddress()
 		config := filepath.Join(h.dir, name+".yaml")
 		h.write(config, fmt.Sprintf(`name: %s
 listen: %s

@@ -2,13 +2,13 @@ package e2e
 
 import (
 	"fmt"
-	"net"
 	"os"
 	"path/filepath"
 	"regexp"
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -101,7 +101,7 @@ func killedAt(t *testing.T, name string) {
 	p, dir := &platform{t: t}, directory(t)
 	once := filepath.Join(dir, "once")
 	env := []string{"DORMOUSE_FAILPOINT=" + name + "=kill", "DORMOUSE_FAILPOINT_ONCE=" + once}
-	args := []string{"--cloud", "east=1", "--cloud", "west=1", "--cpus", "8", "--mem", "4G", "--listen", freeAddress(t)}
+	args := []string{"--cloud", "east=1", "--cloud", "west=1", "--cpus", "8", "--mem", "4G", "--listen", freeAddress()}
 	p.start(built.killable, dir, env, args...)
 	p.revive = func() { p.start(built.killable, dir, env, args...) }
 	t.Cleanup(func() {
@@ -129,15 +129,15 @@ func killedAt(t *testing.T, name string) {
 	p.run("rm", job)
 }
 
+// freePort is the last port that freeAddress gave. They lie below those that the
+// kernel gives (ip_local_port_range), so that nobody takes one while `up` is down:
+// the tests have a network of their own.
+var freePort atomic.Int32
+
 // freeAddress returns an address that stays the same when `up` is started again.
-func freeAddress(t *testing.T) string {
-	t.Helper()
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer listener.Close()
-	return listener.Addr().String()
+func freeAddress() string {
+	const first = 20000
+	return fmt.Sprintf("127.0.0.1:%d", first+freePort.Add(1))
 }
 
 // submitDespite submits one job, once, though the controller may die of it.
