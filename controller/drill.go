@@ -23,19 +23,11 @@ import (
 
 // drill begins to restore a checkpoint on trial.
 func (c *Controller) drill(ctx context.Context, ref string) (*opRecord, error) {
-	var id string
-	err := c.store.View(ctx, func(tx store.Tx) error {
-		cp, err := usableCheckpoint(tx, ref)
-		id = cp.ID
-		return err
-	})
+	job, err := c.jobFromCheckpoint(ctx, ref, "")
 	if err != nil {
 		return nil, err
 	}
-	job, err := c.jobFromCheckpoint(ctx, id, "")
-	if err != nil {
-		return nil, err
-	}
+	id := job.From
 	if err := harmless(id, job.Spec); err != nil {
 		return nil, err
 	}

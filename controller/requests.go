@@ -247,19 +247,11 @@ func (c *Controller) clone(ctx context.Context, ref, cloud, name string) (*opRec
 	if name != "" && !jobName.MatchString(name) {
 		return nil, invalid("the name must be up to 63 letters, digits, dots, dashes and underscores, got %q", name)
 	}
-	var id string
-	err := c.store.View(ctx, func(tx store.Tx) error {
-		cp, err := usableCheckpoint(tx, ref)
-		id = cp.ID
-		return err
-	})
+	job, err := c.jobFromCheckpoint(ctx, ref, name)
 	if err != nil {
 		return nil, err
 	}
-	job, err := c.jobFromCheckpoint(ctx, id, name)
-	if err != nil {
-		return nil, err
-	}
+	id := job.From
 	var op *opRecord
 	err = c.store.Update(ctx, func(tx store.Tx) error {
 		if err := putJob(tx, job); err != nil {
@@ -278,9 +270,18 @@ func (c *Controller) clone(ctx context.Context, ref, cloud, name string) (*opRec
 	return op, err
 }
 
-// jobFromCheckpoint makes a job of what a manifest says, so that a clone needs
-// nothing of the job it comes from.
-func (c *Controller) jobFromCheckpoint(ctx context.Context, id, name string) (*jobRecord, error) {
+// jobFromCheckpoint makes a job of what the manifest of a durable checkpoint says,
+// so that a clone needs nothing of the job it comes from.
+func (c *Controller) jobFromCheckpoint(ctx context.Context, ref, name string) (*jobRecord, error) {
+	var cp api.Checkpoint
+	err := c.store.View(ctx, func(tx store.Tx) (err error) {
+		cp, err = usableCheckpoint(tx, ref)
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	id := cp.ID
 	manifest, err := c.parts.Repository.LoadManifest(ctx, id, c.verifier)
 	if err != nil {
 		return nil, refused("%v", err)
@@ -293,20 +294,11 @@ func (c *Controller) jobFromCheckpoint(ctx context.Context, id, name string) (*j
 	if err := json.Unmarshal(manifest.Network, &net); err != nil || len(net.Addresses) != len(manifest.Tasks) {
 		return nil, refused("the network in checkpoint %s cannot be read", id)
 	}
-	whose := ""
-	err = c.store.View(ctx, func(tx store.Tx) error {
-		cp, err := store.Get[api.Checkpoint](tx, store.Checkpoints, id)
-		whose = cp.Owner
-		return err
-	})
-	if err != nil {
-		return nil, err
-	}
 	spec.Name = name // the original's would mean two jobs from now on
 	job := &jobRecord{Secret: newSecret(), Own: []string{}, JobDetail: api.JobDetail{
 		Spec: spec, From: id,
 		Job: api.Job{
-			ID: newID("j"), Name: name, Owner: whose, Phase: api.PhaseRestoring, Tasks: len(manifest.Tasks), Priority: spec.Priority, Created: c.clock.Now().UTC(),
+			ID: newID("j"), Name: name, Owner: cp.Owner, Phase: api.PhaseRestoring, Tasks: len(manifest.Tasks), Priority: spec.Priority, Created: c.clock.Now().UTC(),
 		},
 	}}
 	for i, ip := range net.Addresses {

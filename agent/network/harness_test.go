@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"dormouse/agent/sandbox/cgroup"
+	"dormouse/internal/emptyroot"
 	"dormouse/internal/thread"
 )
 
@@ -28,7 +29,7 @@ func TestMain(m *testing.M) {
 	if len(os.Args) > 1 {
 		switch os.Args[1] {
 		case "hold":
-			if err := abandonMounts(); err != nil {
+			if err := emptyroot.Enter(); err != nil {
 				fmt.Fprintln(os.Stderr, err)
 				os.Exit(1)
 			}

@@ -128,7 +128,7 @@ func (h *holder) alive() bool {
 // remove ends the holder, if there is one, and removes its cgroup.
 func (h *holder) remove(ctx context.Context) error {
 	if _, err := os.Stat(h.group.Unified); err == nil {
-		if err := h.group.Kill(); err != nil && !errors.Is(err, os.ErrNotExist) {
+		if err := h.group.KillAll(ctx); err != nil && !errors.Is(err, os.ErrNotExist) {
 			return fmt.Errorf("end the network's holder: %w", err)
 		}
 		if err := h.group.Remove(ctx); err != nil {

@@ -11,6 +11,8 @@ import (
 	"golang.zx2c4.com/wireguard/conn"
 	"golang.zx2c4.com/wireguard/device"
 	"golang.zx2c4.com/wireguard/tun"
+
+	"dormouse/internal/emptyroot"
 )
 
 // Descriptors that a holder inherits: see startUserspace.
@@ -41,7 +43,7 @@ func RunHolder(args []string) error {
 	if err != nil {
 		return fmt.Errorf("network-holder: make the TUN device: %w", err)
 	}
-	if err := abandonMounts(); err != nil {
+	if err := emptyroot.Enter(); err != nil {
 		return fmt.Errorf("network-holder: let go of the mounts: %w", err)
 	}
 	bind := &nodeBind{Bind: conn.NewStdNetBind(), node: os.NewFile(holderNode, "node")}
@@ -61,24 +63,6 @@ func RunHolder(args []string) error {
 		}
 		go tunnel.IpcHandle(connection) // ends with the connection
 	}
-}
-
-// abandonMounts leaves this mount namespace nothing but an empty root: in it, the
-// agent's mounts would outlive the agent. pivot_root(2), "pivot_root(".", ".")".
-func abandonMounts() error {
-	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
-		return err
-	}
-	if err := unix.Mount("empty", "/proc", "tmpfs", unix.MS_RDONLY, "size=4k"); err != nil {
-		return err
-	}
-	if err := unix.Chdir("/proc"); err != nil {
-		return err
-	}
-	if err := unix.PivotRoot(".", "."); err != nil {
-		return err
-	}
-	return unix.Unmount(".", unix.MNT_DETACH)
 }
 
 // nodeBind is WireGuard's own way to send and receive, but with sockets of the

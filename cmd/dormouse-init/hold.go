@@ -5,6 +5,8 @@ import (
 	"os"
 
 	"golang.org/x/sys/unix"
+
+	"dormouse/internal/emptyroot"
 )
 
 // bare is the argument after `hold` that says: this process has a mount
@@ -15,7 +17,7 @@ const bare = "--bare"
 // touches nothing, so that it can serve as the anchor of any namespace.
 func hold(args []string) {
 	if len(args) > 0 && args[0] == bare {
-		if err := abandonMounts(); err != nil {
+		if err := emptyroot.Enter(); err != nil {
 			fmt.Fprintln(os.Stderr, "dormouse-init: cannot let go of the mounts:", err)
 			os.Exit(1)
 		}
@@ -24,23 +26,4 @@ func hold(args []string) {
 		// pause(2) returns after a caught signal only; the runtime catches some.
 		_ = unix.Pause()
 	}
-}
-
-// abandonMounts leaves this mount namespace nothing but an empty root. What
-// remained mounted here would stay so after everybody else has let go of it.
-// pivot_root(2), "pivot_root(".", ".")".
-func abandonMounts() error {
-	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
-		return err
-	}
-	if err := unix.Mount("empty", "/proc", "tmpfs", unix.MS_RDONLY, "size=4k"); err != nil {
-		return err
-	}
-	if err := unix.Chdir("/proc"); err != nil {
-		return err
-	}
-	if err := unix.PivotRoot(".", "."); err != nil {
-		return err
-	}
-	return unix.Unmount(".", unix.MNT_DETACH)
 }

@@ -31,7 +31,7 @@ var mayImport = map[string][]string{
 	"migrate":              {"api"},
 	"internal":             {"api"},
 	"e2e":                  {"api", "client", "repository", "internal"},
-	"cmd/dormouse-init":    {"agent/sandbox"},
+	"cmd/dormouse-init":    {"agent/sandbox", "internal"},
 }
 
 func TestImportsFollowTheLayers(t *testing.T) {
