@@ -228,20 +228,38 @@ type Page struct {
 	After string `query:"after" doc:"the id of the last one of the page before"`
 }
 
-// cut returns the page of a list.
-func cut[T any](p Page, list []T, id func(T) string) ([]T, error) {
+// pageOf reads a page of a table, the oldest record first: of those that the asker
+// may see the wanted ones. A record that is not wanted any more is still a place to
+// go on after.
+func pageOf[T any](tx store.Tx, table *image[T], p Page, may, wanted func(*T) bool) ([]*T, error) {
+	list, err := table.oldest(tx)
+	if err != nil {
+		return nil, err
+	}
 	if p.After != "" {
-		last := slices.IndexFunc(list, func(one T) bool { return id(one) == p.After })
-		if last < 0 {
+		last, err := table.get(tx, p.After)
+		if ignoreNotFound(err) != nil {
+			return nil, err
+		}
+		if err != nil || !may(last) {
 			return nil, notFound("%s is not in the list any more: begin with the first page", p.After)
 		}
-		list = list[last+1:]
+		at, _ := slices.BinarySearchFunc(list, last, table.byAge)
+		list = list[at+1:]
 	}
-	if p.Limit > 0 && p.Limit < len(list) {
-		list = list[:p.Limit]
+	var page []*T
+	for _, record := range list {
+		if p.Limit > 0 && len(page) == p.Limit {
+			break
+		}
+		if may(record) && wanted(record) {
+			page = append(page, record)
+		}
 	}
-	return list, nil
+	return page, nil
 }
+
+func always[T any](T) bool { return true }
 
 // operation is the answer of what begins one.
 func operation(op *opRecord, err error) (api.Operation, error) {
@@ -344,24 +362,17 @@ func (c *Controller) routeJobs(rest huma.API) {
 }
 
 func (c *Controller) listJobs(ctx context.Context, all bool, page Page) ([]api.Job, error) {
-	var jobs []*jobRecord
-	err := c.store.View(ctx, func(tx store.Tx) (err error) {
-		jobs, err = c.jobs.all(tx)
+	may := func(j *jobRecord) bool { return !j.Drill && sees(ctx, j.Owner) }
+	wanted := func(j *jobRecord) bool { return all || !j.Phase.Final() }
+	list := []api.Job{}
+	err := c.store.View(ctx, func(tx store.Tx) error {
+		jobs, err := pageOf(tx, c.jobs, page, may, wanted)
+		for _, j := range jobs {
+			list = append(list, j.Job)
+		}
 		return err
 	})
-	if err != nil {
-		return nil, err
-	}
-	jobs = slices.DeleteFunc(jobs, func(j *jobRecord) bool { return j.Drill || !sees(ctx, j.Owner) || !all && j.Phase.Final() })
-	sortBy(jobs, func(j *jobRecord) (time.Time, string) { return j.Created, j.ID })
-	if jobs, err = cut(page, jobs, func(j *jobRecord) string { return j.ID }); err != nil {
-		return nil, err
-	}
-	list := make([]api.Job, len(jobs))
-	for i, j := range jobs {
-		list[i] = j.Job
-	}
-	return list, nil
+	return list, err
 }
 
 func (c *Controller) jobDetail(ctx context.Context, ref string) (api.JobDetail, error) {
@@ -528,24 +539,16 @@ func (c *Controller) routePlatform(rest huma.API) {
 }
 
 func (c *Controller) listOperations(ctx context.Context, page Page) ([]api.Operation, error) {
-	var ops []*opRecord
-	err := c.store.View(ctx, func(tx store.Tx) (err error) {
-		ops, err = c.operations.all(tx)
+	may := func(op *opRecord) bool { return sees(ctx, op.Owner) }
+	list := []api.Operation{}
+	err := c.store.View(ctx, func(tx store.Tx) error {
+		ops, err := pageOf(tx, c.operations, page, may, always)
+		for _, op := range ops {
+			list = append(list, op.Operation)
+		}
 		return err
 	})
-	if err != nil {
-		return nil, err
-	}
-	ops = slices.DeleteFunc(ops, func(op *opRecord) bool { return !sees(ctx, op.Owner) })
-	sortBy(ops, func(op *opRecord) (time.Time, string) { return op.Started, op.ID })
-	if ops, err = cut(page, ops, func(op *opRecord) string { return op.ID }); err != nil {
-		return nil, err
-	}
-	list := make([]api.Operation, len(ops))
-	for i, op := range ops {
-		list[i] = op.Operation
-	}
-	return list, nil
+	return list, err
 }
 
 // waitOperation answers at once without wait; with it, when the operation has
@@ -579,24 +582,17 @@ func (c *Controller) waitOperation(ctx context.Context, ref, wait string) (api.O
 func (c *Controller) listNodes(ctx context.Context, page Page) ([]api.Node, error) {
 	list := []api.Node{}
 	err := c.store.View(ctx, func(tx store.Tx) error {
-		records, err := c.nodes.all(tx)
+		nodes, err := pageOf(tx, c.nodes, page, always, always)
 		if err != nil {
 			return err
 		}
-		if records, err = cut(page, records, func(n *seenNode) string { return n.ID }); err != nil {
-			return err
-		}
-		s, err := c.survey(tx)
-		if err != nil {
-			return err
-		}
-		used := s.usage()
-		for _, r := range records {
-			node, u := r.Node, used[r.ID]
+		used, err := c.usage(tx, nodes)
+		for _, n := range nodes {
+			node, u := n.Node, used[n.ID]
 			node.CPUsUsed, node.MemUsed, node.Tasks = u.cpus, u.mem, u.tasks
 			list = append(list, node)
 		}
-		return nil
+		return err
 	})
 	return list, err
 }

@@ -287,7 +287,7 @@ func (c *Controller) freeDumps(tx store.Tx, jobs []*jobRecord, clouds map[string
 		free[name] = c.dumpLimit(name, tally)
 	}
 	for i := range jobs {
-		busy, err := dumping(tx, jobs[i])
+		busy, err := c.dumping(tx, jobs[i])
 		if err != nil {
 			return nil, err
 		}
@@ -307,11 +307,11 @@ func (c *Controller) dumpLimit(name string, tally cloudTally) int {
 
 // dumping reports whether a checkpoint of the job is being made and is not in
 // the repository yet.
-func dumping(tx store.Tx, job *jobRecord) (bool, error) {
+func (c *Controller) dumping(tx store.Tx, job *jobRecord) (bool, error) {
 	if job.Operation == "" {
 		return false, nil
 	}
-	op, err := getOperation(tx, job.Operation)
+	op, err := c.operations.get(tx, job.Operation)
 	if err != nil {
 		return false, err
 	}

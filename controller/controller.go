@@ -173,11 +173,13 @@ func New(parts Parts) (*Controller, error) {
 	c := &Controller{
 		parts: parts, store: parts.Store, clock: parts.Clock, log: parts.Logger,
 		fleet: newFleet(parts.Cluster.Leads), streams: newAttachments(), bandwidth: newBandwidth(), garbage: make(chan struct{}, 1),
-		signer:   repository.NewSigner(key),
-		verifier: repository.NewVerifier(key.Public().(ed25519.PublicKey)),
-		jobs:     newImage[jobRecord](store.Jobs), operations: newImage[opRecord](store.Operations), nodes: newImage[seenNode](store.Nodes),
-		placed: &whereabouts{jobs: make(map[string]map[string]bool)},
-		clouds: make(map[string]Cloud), operating: make(map[string]bool), loads: make(chan struct{}, mostLoads), interrupts: make(map[string]context.CancelCauseFunc),
+		signer:     repository.NewSigner(key),
+		verifier:   repository.NewVerifier(key.Public().(ed25519.PublicKey)),
+		jobs:       newImage(store.Jobs, func(j *jobRecord) (time.Time, string) { return j.Created, j.ID }),
+		operations: newImage(store.Operations, func(op *opRecord) (time.Time, string) { return op.Started, op.ID }),
+		nodes:      newImage(store.Nodes, func(n *seenNode) (time.Time, string) { return time.Time{}, n.ID }),
+		placed:     &whereabouts{jobs: make(map[string]map[string]bool)},
+		clouds:     make(map[string]Cloud), operating: make(map[string]bool), loads: make(chan struct{}, mostLoads), interrupts: make(map[string]context.CancelCauseFunc),
 		turns: newTurns(),
 	}
 	c.run, c.stop = context.WithCancel(context.Background())

@@ -2,11 +2,13 @@ package controller
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"slices"
 	"sync"
+	"time"
 
 	"dormouse/controller/store"
 )
@@ -20,6 +22,7 @@ import (
 // changes.
 type image[T any] struct {
 	table store.Table
+	born  func(*T) (time.Time, string) // when a record was made, and its key
 
 	mu      sync.Mutex
 	records map[string]decoded[T]
@@ -31,94 +34,136 @@ type decoded[T any] struct {
 	record *T
 }
 
-// picture is the whole table in the order of keys. It is never changed.
+// picture is the whole table. It is never changed.
 type picture[T any] struct {
 	version uint64 // as store.Recent's; 0: it is no version's
-	keys    []string
-	records []*T
+	records []*T   // in the order of keys
+	oldest  []*T   // the oldest first; nil where it was not drawn
 }
 
-func newImage[T any](table store.Table) *image[T] {
-	return &image[T]{table: table, records: make(map[string]decoded[T])}
+func newImage[T any](table store.Table, born func(*T) (time.Time, string)) *image[T] {
+	return &image[T]{table: table, born: born, records: make(map[string]decoded[T])}
 }
 
-// all returns every record of the table, in the order of keys. They are shared:
-// who changes one reads it again first.
+// all returns every record of the table, in the order of keys. They and their
+// list are shared: who changes one reads it again first.
 func (m *image[T]) all(tx store.Tx) ([]*T, error) {
 	p, err := m.look(tx)
-	if err != nil {
-		return nil, err
-	}
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if p.version > m.last.version {
-		m.last = p
-	}
-	if len(m.records) > 2*len(p.records)+16 {
-		clear(m.records) // most of them are of records that were removed
-	}
-	return slices.Clone(p.records), nil
+	return p.records, err
 }
 
+// oldest returns every record of the table, the oldest first, shared as those of
+// all.
+func (m *image[T]) oldest(tx store.Tx) ([]*T, error) {
+	p, err := m.look(tx)
+	if err == nil && p.oldest == nil {
+		p.oldest = slices.SortedFunc(slices.Values(p.records), m.byAge)
+	}
+	return p.oldest, err
+}
+
+func (m *image[T]) byKey(a, b *T) int {
+	_, x := m.born(a)
+	_, y := m.born(b)
+	return cmp.Compare(x, y)
+}
+
+func (m *image[T]) byAge(a, b *T) int {
+	at, x := m.born(a)
+	bt, y := m.born(b)
+	return cmp.Or(at.Compare(bt), cmp.Compare(x, y))
+}
+
+// look is the table as the transaction sees it.
 func (m *image[T]) look(tx store.Tx) (p picture[T], err error) {
 	recent, ok := tx.(store.Recent)
 	if !ok {
-		return m.read(tx)
+		p.records, err = m.read(tx)
+		return p, err
 	}
 	m.mu.Lock()
 	last := m.last
 	m.mu.Unlock()
 	if keys, known := recent.Changed(m.table, last.version); known && last.version > 0 {
 		p, err = m.redraw(tx, last, keys)
-	} else {
-		p, err = m.read(tx)
+	} else if p.records, err = m.read(tx); err == nil {
+		p.oldest = slices.SortedFunc(slices.Values(p.records), m.byAge)
+	}
+	if err != nil {
+		return p, err
 	}
 	p.version = recent.Version()
-	return p, err
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if p.version > m.last.version {
+		m.last = p
+	}
+	return p, nil
 }
 
 // read reads the whole table.
-func (m *image[T]) read(tx store.Tx) (p picture[T], err error) {
+func (m *image[T]) read(tx store.Tx) (records []*T, err error) {
 	err = tx.Scan(m.table, "", func(key string, value []byte) error {
 		record, err := m.decode(key, value)
-		p.keys, p.records = append(p.keys, key), append(p.records, record)
+		records = append(records, record)
 		return err
 	})
-	return p, err
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if len(m.records) > 2*len(records)+16 {
+		clear(m.records) // most of them are of records that were removed
+	}
+	return records, err
 }
 
 // redraw reads those that have changed since the last picture.
 func (m *image[T]) redraw(tx store.Tx, last picture[T], changed []string) (picture[T], error) {
-	if len(changed) == 0 {
+	var gone, come []*T
+	slices.Sort(changed)
+	for _, key := range slices.Compact(changed) {
+		at, found := slices.BinarySearchFunc(last.records, key, func(r *T, key string) int {
+			_, own := m.born(r)
+			return cmp.Compare(own, key)
+		})
+		record, err := m.get(tx, key)
+		switch {
+		case errors.Is(err, store.ErrNotFound):
+			m.forget(key)
+		case err != nil:
+			return last, err
+		case found && record == last.records[at]:
+			continue
+		default:
+			come = append(come, record)
+		}
+		if found {
+			gone = append(gone, last.records[at])
+		}
+	}
+	if len(gone) == 0 && len(come) == 0 {
 		return last, nil
 	}
-	slices.Sort(changed)
-	next := picture[T]{
-		keys:    make([]string, 0, len(last.keys)+len(changed)),
-		records: make([]*T, 0, len(last.keys)+len(changed)),
-	}
-	from := 0
-	keep := func(to int) {
-		next.keys, next.records = append(next.keys, last.keys[from:to]...), append(next.records, last.records[from:to]...)
-		from = to
-	}
-	for _, key := range slices.Compact(changed) {
-		at, found := slices.BinarySearch(last.keys[from:], key)
-		keep(from + at)
-		if found {
-			from++
-		}
-		record, err := m.get(tx, key)
-		if errors.Is(err, store.ErrNotFound) {
+	next := picture[T]{records: exchange(last.records, gone, come, m.byKey)}
+	slices.SortFunc(gone, m.byAge)
+	slices.SortFunc(come, m.byAge)
+	next.oldest = exchange(last.oldest, gone, come, m.byAge)
+	return next, nil
+}
+
+// exchange returns the list without those that are gone, all of which it has, and
+// with those that come; all are in the given order.
+func exchange[T any](list, gone, come []*T, order func(a, b *T) int) []*T {
+	next := make([]*T, 0, len(list)-len(gone)+len(come))
+	for len(gone) > 0 || len(come) > 0 {
+		if len(come) == 0 || len(gone) > 0 && order(gone[0], come[0]) <= 0 {
+			at, _ := slices.BinarySearchFunc(list, gone[0], order)
+			next, list, gone = append(next, list[:at]...), list[at+1:], gone[1:]
 			continue
 		}
-		if err != nil {
-			return next, err
-		}
-		next.keys, next.records = append(next.keys, key), append(next.records, record)
+		at, _ := slices.BinarySearchFunc(list, come[0], order)
+		next, list, come = append(append(next, list[:at]...), come[0]), list[at:], come[1:]
 	}
-	keep(len(last.keys))
-	return next, nil
+	return append(next, list...)
 }
 
 // get returns one record, shared as those of all.
@@ -147,6 +192,12 @@ func (m *image[T]) decode(key string, value []byte) (*T, error) {
 	defer m.mu.Unlock()
 	m.records[key] = decoded[T]{raw: bytes.Clone(value), record: record}
 	return record, nil
+}
+
+func (m *image[T]) forget(key string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	delete(m.records, key)
 }
 
 // mentioning decodes the records of a table whose JSON has the string in it

@@ -8,11 +8,14 @@ import (
 	"path/filepath"
 	"slices"
 	"testing"
+	"time"
 
 	"dormouse/api"
 	"dormouse/controller/store"
 	"dormouse/controller/store/bolt"
 )
+
+func bornJob(j *api.Job) (time.Time, string) { return j.Created, j.ID }
 
 func TestImageIsRightInEveryTransaction(t *testing.T) {
 	s, err := bolt.Open(filepath.Join(t.TempDir(), "db"))
@@ -20,7 +23,7 @@ func TestImageIsRightInEveryTransaction(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer s.Close()
-	m := newImage[api.Job](store.Jobs)
+	m := newImage(store.Jobs, bornJob)
 	write := func(id, name string) {
 		t.Helper()
 		if err := s.Update(t.Context(), func(tx store.Tx) error { return store.Put(tx, store.Jobs, id, api.Job{ID: id, Name: name}) }); err != nil {
@@ -74,7 +77,7 @@ func TestImageShowsWhatTheStoreHolds(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer s.Close()
-	m := newImage[api.Job](store.Jobs)
+	m := newImage(store.Jobs, bornJob)
 	compare := func(tx store.Tx) {
 		t.Helper()
 		got, err := m.all(tx)
@@ -88,6 +91,14 @@ func TestImageShowsWhatTheStoreHolds(t *testing.T) {
 		if !slices.EqualFunc(got, wanted, func(a *api.Job, b api.Job) bool { return a.ID == b.ID && a.Name == b.Name }) {
 			t.Fatalf("the image has %d records, the store %d: %v, %v", len(got), len(wanted), got, wanted)
 		}
+		aged, err := m.oldest(tx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		sortBy(wanted, func(j api.Job) (time.Time, string) { return j.Created, j.ID })
+		if !slices.EqualFunc(aged, wanted, func(a *api.Job, b api.Job) bool { return a.ID == b.ID && a.Name == b.Name }) {
+			t.Fatalf("the oldest first: the image has %v, the store %v", aged, wanted)
+		}
 	}
 	random := rand.New(rand.NewPCG(1, 2))
 	change := func(tx store.Tx) error {
@@ -99,7 +110,8 @@ func TestImageShowsWhatTheStoreHolds(t *testing.T) {
 				}
 				continue
 			}
-			if err := store.Put(tx, store.Jobs, id, api.Job{ID: id, Name: fmt.Sprint(random.IntN(3))}); err != nil {
+			job := api.Job{ID: id, Name: fmt.Sprint(random.IntN(3)), Created: time.Unix(random.Int64N(5), 0).UTC()}
+			if err := store.Put(tx, store.Jobs, id, job); err != nil {
 				return err
 			}
 		}
@@ -149,7 +161,7 @@ func TestImageReadsOnlyWhatHasChanged(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer s.Close()
-	m := newImage[api.Job](store.Jobs)
+	m := newImage(store.Jobs, bornJob)
 	write := func(id string) {
 		t.Helper()
 		if err := s.Update(t.Context(), func(tx store.Tx) error { return store.Put(tx, store.Jobs, id, api.Job{ID: id}) }); err != nil {
@@ -181,7 +193,7 @@ func TestImageGivesOneRecordUntilItChanges(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer s.Close()
-	m := newImage[api.Job](store.Jobs)
+	m := newImage(store.Jobs, bornJob)
 	look := func(name string) *api.Job {
 		t.Helper()
 		var jobs []*api.Job
@@ -203,6 +215,116 @@ func TestImageGivesOneRecordUntilItChanges(t *testing.T) {
 	}
 	if look("2") == first {
 		t.Error("a record that changed was not decoded again")
+	}
+}
+
+// TestPagesAreThoseOfTheSortedList compares pages with what sorting and cutting
+// the whole table brings.
+func TestPagesAreThoseOfTheSortedList(t *testing.T) {
+	s, err := bolt.Open(filepath.Join(t.TempDir(), "db"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	m := newImage(store.Jobs, bornJob)
+	random := rand.New(rand.NewPCG(3, 4))
+	may := func(j *api.Job) bool { return j.Owner != "other" }
+	wanted := func(j *api.Job) bool { return !j.Phase.Final() }
+	for range 200 {
+		err := s.Update(t.Context(), func(tx store.Tx) error {
+			job := api.Job{
+				ID: fmt.Sprint(random.IntN(40)), Created: time.Unix(random.Int64N(9), 0).UTC(),
+				Phase: []api.Phase{api.PhaseRunning, api.PhaseCompleted}[random.IntN(2)], Owner: []string{"", "other"}[random.IntN(2)],
+			}
+			return store.Put(tx, store.Jobs, job.ID, job)
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		err = s.View(t.Context(), func(tx store.Tx) error {
+			all, err := store.All[api.Job](tx, store.Jobs)
+			if err != nil {
+				return err
+			}
+			sortBy(all, func(j api.Job) (time.Time, string) { return j.Created, j.ID })
+			p := Page{Limit: random.IntN(5)}
+			if at := random.IntN(len(all)); may(&all[at]) && random.IntN(3) > 0 {
+				p.After, all = all[at].ID, all[at+1:]
+			}
+			want := slices.DeleteFunc(all, func(j api.Job) bool { return !may(&j) || !wanted(&j) })
+			if p.Limit > 0 {
+				want = want[:min(p.Limit, len(want))]
+			}
+			got, err := pageOf(tx, m, p, may, wanted)
+			if !slices.EqualFunc(got, want, func(a *api.Job, b api.Job) bool { return a.ID == b.ID }) {
+				t.Errorf("page %+v: want %v, got %v", p, want, got)
+			}
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// TestPagesMissNothingWhileJobsComeAndChange walks through a list whose jobs
+// change meanwhile: those that were there at the beginning, and stay, come once
+// and in order.
+func TestPagesMissNothingWhileJobsComeAndChange(t *testing.T) {
+	s, err := bolt.Open(filepath.Join(t.TempDir(), "db"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	m := newImage(store.Jobs, bornJob)
+	const before = 300
+	put := func(n int, name string) {
+		job := api.Job{ID: fmt.Sprintf("%x", uint32(n)*2654435761), Name: name, Created: time.Unix(int64(n), 0).UTC()}
+		if err := s.Update(t.Context(), func(tx store.Tx) error { return store.Put(tx, store.Jobs, job.ID, job) }); err != nil {
+			t.Error(err)
+		}
+	}
+	for n := range before {
+		put(n, "")
+	}
+	end, changed := make(chan struct{}), make(chan struct{})
+	defer func() { close(end); <-changed }()
+	go func() {
+		defer close(changed)
+		for n := 0; ; n++ {
+			select {
+			case <-end:
+				return
+			default:
+				put(before+n, "") // comes
+				put(n%before, "changed")
+			}
+		}
+	}()
+	for range 5 {
+		var walked []*api.Job
+		for after := ""; ; after = walked[len(walked)-1].ID {
+			var page []*api.Job
+			err := s.View(t.Context(), func(tx store.Tx) (err error) {
+				page, err = pageOf(tx, m, Page{Limit: 7, After: after}, always, always)
+				return err
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			walked = append(walked, page...)
+			if len(page) == 0 || len(walked) > 2*before {
+				break
+			}
+		}
+		for n, job := range walked {
+			if job.Created.Unix() != int64(n) {
+				t.Fatalf("place %d of the list has the job of %d", n, job.Created.Unix())
+			}
+		}
+		if len(walked) < before {
+			t.Errorf("%d jobs were there, the pages have %d", before, len(walked))
+		}
 	}
 }
 

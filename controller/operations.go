@@ -145,15 +145,18 @@ const (
 // prune forgets the oldest ended operations.
 func (c *Controller) prune(ctx context.Context) error {
 	var ended []*opRecord
-	err := c.store.View(ctx, func(tx store.Tx) (err error) {
-		ended, err = c.operations.all(tx)
+	err := c.store.View(ctx, func(tx store.Tx) error {
+		ops, err := c.operations.oldest(tx)
+		for _, op := range ops {
+			if op.Phase != api.OpRunning && op.Finished != nil {
+				ended = append(ended, op)
+			}
+		}
 		return err
 	})
 	if err != nil {
 		return err
 	}
-	ended = slices.DeleteFunc(ended, func(op *opRecord) bool { return op.Phase == api.OpRunning || op.Finished == nil })
-	sortBy(ended, func(op *opRecord) (time.Time, string) { return op.Started, op.ID })
 	old := ended[:max(len(ended)-keptOperations, 0)]
 	since := c.clock.Now().Add(-keptFor)
 	old = slices.DeleteFunc(old, func(op *opRecord) bool { return op.Finished.After(since) })

@@ -28,28 +28,32 @@ type survey struct {
 	nodes   []scheduler.Node
 	running []scheduler.Running
 	queue   []scheduler.Waiting
-	jobs    map[string]*jobRecord // those that wait, and those that have a place; shared, to be read only
+	jobs    map[string]*jobRecord // those in the queue; shared, to be read only
 	// next is when a job is no longer held back or stubborn; zero: none is.
 	next time.Time
 }
 
 // survey looks at all nodes and jobs.
 func (c *Controller) survey(tx store.Tx) (*survey, error) {
-	s := &survey{jobs: make(map[string]*jobRecord)}
-	records, err := c.nodes.all(tx)
+	nodes, err := c.nodes.all(tx)
 	if err != nil {
 		return nil, err
-	}
-	for _, r := range records {
-		s.nodes = append(s.nodes, r.scheduler)
 	}
 	jobs, err := c.jobs.all(tx)
 	if err != nil {
 		return nil, err
 	}
+	s := &survey{nodes: make([]scheduler.Node, len(nodes)), running: make([]scheduler.Running, 0, len(jobs)), jobs: make(map[string]*jobRecord)}
+	for i, n := range nodes {
+		s.nodes[i] = n.scheduler
+	}
 	now := c.clock.Now()
-	for i := range jobs {
-		if err := s.look(tx, jobs[i], now); err != nil {
+	for _, job := range jobs {
+		stance, op, err := c.stance(tx, job)
+		if err != nil {
+			return nil, err
+		}
+		if err := s.enlist(job, stance, op, now); err != nil {
 			return nil, err
 		}
 	}
@@ -83,21 +87,48 @@ func (n *nodeRecord) seen() scheduler.Node {
 	}
 }
 
-// look puts a job where it belongs: into the queue, among those that have a
-// place, or nowhere.
-func (s *survey) look(tx store.Tx, job *jobRecord, now time.Time) error {
+// stance is what a job has to do with places.
+type stance int
+
+const (
+	outside stance = iota // nothing
+	queues                // it waits for one by itself
+	asks                  // its operation waits for one
+	arrives               // it is put where another gives way
+	resides               // it has one
+)
+
+// stance tells what a job has to do with places, and which operation is under way
+// with it, shared; nil when none is, or when it is being started.
+func (c *Controller) stance(tx store.Tx, job *jobRecord) (stance, *opRecord, error) {
 	var op *opRecord
 	if job.Operation != "" && job.Phase != api.PhaseStarting {
 		var err error
-		if op, err = getOperation(tx, job.Operation); err != nil {
-			return err
+		if op, err = c.operations.get(tx, job.Operation); err != nil {
+			return outside, nil, err
 		}
 	}
 	switch {
 	case job.waits():
+		return queues, op, nil
+	case op != nil && op.Step == protocol.StepPlace && op.Run == 0 && (op.Kind != api.OpSwap || len(op.Avoid) > 0):
+		return asks, op, nil
+	case op != nil && op.Kind == api.OpSwap && op.Run == 0:
+		return arrives, op, nil
+	case job.Phase.Placed():
+		return resides, op, nil
+	}
+	return outside, op, nil
+}
+
+// enlist puts a job where it belongs: into the queue, among those that have a
+// place, or nowhere.
+func (s *survey) enlist(job *jobRecord, what stance, op *opRecord, now time.Time) error {
+	switch what {
+	case queues:
 		s.jobs[job.ID] = job
 		s.queue = append(s.queue, s.waiting(job, now))
-	case op != nil && op.Step == protocol.StepPlace && op.Run == 0 && (op.Kind != api.OpSwap || len(op.Avoid) > 0):
+	case asks:
 		ask, err := op.request()
 		if err != nil {
 			return err
@@ -113,15 +144,13 @@ func (s *survey) look(tx store.Tx, job *jobRecord, now time.Time) error {
 			w.Request.Unfit = nil
 		}
 		s.queue = append(s.queue, w)
-	case op != nil && op.Kind == api.OpSwap && op.Run == 0:
+	case arrives:
 		ask, err := op.request()
 		if err != nil {
 			return err
 		}
-		s.jobs[job.ID] = job
 		s.running = append(s.running, runningOn(job, ask.Nodes, "it is being put there"))
-	case job.Phase.Placed():
-		s.jobs[job.ID] = job
+	case resides:
 		s.running = append(s.running, s.placed(job, op, now))
 	}
 	return nil
@@ -412,14 +441,40 @@ type usage struct {
 	tasks int
 }
 
-// usage is what is reserved of the nodes, as `dormouse nodes` shows it.
-func (s *survey) usage() map[string]usage {
-	used := make(map[string]usage)
-	for _, r := range s.running {
-		for _, id := range r.On {
-			u := used[id]
-			used[id] = usage{u.cpus + r.CPUs, u.mem + r.MemBytes, u.tasks + 1}
+// usage is what is reserved of some nodes, as `dormouse nodes` shows it.
+func (c *Controller) usage(tx store.Tx, nodes []*seenNode) (map[string]usage, error) {
+	used := make(map[string]usage, len(nodes))
+	for _, n := range nodes {
+		used[n.ID] = usage{}
+	}
+	take := func(job *jobRecord, node string) {
+		if u, asked := used[node]; asked {
+			used[node] = usage{u.cpus + job.Spec.CPUs, u.mem + job.Spec.MemBytes, u.tasks + 1}
 		}
 	}
-	return used
+	jobs, err := c.jobs.all(tx)
+	if err != nil {
+		return nil, err
+	}
+	for _, job := range jobs {
+		what, op, err := c.stance(tx, job)
+		if err != nil {
+			return nil, err
+		}
+		switch what {
+		case arrives:
+			ask, err := op.request()
+			if err != nil {
+				return nil, err
+			}
+			for _, node := range ask.Nodes {
+				take(job, node)
+			}
+		case resides:
+			for _, t := range job.TaskStatus {
+				take(job, t.Node)
+			}
+		}
+	}
+	return used, nil
 }
