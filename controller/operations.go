@@ -27,7 +27,7 @@ type effect func(tx store.Tx, op *opRecord, job *jobRecord) error
 type doing struct {
 	*Controller
 	op   *opRecord
-	job  *jobRecord // nil for operations without one
+	job  *jobRecord // nil for operations without one; shared, to be read only
 	ask  request
 	core *protocol.Operation
 
@@ -191,11 +191,14 @@ func (c *Controller) load(ctx context.Context, id string) (*doing, error) {
 	}
 	d := &doing{Controller: c}
 	err := c.store.View(ctx, func(tx store.Tx) (err error) {
-		if d.op, err = getOperation(tx, id); err != nil {
+		op, err := c.operations.get(tx, id)
+		if err != nil {
 			return err
 		}
+		own := *op
+		d.op = &own
 		if d.op.Job != "" {
-			if d.job, err = getJob(tx, d.op.Job); err != nil {
+			if d.job, err = c.jobs.get(tx, d.op.Job); err != nil {
 				return err
 			}
 		}

@@ -3,9 +3,11 @@ package controller
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"maps"
 	"slices"
+	"strings"
 	"time"
 
 	"dormouse/api"
@@ -25,9 +27,11 @@ import (
 
 // survey is the store as the scheduler sees it.
 type survey struct {
+	version uint64 // as store.Recent's; 0: it is no version's
 	nodes   []scheduler.Node
-	running []scheduler.Running
+	running []scheduler.Running // in the order of ids
 	queue   []scheduler.Waiting
+	places  []string              // of those that are running, one after the other
 	jobs    map[string]*jobRecord // those in the queue; shared, to be read only
 	// next is when a job is no longer held back or stubborn; zero: none is.
 	next time.Time
@@ -43,7 +47,13 @@ func (c *Controller) survey(tx store.Tx) (*survey, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &survey{nodes: make([]scheduler.Node, len(nodes)), running: make([]scheduler.Running, 0, len(jobs)), jobs: make(map[string]*jobRecord)}
+	s := &survey{
+		nodes: make([]scheduler.Node, len(nodes)), running: make([]scheduler.Running, 0, len(jobs)), places: make([]string, 0, len(jobs)),
+		jobs: make(map[string]*jobRecord),
+	}
+	if recent, ok := tx.(store.Recent); ok {
+		s.version = recent.Version()
+	}
 	for i, n := range nodes {
 		s.nodes[i] = n.scheduler
 	}
@@ -206,11 +216,11 @@ func (s *survey) tooOld(job *jobRecord) func(scheduler.Node) string {
 
 // placed is a job as one that has a place, and op what is under way with it.
 func (s *survey) placed(job *jobRecord, op *opRecord, now time.Time) scheduler.Running {
-	on := make([]string, len(job.TaskStatus))
-	for i, t := range job.TaskStatus {
-		on[i] = t.Node
+	first := len(s.places)
+	for _, t := range job.TaskStatus {
+		s.places = append(s.places, t.Node)
 	}
-	r := runningOn(job, on, "")
+	r := runningOn(job, slices.Clip(s.places[first:]), "")
 	switch {
 	case job.Phase == api.PhaseSuspending, op != nil && op.Kind == api.OpKill && op.Step != protocol.StepSignal:
 		r.Leaving = true
@@ -288,39 +298,83 @@ func (c *Controller) placeJobs(ctx context.Context) {
 
 // schedule places the jobs that wait for it, and makes others give way.
 //
+// It looks and decides without the writers' lock, and carries out under it what
+// was decided: as it is if everything still has room where it is to go, else as is
+// decided then.
+//
 // It returns when to look again although nothing has changed; zero: never.
 func (c *Controller) schedule(ctx context.Context) (next time.Time, err error) {
+	var seen *survey
 	var decisions []scheduler.Decision
-	var due bool
-	err = c.store.View(ctx, func(tx store.Tx) error { // spares the writers' lock
-		s, err := c.survey(tx)
-		if err != nil || len(s.queue) == 0 {
-			return err
+	err = c.store.View(ctx, func(tx store.Tx) error {
+		if seen, err = c.survey(tx); err == nil && len(seen.queue) > 0 {
+			decisions, next = seen.decide(), seen.next
 		}
-		decisions, next = s.decide(), s.next
-		due = slices.ContainsFunc(decisions, s.changes)
-		return nil
+		return err
 	})
-	if err == nil {
-		c.turns.announce(decisions)
-	}
-	if err != nil || !due {
+	if err != nil {
 		return next, err
 	}
+	c.turns.announce(decisions)
+	if !slices.ContainsFunc(decisions, seen.changes) {
+		return next, nil
+	}
 	return next, c.store.Update(ctx, func(tx store.Tx) error {
-		s, err := c.survey(tx)
+		now, decided := seen, decisions
+		fits, err := c.stillFits(tx, seen, decisions)
 		if err != nil {
 			return err
 		}
-		for _, d := range s.decide() {
-			if s.changes(d) {
-				if err := c.carryOut(tx, s, d); err != nil {
+		if !fits {
+			if now, err = c.survey(tx); err != nil {
+				return err
+			}
+			decided = now.decide()
+		}
+		for _, d := range decided {
+			if now.changes(d) {
+				if err := c.carryOut(tx, now, d); err != nil {
 					return err
 				}
 			}
 		}
 		return nil
 	})
+}
+
+// stillFits reports whether what was decided from a survey can be carried out as
+// it is: since then nobody has got a place, and no node has changed. Jobs that
+// have come meanwhile are for the next look, and those that wait no longer are
+// left alone by carryOut.
+func (c *Controller) stillFits(tx store.Tx, s *survey, decisions []scheduler.Decision) (bool, error) {
+	recent, ok := tx.(store.Recent)
+	if !ok || s.version == 0 || slices.ContainsFunc(decisions, func(d scheduler.Decision) bool { return len(d.Evict) > 0 }) {
+		return false, nil
+	}
+	if nodes, known := recent.Changed(store.Nodes, s.version); !known || len(nodes) > 0 {
+		return false, nil
+	}
+	jobs, known := recent.Changed(store.Jobs, s.version)
+	for _, id := range jobs {
+		job, err := c.jobs.get(tx, id)
+		if errors.Is(err, store.ErrNotFound) {
+			continue
+		}
+		if err != nil {
+			return false, err
+		}
+		what, _, err := c.stance(tx, job)
+		if err != nil || what == arrives || what == resides && !s.resides(job) {
+			return false, err
+		}
+	}
+	return known, nil
+}
+
+// resides reports whether the survey saw the job where it is.
+func (s *survey) resides(job *jobRecord) bool {
+	at, found := slices.BinarySearchFunc(s.running, job.ID, func(r scheduler.Running, id string) int { return strings.Compare(r.ID, id) })
+	return found && slices.EqualFunc(s.running[at].On, job.TaskStatus, func(node string, t api.TaskStatus) bool { return node == t.Node })
 }
 
 // changes reports whether a decision changes anything in the store.

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"iter"
 	"maps"
 	"slices"
 	"strings"
@@ -63,7 +64,8 @@ type Decision struct {
 // Order sorts a queue: by priority, then age. A patient job goes behind the last
 // that waited when it began to.
 func Order(queue []Waiting) []Waiting {
-	var sorted, patient []Waiting
+	sorted := make([]Waiting, 0, len(queue))
+	var patient []Waiting
 	for _, w := range queue {
 		if w.Patient {
 			patient = append(patient, w)
@@ -170,7 +172,10 @@ type usage struct {
 }
 
 func newFloor(nodes []Node, jobs []Running) *floor {
-	f := &floor{nodes: idle(nodes), soon: idle(nodes), index: make(map[string]int), on: make([][]int, len(nodes)), sums: make(map[int][]usage)}
+	f := &floor{
+		nodes: idle(nodes), soon: idle(nodes), index: make(map[string]int, len(nodes)), on: make([][]int, len(nodes)),
+		jobs: make([]Running, 0, len(jobs)+mostStarts), sums: make(map[int][]usage),
+	}
 	for i, n := range nodes {
 		f.index[n.ID] = i
 	}
@@ -193,7 +198,7 @@ func idle(nodes []Node) []Node {
 func (f *floor) add(job Running) {
 	f.jobs = append(f.jobs, job)
 	at := len(f.jobs) - 1
-	for _, i := range f.placesOf(&job) {
+	for i := range f.placesOf(&job) {
 		f.nodes[i].give(&job)
 		if !job.Leaving {
 			f.soon[i].give(&job)
@@ -206,14 +211,14 @@ func (f *floor) add(job Running) {
 }
 
 // placesOf are the indexes of the job's nodes, one for each task.
-func (f *floor) placesOf(job *Running) []int {
-	at := make([]int, 0, len(job.On))
-	for _, id := range job.On {
-		if i, known := f.index[id]; known {
-			at = append(at, i)
+func (f *floor) placesOf(job *Running) iter.Seq[int] {
+	return func(yield func(int) bool) {
+		for _, id := range job.On {
+			if i, known := f.index[id]; known && !yield(i) {
+				return
+			}
 		}
 	}
-	return at
 }
 
 // give lets one task of a job use the node, with the ports it has there.
@@ -290,7 +295,7 @@ func (f *floor) evict(victims []int) (ids []string) {
 		job := &f.jobs[v]
 		job.Leaving = true
 		ids = append(ids, job.ID)
-		for _, i := range f.placesOf(job) {
+		for i := range f.placesOf(job) {
 			f.soon[i].take(job)
 			delete(f.sums, i)
 		}
@@ -396,7 +401,7 @@ func (f *floor) withoutKept() []Node {
 	nodes := slices.Clone(f.nodes)
 	for j := range f.jobs {
 		if job := &f.jobs[j]; job.Stays == keptStays {
-			for _, i := range f.placesOf(job) {
+			for i := range f.placesOf(job) {
 				nodes[i].take(job)
 			}
 		}

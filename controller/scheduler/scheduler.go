@@ -208,10 +208,14 @@ func fill(nodes []Node, r Request, fits func(i int) int) []string {
 // fillOne is fill for one task: what most jobs have. It asks of few nodes whether
 // the task fits: of those that would be better than the best so far.
 func fillOne(nodes []Node, r Request, fits func(i int) int) []string {
-	best := -1
+	best, lowest := -1, 0.0
 	for i := range nodes {
-		if (best < 0 || before(candidate{&nodes[i], 0, 1}, candidate{&nodes[best], 0, 1}, r)) && fits(i) > 0 {
-			best = i
+		n := load(&nodes[i], 1, r)
+		if r.Pack {
+			n = -n
+		}
+		if (best < 0 || n < lowest || n == lowest && nodes[i].ID < nodes[best].ID) && fits(i) > 0 {
+			best, lowest = i, n
 		}
 	}
 	if best < 0 {

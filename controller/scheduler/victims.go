@@ -55,7 +55,7 @@ func (f *floor) cheaper(a, b int) int {
 
 // useful reports whether the job has a place that w could use.
 func (s *search) useful(job *Running) bool {
-	for _, i := range s.f.placesOf(job) {
+	for i := range s.f.placesOf(job) {
 		n := s.f.soon[i]
 		if n.State == api.NodeReady && asked(n, s.w.Request) && (s.w.Request.Unfit == nil || s.w.Request.Unfit(n) == "") {
 			return true
@@ -69,7 +69,7 @@ func (s *search) room(victims []int) bool {
 	changed := make(map[int]Node)
 	for _, v := range victims {
 		job := &s.f.jobs[v]
-		for _, i := range s.f.placesOf(job) {
+		for i := range s.f.placesOf(job) {
 			n, known := changed[i]
 			if !known {
 				n = s.f.soon[i]
@@ -136,7 +136,7 @@ func (s *search) stepwise() []int {
 		return cmp.Or(cmp.Compare(s.f.jobs[a].Bytes, s.f.jobs[b].Bytes), s.f.cheaper(a, b))
 	})
 	for _, v := range bySize {
-		for _, i := range s.f.placesOf(&s.f.jobs[v]) {
+		for i := range s.f.placesOf(&s.f.jobs[v]) {
 			if n := len(here[i]); n == 0 || here[i][n-1] != v {
 				here[i] = append(here[i], v)
 			}
@@ -161,7 +161,7 @@ func (s *search) stepwise() []int {
 		touched := []int{best}
 		for _, v := range steps[best] {
 			victims, gone[v] = append(victims, v), true
-			touched = append(touched, s.f.placesOf(&s.f.jobs[v])...)
+			touched = slices.AppendSeq(touched, s.f.placesOf(&s.f.jobs[v]))
 		}
 		for _, i := range touched {
 			steps[i] = s.oneMore(i, here[i], gone)
