@@ -3,6 +3,7 @@ package agent
 import (
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -77,6 +78,33 @@ func TestCheckpointRestoresOnAnotherNode(t *testing.T) {
 		t.Errorf("the output was broken by the restore: %v", err)
 	}
 	c.mustDo("west-0", again, &agentpb.DestroyTask{})
+}
+
+// A task that is captured alone goes on, and may end, before anybody asks for
+// what was captured.
+func TestTaskThatEndsRightAfterItWasCapturedAloneIsStored(t *testing.T) {
+	c := newController(t)
+	c.addNode("east-0")
+	ref := c.start("east-0", "j-alone", counter())
+	c.awaitLog("east-0", ref, "10 lines", counted(10))
+	c.mustDo("east-0", ref, &agentpb.Preflight{Checkpoint: "c-1"})
+	c.mustDo("east-0", ref, &agentpb.Freeze{Checkpoint: "c-1", Alone: true})
+	last, err := countsUp(c.logs("east-0", ref, false))
+	must(t, err)
+	c.awaitLog("east-0", ref, "more lines", counted(last+10))
+	c.mustDo("east-0", ref, &agentpb.SignalTask{Signal: int32(unix.SIGKILL)})
+	c.await("the end of the task", func() bool {
+		return slices.ContainsFunc(c.events, func(e *agentpb.TaskState) bool { return e.GetExited() && e.GetSignal() != "" })
+	})
+	c.mustDo("east-0", ref, &agentpb.Freeze{Checkpoint: "c-1", Alone: true})
+	c.mustDo("east-0", ref, &agentpb.Capture{Checkpoint: "c-1"})
+	c.mustDo("east-0", ref, &agentpb.Thaw{Checkpoint: "c-1"})
+	if steps := c.store("east-0", ref, "c-1"); steps.PauseMS < steps.DumpMS || steps.DumpMS <= 0 {
+		t.Errorf("the measures make no sense: %+v", steps)
+	}
+	c.mustDo("east-0", ref, &agentpb.DestroyTask{})
+	again := c.restore("east-0", ref, "c-1", counter())
+	c.awaitLog("east-0", again, "lines of the restored task", counted(last+10))
 }
 
 func TestSuspendedTaskGoesOnWhereItStoodStill(t *testing.T) {

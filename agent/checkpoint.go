@@ -259,6 +259,22 @@ func (a *Agent) freeze(ctx context.Context, ref *agentpb.TaskRef, checkpoint str
 	return nil
 }
 
+// freezeAlone freezes, captures and thaws a task for which no other waits. Its
+// pause has none of the ways to the controller then, nor what that writes down
+// between its steps. Each of the three leaves what is done as it is, so the
+// command may come again, also to the next agent.
+func (a *Agent) freezeAlone(ctx context.Context, ref *agentpb.TaskRef, checkpoint string) error {
+	if c := a.findCapture(ref, checkpoint); c == nil || !c.complete {
+		if err := a.freeze(ctx, ref, checkpoint); err != nil {
+			return err
+		}
+		if _, err := a.capture(ctx, ref, checkpoint); err != nil {
+			return err
+		}
+	}
+	return a.thaw(ctx, ref, checkpoint, false)
+}
+
 // goOn lets a task run that was stopped for a checkpoint. It does so also when
 // the agent is being stopped.
 func (a *Agent) goOn(t *task) error {
@@ -279,21 +295,22 @@ func (a *Agent) goOn(t *task) error {
 	return t.note(func(r *record) { r.Checkpoint, r.Work = "", "" })
 }
 
-// capture dumps the frozen task. The task stays frozen, unless that fails.
-func (a *Agent) capture(ctx context.Context, ref *agentpb.TaskRef, checkpoint string) (_ *agentpb.CaptureResult, err error) {
-	t, err := a.find(ref)
-	if err != nil {
-		return nil, err
-	}
-	box, err := t.live()
-	if err != nil {
-		return nil, err
-	}
+// capture dumps the frozen task. The task stays frozen, unless that fails. One
+// that was captured alone may have gone on and ended since.
+func (a *Agent) capture(ctx context.Context, ref *agentpb.TaskRef, checkpoint string) (*agentpb.CaptureResult, error) {
 	c := a.findCapture(ref, checkpoint)
-	if c == nil || !c.frozen {
-		return nil, retry{fmt.Errorf("the task is not frozen for checkpoint %s: the agent was restarted since", checkpoint)}
-	}
-	if !c.complete {
+	if c == nil || !c.complete {
+		t, err := a.find(ref)
+		if err != nil {
+			return nil, err
+		}
+		box, err := t.live()
+		if err != nil {
+			return nil, err
+		}
+		if c == nil || !c.frozen {
+			return nil, retry{fmt.Errorf("the task is not frozen for checkpoint %s: the agent was restarted since", checkpoint)}
+		}
 		if err := a.dump(ctx, t, box, c, checkpoint); err != nil {
 			return nil, errors.Join(err, a.abort(t, c))
 		}

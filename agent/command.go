@@ -88,6 +88,9 @@ func (a *Agent) perform(ctx context.Context, command *agentpb.Command, reply *ag
 		reply.Result = &agentpb.Reply_Preflight{Preflight: result}
 		return err
 	case *agentpb.Command_Freeze:
+		if body.Freeze.GetAlone() {
+			return a.freezeAlone(ctx, ref, body.Freeze.GetCheckpoint())
+		}
 		return a.freeze(ctx, ref, body.Freeze.GetCheckpoint())
 	case *agentpb.Command_Capture:
 		result, err := a.capture(ctx, ref, body.Capture.GetCheckpoint())

@@ -36,6 +36,8 @@
 //	Upload     the spool is stored, beside the running task
 //	Discard    the spool is removed
 //
+// Where no other task has to be waited for, Freeze goes as far as Thaw.
+//
 // A restore is the mirror: small images and files are fetched, CRIU starts, and
 // reads memory from a file system of ours, which fetches and verifies it ahead of
 // CRIU and never holds all of it (pages.go; where the kernel has no FUSE, CRIU

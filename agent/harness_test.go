@@ -541,7 +541,7 @@ func (c *controller) checkpoint(node string, ref *agentpb.TaskRef, id string) ap
 func (c *controller) captureTask(node string, ref *agentpb.TaskRef, id string) {
 	c.t.Helper()
 	for try := 1; ; try++ {
-		f := c.tryCapture(node, ref, id)
+		f := c.tryCapture(node, ref, &agentpb.Freeze{Checkpoint: id})
 		if f == nil {
 			return
 		}
@@ -553,13 +553,14 @@ func (c *controller) captureTask(node string, ref *agentpb.TaskRef, id string) {
 	}
 }
 
-func (c *controller) tryCapture(node string, ref *agentpb.TaskRef, id string) *agentpb.Failure {
+func (c *controller) tryCapture(node string, ref *agentpb.TaskRef, freeze *agentpb.Freeze) *agentpb.Failure {
 	c.t.Helper()
+	id := freeze.GetCheckpoint()
 	reply := c.do(node, ref, &agentpb.Preflight{Checkpoint: id})
 	if refusals := reply.GetPreflight().GetRefusals(); len(refusals) > 0 {
 		c.t.Fatalf("checkpoint %s was refused: %q", id, refusals)
 	}
-	for _, next := range []any{&agentpb.Freeze{Checkpoint: id}, &agentpb.Capture{Checkpoint: id}} {
+	for _, next := range []any{freeze, &agentpb.Capture{Checkpoint: id}} {
 		if reply.GetFailure() == nil {
 			reply = c.do(node, ref, next)
 		}

@@ -6,6 +6,7 @@ import (
 	"context"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"testing"
 
@@ -43,21 +44,25 @@ func (n *node) killAt(point string) {
 }
 
 func TestAgentKilledDuringACheckpoint(t *testing.T) {
+	paused := []string{
+		"agent.freeze.frozen", "agent.capture.dumping", "agent.capture.files", "agent.capture.dumped", "agent.thaw.before", "agent.thaw.after",
+	}
+	others := []string{"agent.preflight.done", "agent.upload.half", "agent.upload.done"}
 	for _, memory := range []int64{0, -1} {
-		for _, point := range []string{
-			"agent.preflight.done", "agent.freeze.frozen", "agent.capture.dumping", "agent.capture.files", "agent.capture.dumped",
-			"agent.thaw.before", "agent.thaw.after", "agent.upload.half", "agent.upload.done",
-		} {
-			name := point + " memory"
-			if memory < 0 {
-				name = point + " disk"
-			}
-			t.Run(name, func(t *testing.T) { killDuringCheckpoint(t, point, memory) })
+		where := " memory"
+		if memory < 0 {
+			where = " disk"
+		}
+		for _, point := range slices.Concat(paused, others) {
+			t.Run(point+where, func(t *testing.T) { killDuringCheckpoint(t, point, memory, false) })
+		}
+		for _, point := range paused {
+			t.Run(point+where+" alone", func(t *testing.T) { killDuringCheckpoint(t, point, memory, true) })
 		}
 	}
 }
 
-func killDuringCheckpoint(t *testing.T, point string, memory int64) {
+func killDuringCheckpoint(t *testing.T, point string, memory int64, alone bool) {
 	c := newController(t)
 	n := c.killedAtWith("east-0", point, func(config *Config) { config.SpoolMemBytes = memory })
 	ref := c.start("east-0", "j-kill", counter())
@@ -66,7 +71,7 @@ func killDuringCheckpoint(t *testing.T, point string, memory int64) {
 	stored := false
 	for try := 0; try < 3 && !stored; try++ {
 		id += "x"
-		stored = c.wholeCheckpoint("east-0", ref, id)
+		stored = c.wholeCheckpoint("east-0", ref, id, alone)
 	}
 	if !stored {
 		t.Fatal("no checkpoint came about after the agent had returned")
@@ -83,9 +88,9 @@ func killDuringCheckpoint(t *testing.T, point string, memory int64) {
 
 // wholeCheckpoint does what the controller does: all steps, and an abort when
 // one fails.
-func (c *controller) wholeCheckpoint(node string, ref *agentpb.TaskRef, id string) bool {
+func (c *controller) wholeCheckpoint(node string, ref *agentpb.TaskRef, id string, alone bool) bool {
 	c.t.Helper()
-	f := c.tryCapture(node, ref, id)
+	f := c.tryCapture(node, ref, &agentpb.Freeze{Checkpoint: id, Alone: alone})
 	if f == nil {
 		f = c.do(node, ref, &agentpb.Thaw{Checkpoint: id}).GetFailure()
 	}

@@ -263,7 +263,7 @@ func TestAConnectionThatWaitsAtAPublishedPortIsNotBrokenForACheckpoint(t *testin
 		return err
 	}))
 	defer conn.Close()
-	f := c.tryCapture(c.east, c.ref, "c-waiting")
+	f := c.tryCapture(c.east, c.ref, &agentpb.Freeze{Checkpoint: "c-waiting"})
 	if !f.GetRetryable() || !f.GetRefused() || !strings.Contains(f.GetMessage(), conn.LocalAddr().String()) {
 		t.Errorf("the capture was answered by %v; want to be asked again, for %s", f, conn.LocalAddr())
 	}

@@ -42,9 +42,12 @@ func (d *doing) preflight(ctx context.Context) (effect, error) {
 	}, nil
 }
 
+// freeze stops the job: its pause begins. A job of one task that is to go on has
+// its whole pause in this step.
 func (d *doing) freeze(ctx context.Context) (effect, error) {
+	alone := d.job.Tasks == 1 && d.op.Kind == api.OpCheckpoint
 	_, err := d.each(ctx, func(taskRef) *agentpb.Command {
-		return &agentpb.Command{Body: &agentpb.Command_Freeze{Freeze: &agentpb.Freeze{Checkpoint: d.op.Checkpoint}}}
+		return &agentpb.Command{Body: &agentpb.Command_Freeze{Freeze: &agentpb.Freeze{Checkpoint: d.op.Checkpoint, Alone: alone}}}
 	})
 	return nil, err
 }
@@ -82,7 +85,7 @@ func noteSteps(op *opRecord, job *jobRecord, index int, raw []byte) error {
 	return nil
 }
 
-// thaw lets the job go on: the pause ends here.
+// thaw lets the job go on: the pause ends here, at the latest.
 func (d *doing) thaw(ctx context.Context) (effect, error) {
 	_, err := d.each(ctx, func(taskRef) *agentpb.Command {
 		return &agentpb.Command{Body: &agentpb.Command_Thaw{Thaw: &agentpb.Thaw{Checkpoint: d.op.Checkpoint}}}

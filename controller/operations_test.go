@@ -85,6 +85,26 @@ func TestCheckpointLeavesTheJobRunning(t *testing.T) {
 	}
 }
 
+// A job of one task waits for nobody while it stands still.
+func TestSingleTaskGoesOnBeforeItsFreezeIsAnswered(t *testing.T) {
+	for _, older := range []bool{false, true} {
+		s := newSimulation(t, "east-0")
+		s.agents["east-0"].older = older
+		id := s.running(api.JobSpec{})
+		for _, kind := range []string{"checkpoints", "suspend"} {
+			var frozen []taskRef
+			s.faultOnce(protocol.StepCapture, func(*simAgent) fault {
+				frozen = s.stillFrozen(id)
+				return fault{}
+			})
+			s.do("/v1/jobs/"+id+"/"+kind, nil)
+			if want := kind == "suspend" || older; (len(frozen) == 1) != want {
+				t.Errorf("%s, agent without Freeze.alone %v: want a task that stands still at capture: %v, got %v", kind, older, want, frozen)
+			}
+		}
+	}
+}
+
 func TestBarriersHoldBetweenTheTasksOfAJob(t *testing.T) {
 	s := newSimulation(t, "east-0", "east-1")
 	id := s.running(api.JobSpec{Tasks: 2})

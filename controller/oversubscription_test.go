@@ -43,7 +43,7 @@ func overSubscribe(t *testing.T, seed uint64) {
 	work := newLabour(s.world)
 	breaks := randomFaults(seed)
 	s.setFault(func(a *simAgent, c *agentpb.Command) fault {
-		work.captured(c)
+		work.captured(a, c)
 		f := breaks(a, c)
 		if !capturing(c) {
 			f.failure = nil // a job that cannot be started fails, and rightly so
@@ -193,14 +193,20 @@ func (l *labour) done(job string) int {
 }
 
 // captured saves what a job has done when its tasks are captured: all stand still
-// then.
-func (l *labour) captured(c *agentpb.Command) {
+// then. A repeated command captures nothing.
+func (l *labour) captured(a *simAgent, c *agentpb.Command) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if order := c.GetCapture(); order != nil {
-		if job := l.jobs[c.GetTask().GetJob()]; job != nil {
-			l.saved[order.GetCheckpoint()] = map[string]int{c.GetTask().GetJob(): job.steps}
-		}
+	job, t := l.jobs[c.GetTask().GetJob()], a.tasks[a.refOf(c.GetTask())]
+	if job == nil || t == nil || a.answers[c.GetId()] != nil {
+		return
+	}
+	checkpoint := c.GetCapture().GetCheckpoint()
+	if c.GetFreeze().GetAlone() {
+		checkpoint = c.GetFreeze().GetCheckpoint()
+	}
+	if checkpoint != "" && checkpoint != t.captured {
+		l.saved[checkpoint] = map[string]int{c.GetTask().GetJob(): job.steps}
 	}
 }
 

@@ -411,6 +411,7 @@ type simAgent struct {
 	node, cloud string
 	cut         bool // the network is cut: it cannot connect
 	off         bool // the power is cut: nothing happens any more
+	older       bool // it does not know Freeze.alone
 
 	// guarded by world.mu
 	tasks   map[taskRef]*simTask
@@ -768,7 +769,17 @@ func (a *simAgent) carryOut(ctx context.Context, client agentpb.AgentServiceClie
 			return broken(c, "no such task")
 		}
 		t.frozen = body.Freeze.GetCheckpoint()
+		if body.Freeze.GetAlone() && !a.older {
+			if len(a.tasksOf(ref.Job)) > 1 {
+				return broken(c, "the task is not alone")
+			}
+			t.captured, t.frozen = t.frozen, ""
+		}
 	case *agentpb.Command_Capture:
+		if t != nil && t.captured == body.Capture.GetCheckpoint() {
+			reply.Result = &agentpb.Reply_Captured{Captured: &agentpb.CaptureResult{Steps: steps}}
+			return reply
+		}
 		if !needsTask() || t.frozen != body.Capture.GetCheckpoint() {
 			return broken(c, "the task is not frozen for checkpoint %s", body.Capture.GetCheckpoint())
 		}

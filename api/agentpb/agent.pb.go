@@ -1883,10 +1883,14 @@ func (x *PreflightResult) GetEstimatedBytes() int64 {
 }
 
 // Freeze stops every process of the task; files that can be copied ahead have
-// been by then.
+// been by then. With alone, the task is the only one of its job and is to go on
+// afterwards: there is nobody to wait for, so the agent captures and thaws it,
+// too, before it answers. Capture and Thaw follow all the same, and find that
+// done, unless the agent does not know alone.
 type Freeze struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Checkpoint    string                 `protobuf:"bytes,1,opt,name=checkpoint,proto3" json:"checkpoint,omitempty"`
+	Alone         bool                   `protobuf:"varint,2,opt,name=alone,proto3" json:"alone,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1926,6 +1930,13 @@ func (x *Freeze) GetCheckpoint() string {
 		return x.Checkpoint
 	}
 	return ""
+}
+
+func (x *Freeze) GetAlone() bool {
+	if x != nil {
+		return x.Alone
+	}
+	return false
 }
 
 // Capture cuts the task off its network, then dumps it and its changed files
@@ -3663,11 +3674,12 @@ const file_agent_proto_rawDesc = "" +
 	"checkpoint\"V\n" +
 	"\x0fPreflightResult\x12\x1a\n" +
 	"\brefusals\x18\x01 \x03(\tR\brefusals\x12'\n" +
-	"\x0festimated_bytes\x18\x02 \x01(\x03R\x0eestimatedBytes\"(\n" +
+	"\x0festimated_bytes\x18\x02 \x01(\x03R\x0eestimatedBytes\">\n" +
 	"\x06Freeze\x12\x1e\n" +
 	"\n" +
 	"checkpoint\x18\x01 \x01(\tR\n" +
-	"checkpoint\")\n" +
+	"checkpoint\x12\x14\n" +
+	"\x05alone\x18\x02 \x01(\bR\x05alone\")\n" +
 	"\aCapture\x12\x1e\n" +
 	"\n" +
 	"checkpoint\x18\x01 \x01(\tR\n" +

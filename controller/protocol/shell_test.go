@@ -383,7 +383,8 @@ func (c *controller) commands(step string, part func(int, *piece), then func() b
 	}
 	for _, command := range c.core.Command(tasks).Send {
 		i := command.Task.Index
-		o := order{id: command.ID, step: step, task: ref{i, d.run}, checkpoint: d.op.checkpoint, hold: c.w.tasks > 1}
+		o := order{id: command.ID, step: step, task: ref{i, d.run}, checkpoint: d.op.checkpoint, hold: c.w.tasks > 1,
+			alone: c.w.tasks == 1 && d.op.kind == api.OpCheckpoint}
 		sent := &call{node: d.nodes[i], order: o}
 		if part != nil {
 			sent.part = func(p *piece) { part(i, p) }

@@ -103,6 +103,7 @@ type order struct {
 	task       ref
 	checkpoint string
 	hold       bool
+	alone      bool // a freeze that captures and thaws
 }
 
 // plantedThaw is a capture that does not wait for the others.
@@ -399,6 +400,10 @@ func (a *agent) ordered() []*box {
 // begin is what a command does at once.
 func (a *agent) begin(o order) {
 	b := a.boxes[o.task]
+	if o.step == StepFreeze && o.alone {
+		a.freeze(o)
+		o.step = StepCapture
+	}
 	switch o.step {
 	case StepCapture, plantedThaw:
 		if t := a.captures[key(o.checkpoint, o.task)]; b != nil && t != nil && t.frozen && !t.complete {
@@ -452,19 +457,21 @@ func (a *agent) perform(o order) *reply {
 		delete(a.uploads, k)
 		a.captures[k] = &taken{}
 	case StepFreeze:
-		if !live || taking == nil {
+		if !a.freeze(o) {
 			return failsForNow("not prepared")
 		}
-		taking.frozen = true
-		b.checkpoint = o.checkpoint
-		b.changed()
-	case StepCapture, plantedThaw:
-		if !live || taking == nil || !taking.frozen || taking.piece == nil {
+		if !o.alone {
+			break
+		}
+		if !a.capture(o) {
 			return failsForNow("not frozen")
 		}
-		if !taking.complete {
-			w.order++
-			taking.complete, taking.piece.ended = true, w.order
+		if b.checkpoint == o.checkpoint {
+			b.goOn()
+		}
+	case StepCapture, plantedThaw:
+		if !a.capture(o) {
+			return failsForNow("not frozen")
 		}
 		if o.step == plantedThaw {
 			b.goOn()
@@ -521,6 +528,33 @@ func (a *agent) perform(o order) *reply {
 		}
 	}
 	return &reply{}
+}
+
+// freeze stops a task that is prepared for it, unless it was captured already.
+func (a *agent) freeze(o order) bool {
+	b, taking := a.boxes[o.task], a.captures[key(o.checkpoint, o.task)]
+	if b == nil || !b.complete || taking == nil {
+		return false
+	}
+	if !taking.frozen {
+		taking.frozen = true
+		b.checkpoint = o.checkpoint
+		b.changed()
+	}
+	return true
+}
+
+// capture completes what begin has begun.
+func (a *agent) capture(o order) bool {
+	b, taking := a.boxes[o.task], a.captures[key(o.checkpoint, o.task)]
+	if b == nil || !b.complete || taking == nil || !taking.frozen || taking.piece == nil {
+		return false
+	}
+	if !taking.complete {
+		a.w.order++
+		taking.complete, taking.piece.ended = true, a.w.order
+	}
+	return true
 }
 
 func (a *agent) dropCapture(k string) {
