@@ -68,7 +68,7 @@ func TestBadInput(t *testing.T) {
 		{"submit -f /no/such/job.yaml", usage, []string{"/no/such/job.yaml"}},
 		{"kill bad-input --signal NOSUCH", usage, []string{"NOSUCH"}},
 		{"wait bad-input --for sometime", usage, []string{"sometime"}},
-		{"wait bad-input --for completed --timeout 10ms", timedOut, []string{"running"}},
+		{"wait bad-input --for completed --timeout 1s", timedOut, []string{"running"}},
 		{"frobnicate", usage, []string{"frobnicate"}},
 		{"inspect", usage, []string{"JOB"}},
 	} {
