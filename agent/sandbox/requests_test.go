@@ -74,7 +74,7 @@ func TestAProgramLearnsWhyThereIsNoCheckpoint(t *testing.T) {
 	s := b.start(b.config(`
 dormouse-ctl checkpoint; echo $?
 dormouse-ctl checkpoint; echo $?
-dormouse-ctl checkpoint --timeout 50ms; echo $?
+dormouse-ctl checkpoint --timeout 500ms; echo $?
 dormouse-ctl checkpoint --label "$(head -c 300 /dev/zero | tr '\0' a)"; echo $?
 dormouse-ctl nonsense; echo $?
 dormouse-ctl status --label x; echo $?`))
@@ -87,7 +87,7 @@ dormouse-ctl status --label x; echo $?`))
 	late := e.next(b)
 	b.wait(s)
 	expect(t, "stdout", b.log(s, "stdout"), "1\n4\n5\n4\n2\n2\n")
-	for _, words := range []string{"the disk is full", "a socket leaves the job", "no answer after 50ms", "at most 256 bytes"} {
+	for _, words := range []string{"the disk is full", "a socket leaves the job", "no answer after 500ms", "at most 256 bytes"} {
 		contains(t, "stderr", b.log(s, "stderr"), words)
 	}
 	if late.ID == "" {

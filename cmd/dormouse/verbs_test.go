@@ -360,7 +360,7 @@ func TestWaitTimesOut(t *testing.T) {
 		}
 		json.NewEncoder(w).Encode(runningJob)
 	})})
-	dormouse(t, f.url, "wait", "j", "--timeout", "30ms").check(t, exitTimedOut, "", "j-aaaaaaaa is still running after 30ms")
+	dormouse(t, f.url, "wait", "j", "--timeout", "500ms").check(t, exitTimedOut, "", "j-aaaaaaaa is still running after 500ms")
 	dormouse(t, f.url, "wait", "k", "--timeout", "5s").check(t, exitNotFound, "", "there is no")
 }
 
