@@ -77,7 +77,7 @@ func (d *doing) trusted(ctx context.Context) (bool, error) {
 	trusted := true
 	err := d.store.View(ctx, func(tx store.Tx) error {
 		for _, ref := range d.job.refs() {
-			node, err := store.Get[nodeRecord](tx, store.Nodes, ref.Node)
+			node, err := d.nodes.get(tx, ref.Node)
 			if err != nil {
 				return err
 			}

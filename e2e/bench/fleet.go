@@ -4,13 +4,9 @@ import (
 	"bytes"
 	"cmp"
 	"context"
-	"crypto/tls"
-	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
-	"math/rand/v2"
 	"net/http"
 	"os"
 	"os/exec"
@@ -35,7 +31,7 @@ import (
 const (
 	jobsPerAgent = 10
 	submitters   = 32 // clients that submit, each one job after the other
-	readers      = 4  // clients that read while the others submit
+	readers      = 4  // clients that read while the others submit, in their own process
 	// readPause is between two reads of a reader: people and scripts look now and then.
 	readPause  = 50 * time.Millisecond
 	quietTime  = 10 * time.Second // of heartbeats only
@@ -152,10 +148,8 @@ func measureFleet(ctx context.Context, binary string, agents int) (row fleetRow,
 
 // fleetBench is one controller and those who talk to it.
 type fleetBench struct {
+	*client
 	server *server
-	http   *http.Client
-	roots  *x509.CertPool
-	token  string
 
 	mu     sync.Mutex
 	starts map[string]time.Time // by job: when its agent was told to start it
@@ -172,14 +166,8 @@ func (b *fleetBench) trust() error {
 	if err != nil {
 		return err
 	}
-	b.token, b.roots = strings.TrimSpace(string(token)), x509.NewCertPool()
-	if !b.roots.AppendCertsFromPEM(ca) {
-		return errors.New("the controller's CA is no certificate")
-	}
-	b.http = &http.Client{Timeout: time.Minute, Transport: &http.Transport{
-		TLSClientConfig: &tls.Config{RootCAs: b.roots, ServerName: serverName}, MaxIdleConnsPerHost: submitters + readers,
-	}}
-	return nil
+	b.client = &client{URL: b.server.url(), Token: strings.TrimSpace(string(token)), CA: ca}
+	return b.open()
 }
 
 func (b *fleetBench) join(ctx context.Context, agents int) (*fleet.Fleet, error) {
@@ -201,50 +189,27 @@ func (b *fleetBench) started(job string, at time.Time) {
 	b.starts[job] = at
 }
 
-// call makes one request and returns the body of its answer.
-func (b *fleetBench) call(ctx context.Context, method, path string, body []byte) ([]byte, error) {
-	request, err := http.NewRequestWithContext(ctx, method, b.server.url()+path, bytes.NewReader(body))
-	if err != nil {
-		return nil, err
-	}
-	request.Header.Set("Authorization", "Bearer "+b.token)
-	request.Header.Set("Content-Type", "application/json")
-	response, err := b.http.Do(request)
-	if err != nil {
-		return nil, err
-	}
-	defer response.Body.Close()
-	text, err := io.ReadAll(response.Body)
-	if err == nil && response.StatusCode >= 300 {
-		err = fmt.Errorf("%s %s: status %d: %s", method, path, response.StatusCode, text)
-	}
-	return text, err
-}
-
 // load submits all jobs as fast as they are taken, while others read, and waits
 // until all have started.
 func (b *fleetBench) load(ctx context.Context, row *fleetRow) error {
 	ctx, cancel := context.WithTimeout(ctx, 15*time.Minute)
 	defer cancel()
-	reading, enough := context.WithCancel(ctx)
-	defer enough()
-	var reads map[string]latency
-	var readErr error
-	var reader sync.WaitGroup
-	reader.Go(func() { reads, readErr = b.read(reading) })
 	controller, simulator, err := b.cpu()
 	if err != nil {
 		return err
 	}
+	reading, err := startReading(b.client)
+	if err != nil {
+		return err
+	}
 	begin := time.Now()
-	asked, waits, err := b.submit(ctx, row.Jobs)
+	asked, waits, err := b.submit(ctx, row.Jobs, reading)
 	row.Submissions = float64(row.Jobs) / time.Since(begin).Seconds()
-	enough()
-	reader.Wait()
+	waited, readers, readErr := reading.end()
 	if err := errors.Join(err, readErr); err != nil {
 		return err
 	}
-	row.Submit, row.Reads = latencyOf(waits), reads
+	row.Submit, row.Reads = latencyOf(waits), waited
 	if err := b.allStarted(ctx, row.Jobs); err != nil {
 		return err
 	}
@@ -253,7 +218,7 @@ func (b *fleetBench) load(ctx context.Context, row *fleetRow) error {
 		return err
 	}
 	row.ControllerMS = ms(controllerAfter-controller) / float64(row.Jobs)
-	row.SimulatorMS = ms(simulatorAfter-simulator) / float64(row.Jobs)
+	row.SimulatorMS = ms(simulatorAfter-simulator+readers) / float64(row.Jobs)
 	var toStart []time.Duration
 	last := begin
 	b.mu.Lock()
@@ -278,8 +243,9 @@ func (b *fleetBench) cpu() (controller, simulator time.Duration, err error) {
 	return controller, time.Duration(own.Utime.Nano() + own.Stime.Nano()), err
 }
 
-// submit submits n jobs and returns when each was asked for and how long it took.
-func (b *fleetBench) submit(ctx context.Context, n int) (asked map[string]time.Time, waits []time.Duration, err error) {
+// submit submits n jobs, tells those who read of them, and returns when each was
+// asked for and how long it took.
+func (b *fleetBench) submit(ctx context.Context, n int, reading *reading) (asked map[string]time.Time, waits []time.Duration, err error) {
 	spec, err := json.Marshal(api.JobSpec{Command: []string{"sleep", "3600"}, Tasks: 1, CPUs: 1, MemBytes: 1 << 30})
 	if err != nil {
 		return nil, nil, err
@@ -304,6 +270,9 @@ func (b *fleetBench) submit(ctx context.Context, n int) (asked map[string]time.T
 				if err == nil {
 					err = json.Unmarshal(text, &job)
 				}
+				if err == nil {
+					err = reading.know(job.ID)
+				}
 				if err != nil {
 					cancel(err)
 					return
@@ -320,56 +289,6 @@ func (b *fleetBench) submit(ctx context.Context, n int) (asked map[string]time.T
 	}
 	clients.Wait()
 	return asked, waits, context.Cause(ctx)
-}
-
-// read reads all kinds in turn until ctx ends.
-func (b *fleetBench) read(ctx context.Context) (map[string]latency, error) {
-	samples := make(map[string][]time.Duration)
-	var mu sync.Mutex
-	var clients sync.WaitGroup
-	var failed error
-	for range readers {
-		clients.Go(func() {
-			for ctx.Err() == nil {
-				for kind, path := range b.questions() {
-					at := time.Now()
-					_, err := b.call(ctx, http.MethodGet, path, nil)
-					took := time.Since(at)
-					if ctx.Err() != nil {
-						return
-					}
-					mu.Lock()
-					if err != nil {
-						failed = cmp.Or(failed, err)
-					}
-					samples[kind] = append(samples[kind], took)
-					mu.Unlock()
-					select {
-					case <-time.After(readPause):
-					case <-ctx.Done():
-						return
-					}
-				}
-			}
-		})
-	}
-	clients.Wait()
-	result := make(map[string]latency, len(samples))
-	for kind, all := range samples {
-		result[kind] = latencyOf(all)
-	}
-	return result, failed
-}
-
-// questions are what the readers ask.
-func (b *fleetBench) questions() map[string]string {
-	asked := map[string]string{"jobs, a page of 100": "/v1/jobs?limit=100", "nodes, a page of 100": "/v1/nodes?limit=100", "operations, a page of 100": "/v1/operations?limit=100"}
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if len(b.ids) > 0 {
-		asked["one job"] = "/v1/jobs/" + b.ids[rand.IntN(len(b.ids))]
-	}
-	return asked
 }
 
 func (b *fleetBench) allStarted(ctx context.Context, n int) error {
@@ -408,9 +327,7 @@ func (b *fleetBench) quiet(ctx context.Context, f *fleet.Fleet, row *fleetRow) e
 		return err
 	}
 	row.HeartbeatUS = float64((after - before).Microseconds()) / float64(max(1, f.Heartbeats()-beats))
-	reading, enough := context.WithTimeout(ctx, quietTime/2)
-	defer enough()
-	if row.QuietReads, err = b.read(reading); err != nil {
+	if row.QuietReads, err = b.readQuietly(ctx); err != nil {
 		return err
 	}
 	if row.PeakBytes, err = b.server.peak(); err != nil {
@@ -421,6 +338,24 @@ func (b *fleetBench) quiet(ctx context.Context, f *fleet.Fleet, row *fleetRow) e
 		row.StoreBytes = info.Size()
 	}
 	return err
+}
+
+// readQuietly has all kinds read while nothing else happens.
+func (b *fleetBench) readQuietly(ctx context.Context) (map[string]latency, error) {
+	reading, err := startReading(b.client)
+	if err != nil {
+		return nil, err
+	}
+	for _, id := range b.ids {
+		err = errors.Join(err, reading.know(id))
+	}
+	select {
+	case <-time.After(quietTime / 2):
+	case <-ctx.Done():
+		err = errors.Join(err, ctx.Err())
+	}
+	waited, _, ended := reading.end()
+	return waited, errors.Join(err, ended)
 }
 
 // settled waits until no operation is under way.

@@ -56,6 +56,13 @@ func (s scenario) randomPages() int64 {
 }
 
 func main() {
+	if len(os.Args) == 2 && os.Args[1] == readerVerb {
+		if err := serveReader(os.Stdin, os.Stdout); err != nil {
+			fmt.Fprintln(os.Stderr, "bench: "+err.Error())
+			os.Exit(1)
+		}
+		return
+	}
 	if err := ownnet.EnterIfRoot(); err != nil {
 		fmt.Fprintln(os.Stderr, "bench: "+err.Error())
 		os.Exit(1)
