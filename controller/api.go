@@ -364,14 +364,15 @@ func (c *Controller) routeJobs(rest huma.API) {
 func (c *Controller) listJobs(ctx context.Context, all bool, page Page) ([]api.Job, error) {
 	may := func(j *jobRecord) bool { return !j.Drill && sees(ctx, j.Owner) }
 	wanted := func(j *jobRecord) bool { return all || !j.Phase.Final() }
-	list := []api.Job{}
-	err := c.store.View(ctx, func(tx store.Tx) error {
-		jobs, err := pageOf(tx, c.jobs, page, may, wanted)
-		for _, j := range jobs {
-			list = append(list, j.Job)
-		}
+	var jobs []*jobRecord
+	err := c.store.View(ctx, func(tx store.Tx) (err error) {
+		jobs, err = pageOf(tx, c.jobs, page, may, wanted)
 		return err
 	})
+	list := make([]api.Job, len(jobs))
+	for i, j := range jobs {
+		list[i] = j.Job
+	}
 	return list, err
 }
 
@@ -540,14 +541,15 @@ func (c *Controller) routePlatform(rest huma.API) {
 
 func (c *Controller) listOperations(ctx context.Context, page Page) ([]api.Operation, error) {
 	may := func(op *opRecord) bool { return sees(ctx, op.Owner) }
-	list := []api.Operation{}
-	err := c.store.View(ctx, func(tx store.Tx) error {
-		ops, err := pageOf(tx, c.operations, page, may, always)
-		for _, op := range ops {
-			list = append(list, op.Operation)
-		}
+	var ops []*opRecord
+	err := c.store.View(ctx, func(tx store.Tx) (err error) {
+		ops, err = pageOf(tx, c.operations, page, may, always)
 		return err
 	})
+	list := make([]api.Operation, len(ops))
+	for i, op := range ops {
+		list[i] = op.Operation
+	}
 	return list, err
 }
 
@@ -580,20 +582,20 @@ func (c *Controller) waitOperation(ctx context.Context, ref, wait string) (api.O
 }
 
 func (c *Controller) listNodes(ctx context.Context, page Page) ([]api.Node, error) {
-	list := []api.Node{}
-	err := c.store.View(ctx, func(tx store.Tx) error {
-		nodes, err := pageOf(tx, c.nodes, page, always, always)
-		if err != nil {
-			return err
-		}
-		used, err := c.usage(tx, nodes)
-		for _, n := range nodes {
-			node, u := n.Node, used[n.ID]
-			node.CPUsUsed, node.MemUsed, node.Tasks = u.cpus, u.mem, u.tasks
-			list = append(list, node)
+	var nodes []*seenNode
+	var used map[string]usage
+	err := c.store.View(ctx, func(tx store.Tx) (err error) {
+		if nodes, err = pageOf(tx, c.nodes, page, always, always); err == nil {
+			used, err = c.usage(tx, nodes)
 		}
 		return err
 	})
+	list := make([]api.Node, len(nodes))
+	for i, n := range nodes {
+		u := used[n.ID]
+		list[i] = n.Node
+		list[i].CPUsUsed, list[i].MemUsed, list[i].Tasks = u.cpus, u.mem, u.tasks
+	}
 	return list, err
 }
 
