@@ -69,11 +69,11 @@ func TestAgentKilledAtEveryStep(t *testing.T) {
 // leads. The controller has a failpoint at each, after the step was written to
 // the store and before it is taken.
 var controllerSteps = map[api.OperationKind]string{
-	api.OpStart:      "network connect start",
+	api.OpStart:      "network start",
 	api.OpCheckpoint: "preflight freeze capture thaw upload publish published discard retention",
 	api.OpSuspend:    "preflight freeze capture upload publish published destroy retention",
-	api.OpResume:     "look place network connect restore",
-	api.OpRestart:    "look stop place network connect restore",
+	api.OpResume:     "look place network restore",
+	api.OpRestart:    "look stop place network restore",
 	api.OpKill:       "signal grace destroy",
 	api.OpVerify:     "verify",
 }

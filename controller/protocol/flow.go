@@ -61,7 +61,7 @@ func FlowOf(kind api.OperationKind, tasks, signal int) Flow {
 	switch kind {
 	case api.OpStart:
 		// A job that could not be started is pending again: placing is the reconciler's.
-		return Flow{steps: []string{StepNetwork, StepConnect, StepStart}, undo: []string{StepUnplace}, once: true, elsewhere: true}
+		return Flow{steps: join(connecting(tasks), []string{StepStart}), undo: []string{StepUnplace}, once: true, elsewhere: true}
 	case api.OpCheckpoint:
 		return Flow{
 			steps: join(
@@ -110,7 +110,13 @@ func severally(tasks int, steps ...string) []string {
 
 // restoring are the steps that wake a placed job.
 func restoring(tasks int) []string {
-	return join([]string{StepNetwork, StepConnect, StepRestore}, severally(tasks, StepOpen, StepRelease))
+	return join(connecting(tasks), []string{StepRestore}, severally(tasks, StepOpen, StepRelease))
+}
+
+// connecting are the steps that make the network of a placed job. A single task
+// is on one node, which has no other to learn of.
+func connecting(tasks int) []string {
+	return join([]string{StepNetwork}, severally(tasks, StepConnect))
 }
 
 func join(parts ...[]string) []string { return slices.Concat(parts...) }
@@ -148,7 +154,8 @@ type Move struct {
 }
 
 // next decides what follows the step at which an operation is, given how the
-// step ended. It is a pure function.
+// step ended. It is a pure function. After a step that an earlier version wrote
+// and that the flow does not have, the flow begins anew.
 func (f Flow) next(at State, failed *Failure) Move {
 	if at.Cause != nil {
 		return f.nextUndo(at, failed)
