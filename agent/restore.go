@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
 
 	"dormouse/agent/capture"
 	"dormouse/agent/criu"
@@ -154,38 +155,48 @@ func (a *Agent) rebuild(ctx context.Context, t *task, h *restoring, entry *repos
 			err = errors.Join(err, memory.close())
 		}
 	}()
-	if err := a.fetch(ctx, t, &r, part, images); err != nil {
+	box, netns, err := a.build(ctx, t, &r, part, images)
+	if err != nil {
 		return spaceError(err, spool)
 	}
 	progress(0.5, "waking processes")
-	_, box := t.snapshot()
-	if err := a.wake(ctx, t, h, box, images, memory); err != nil {
+	if err := a.wake(ctx, t, h, box, netns, images, memory); err != nil {
 		return spaceError(err, spool)
 	}
 	a.lanes.run(t.id()+" pages", func() { a.rememberPages(memory, spool, &r) })
 	return nil
 }
 
-// fetch brings the images, but for the content of memory, into the spool and,
-// beside that, builds the files.
-func (a *Agent) fetch(ctx context.Context, t *task, r *record, part *repository.PartReader, images string) error {
-	group, ctx := errgroup.WithContext(ctx)
+// build brings the images, but for the content of memory, into the spool and,
+// beside that, makes the sandbox, its network and its files.
+func (a *Agent) build(ctx context.Context, t *task, r *record, part *repository.PartReader, images string) (box *sandbox.Sandbox, netns *os.File, err error) {
+	upper := filepath.Join(t.dir, upperTree)
+	group, all := errgroup.WithContext(ctx)
 	group.Go(func() error {
-		return part.RestoreImages(ctx, images, repository.RestoreOptions{
+		return part.RestoreImages(all, images, repository.RestoreOptions{
 			Only: func(e repository.Entry) bool { return !isPages(e.Path) },
 		})
 	})
-	group.Go(func() error {
-		box, err := a.createBox(ctx, t, r)
-		if err != nil {
-			return err
-		}
-		t.setBox(box)
-		err = restoreFiles(ctx, part, box, t.dir)
-		failpoint.Hit("agent.restore.files")
+	group.Go(func() error { return part.RestoreTree(all, upperTree, upper, repository.RestoreOptions{}) })
+	group.Go(func() (err error) {
+		netns, err = a.boxes.MakeNetwork(all, boxConfig(t, r))
 		return err
 	})
-	return group.Wait()
+	group.Go(func() (err error) {
+		if box, err = a.createBox(all, t, r); err == nil {
+			t.setBox(box)
+		}
+		return err
+	})
+	err = group.Wait()
+	if err == nil {
+		err = restoreFiles(ctx, part, box, upper, t.dir)
+		failpoint.Hit("agent.restore.files")
+	}
+	if err != nil && netns != nil {
+		err = errors.Join(err, netns.Close())
+	}
+	return box, netns, err
 }
 
 // rememberPages lets the next checkpoint of the task store only what changed
@@ -233,11 +244,12 @@ func rootIsMissing(text string) bool {
 	return !fileExists(root.Path)
 }
 
-// restoreFiles builds the upper layer: the task's own files, and those of its
-// closure that this node does not have.
-func restoreFiles(ctx context.Context, part *repository.PartReader, box *sandbox.Sandbox, dir string) error {
-	if err := part.RestoreTree(ctx, upperTree, box.UpperDir(), repository.RestoreOptions{}); err != nil {
-		return err
+// restoreFiles completes the upper layer: the task's own files, which are in the
+// directory upper, and those of its closure that this node does not have.
+func restoreFiles(ctx context.Context, part *repository.PartReader, box *sandbox.Sandbox, upper, dir string) error {
+	// Over the sandbox's own, which is empty: rename(2) does, os.Rename does not.
+	if err := unix.Rename(upper, box.UpperDir()); err != nil {
+		return &os.LinkError{Op: "rename", Old: upper, New: box.UpperDir(), Err: err}
 	}
 	differing, err := capture.Differing(ctx, part, closureTree, box.LowerDir())
 	if err != nil || len(differing) == 0 {
@@ -254,10 +266,15 @@ func restoreFiles(ctx context.Context, part *repository.PartReader, box *sandbox
 	return capture.Apply(stored, box.LowerDir(), box.UpperDir())
 }
 
-// wake lets CRIU build the processes. It begins while their memory is still
-// being fetched: CRIU waits where it reads it or, without FUSE, once all
-// namespaces are there.
-func (a *Agent) wake(ctx context.Context, t *task, h *restoring, box *sandbox.Sandbox, images string, memory *memorySource) error {
+// wake lets CRIU build the processes, in the network netns, which it takes over.
+// It begins while their memory is still being fetched: CRIU waits where it reads
+// it or, without FUSE, once all namespaces are there.
+func (a *Agent) wake(ctx context.Context, t *task, h *restoring, box *sandbox.Sandbox, netns *os.File, images string, memory *memorySource) error {
+	target, err := box.PrepareRestore(ctx, netns)
+	if err != nil {
+		return err
+	}
+	defer target.Close()
 	work := a.workDir(t.id())
 	if err := os.Mkdir(work, 0o700); err != nil {
 		return err
@@ -265,13 +282,8 @@ func (a *Agent) wake(ctx context.Context, t *task, h *restoring, box *sandbox.Sa
 	if err := t.note(func(r *record) { r.Work = work }); err != nil {
 		return err
 	}
-	target, err := box.PrepareRestore(ctx)
-	if err != nil {
-		return err
-	}
-	defer target.Close()
 	request := criu.RestoreRequest{
-		ImagesDir: images, WorkDir: work, Root: target.Root, NetNS: target.NetNS, Enter: box.Enter,
+		ImagesDir: images, WorkDir: work, Root: target.Root, NetNS: target.NetNS, Cgroup: target.Cgroup, Tasks: target.Tasks,
 		Notify: func(ctx context.Context, event criu.Event, _ int) error {
 			switch event {
 			case criu.EventPostSetupNamespaces:

@@ -31,9 +31,13 @@ type RestoreRequest struct {
 	// NetNS is the network namespace of the task. Needed if and only if the
 	// dump had ExternalNetNS.
 	NetNS *os.File
-	// Enter puts CRIU's process into the target cgroups, before it does
-	// anything; the restored processes inherit them. May be nil.
-	Enter func(pid int) error
+	// Cgroup is the directory of the v2 cgroup that CRIU is born in, or nil, and
+	// Tasks are the files "tasks" of the v1 cgroups that it moves itself to before it
+	// does anything: the restored processes inherit them. To be moved by others
+	// takes a process some 10 ms, for which the kernel waits for all its processors
+	// (cgroup_threadgroup_rwsem).
+	Cgroup *os.File
+	Tasks  []string
 	// Grace is how long a cancelled restore may take to undo itself before CRIU
 	// is killed. Zero: 20 s.
 	Grace time.Duration
@@ -52,7 +56,7 @@ type RestoreResult struct {
 
 // Restore builds a process tree from images. When it returns without an error
 // the tree runs. After an error CRIU has ended and the tree's init was killed;
-// should anything be left, or still be dying, it is in the cgroups of Enter:
+// should anything be left, or still be dying, it is in its cgroups:
 // killing those is the caller's part.
 func (e *Engine) Restore(ctx context.Context, r RestoreRequest) (*RestoreResult, error) {
 	begin := time.Now()
@@ -72,7 +76,7 @@ func (e *Engine) Restore(ctx context.Context, r RestoreRequest) (*RestoreResult,
 		return nil, fmt.Errorf("criu restore: %w", err)
 	}
 
-	options := sessionOptions{helpers: restoreHelpers, grace: r.Grace, ownMounts: true, files: r.files()}
+	options := sessionOptions{helpers: restoreHelpers, grace: r.Grace, ownMounts: true, files: r.files(), cgroup: r.Cgroup, tasks: r.Tasks}
 	netNSFD := -1
 	if r.NetNS != nil {
 		options.inherit = []*os.File{r.NetNS}
@@ -81,12 +85,6 @@ func (e *Engine) Restore(ctx context.Context, r RestoreRequest) (*RestoreResult,
 	s, err := e.start(options)
 	if err != nil {
 		return nil, fmt.Errorf("criu restore: start %s: %w", e.path, err)
-	}
-	if r.Enter != nil {
-		if err := r.Enter(s.pid()); err != nil {
-			s.discard()
-			return nil, fmt.Errorf("criu restore: enter the cgroups: %w", err)
-		}
 	}
 	if err := noteRunning(r.WorkDir, s.pid()); err != nil {
 		s.discard()

@@ -8,7 +8,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
-	"strconv"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -332,15 +331,18 @@ func (s *sandbox) tryRestore(ctx context.Context, images string, at func(*sandbo
 	}
 	ns := newNetNS(s.t)
 	defer ns.Close()
+	group, err := os.Open(n.cgroup)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	defer group.Close()
 	result, err := s.engine.Restore(ctx, RestoreRequest{
 		ImagesDir:      images,
 		WorkDir:        n.dir,
 		Root:           root,
 		ExternalMounts: mounts,
 		NetNS:          ns,
-		Enter: func(pid int) error {
-			return os.WriteFile(filepath.Join(n.cgroup, "cgroup.procs"), []byte(strconv.Itoa(pid)), 0)
-		},
+		Cgroup:         group,
 		Notify: func(_ context.Context, event Event, _ int) error {
 			if at == nil {
 				return nil

@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -82,6 +83,8 @@ type sessionOptions struct {
 	// process's that is dumped; files are those of ours that it has to find there.
 	ownMounts bool
 	files     []string
+	cgroup    *os.File // that the process is born in, or nil
+	tasks     []string // of v1 cgroups that it enters first
 }
 
 // start starts `criu swrk`. The caller must call session.call exactly once, or
@@ -97,12 +100,17 @@ func (e *Engine) start(o sessionOptions) (*session, error) {
 	// Not CommandContext: a cancelled context must not kill CRIU, see doc.go.
 	// SIGXFSZ stays ignored across exec, for failLargeWrites; so does SIGPIPE, for
 	// callers who read images through pipes and may die.
-	cmd := exec.Command("/bin/sh", "-c", `trap "" XFSZ PIPE; exec "$0" "$@"`, e.path, "swrk", strconv.Itoa(swrkFD))
+	// A process that writes 0 into the tasks of a v1 cgroup moves itself, cgroups(7).
+	const script = `trap "" XFSZ PIPE; while [ "$1" != swrk ]; do echo 0 >"$1" || exit; shift; done; exec "$0" "$@"`
+	cmd := exec.Command("/bin/sh", slices.Concat([]string{"-c", script, e.path}, o.tasks, []string{"swrk", strconv.Itoa(swrkFD)})...)
 	cmd.Env = e.environ(o.helpers)
 	cmd.Dir = "/"
 	cmd.ExtraFiles = append([]*os.File{remote}, o.inherit...)
 	// Its own process group: a terminal's ^C must not reach it.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	if o.cgroup != nil {
+		cmd.SysProcAttr.UseCgroupFD, cmd.SysProcAttr.CgroupFD = true, int(o.cgroup.Fd())
+	}
 	s := &session{sock: pair[0], grace: o.grace, abort: o.abort, answered: &atomic.Bool{}, kernel: e.kernel}
 	if s.grace == 0 {
 		s.grace = defaultGrace

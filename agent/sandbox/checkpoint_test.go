@@ -145,12 +145,16 @@ func (b *bench) restore(engine *criu.Engine, saved image, s *sandbox.Sandbox, he
 	if out, err := exec.Command("cp", "-a", saved.upper, s.UpperDir()).CombinedOutput(); err != nil {
 		return fmt.Errorf("%w: %s", err, out)
 	}
-	target, err := s.PrepareRestore(b.context())
+	netns, err := b.runtime.MakeNetwork(b.context(), s.Config())
+	if err != nil {
+		return err
+	}
+	target, err := s.PrepareRestore(b.context(), netns)
 	if err != nil {
 		return err
 	}
 	defer target.Close()
-	request := criu.RestoreRequest{ImagesDir: saved.images, WorkDir: b.t.TempDir(), Root: target.Root, NetNS: target.NetNS, Enter: s.Enter}
+	request := criu.RestoreRequest{ImagesDir: saved.images, WorkDir: b.t.TempDir(), Root: target.Root, NetNS: target.NetNS, Cgroup: target.Cgroup, Tasks: target.Tasks}
 	for _, x := range target.External {
 		request.ExternalMounts = append(request.ExternalMounts, criu.RestoreMount{Key: x.Key, Source: x.Source})
 	}
@@ -292,7 +296,11 @@ func TestAFailedRestoreLeavesNothing(t *testing.T) {
 func TestPrepareRestoreRefusesWhatIsNoCheckpoint(t *testing.T) {
 	b := newBench(t)
 	s := b.create(b.config("true"))
-	if _, err := s.PrepareRestore(b.context()); err == nil {
+	netns, err := b.runtime.MakeNetwork(b.context(), s.Config())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.PrepareRestore(b.context(), netns); err == nil {
 		t.Error("an empty upper layer passed for a checkpoint")
 	}
 }

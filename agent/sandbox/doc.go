@@ -19,8 +19,8 @@
 //
 // Restore, with CRIU between the two halves:
 //
-//	Create, upper filled by the caller
-//	PrepareRestore   overlay mounted at DIR/root, network namespace, cgroups
+//	Create, MakeNetwork, upper filled by the caller: all at once if need be
+//	PrepareRestore   overlay mounted at DIR/root
 //	FinishRestore    unmounted again (the tree has its own mounts), pid recorded
 //
 // Tasks of one job (parallel.go). Options.Network connects the namespaces; host

@@ -22,19 +22,20 @@ type Network interface {
 	Join(ctx context.Context, id string, netns *os.File) error
 }
 
-// makeNetwork makes the sandbox's network namespace. Without a Network the
-// task's address is on the loopback device.
-func (s *Sandbox) makeNetwork(ctx context.Context) (*os.File, error) {
-	network := s.runtime.options.Network
+// MakeNetwork makes the network namespace of a sandbox, for PrepareRestore. The
+// sandbox need not be there yet. Without a Network the task's address is on the
+// loopback device.
+func (r *Runtime) MakeNetwork(ctx context.Context, cfg Config) (*os.File, error) {
+	network := r.options.Network
 	if network == nil {
-		return newNetwork(s.state.Config.VirtualIP)
+		return newNetwork(cfg.VirtualIP)
 	}
 	netns, err := newNetwork("")
 	if err != nil {
 		return nil, err
 	}
-	if err := network.Join(ctx, s.ID(), netns); err != nil {
-		return nil, errors.Join(fmt.Errorf("cannot connect sandbox %s to its network: %w", s.ID(), err), netns.Close())
+	if err := network.Join(ctx, cfg.ID, netns); err != nil {
+		return nil, errors.Join(fmt.Errorf("cannot connect sandbox %s to its network: %w", cfg.ID, err), netns.Close())
 	}
 	return netns, nil
 }

@@ -17,9 +17,10 @@ type RestoreTarget struct {
 	Root string
 	// NetNS is the network namespace: criu --inherit-fd fd[N]:KEY.
 	NetNS *os.File
-	// Cgroup is the v2 cgroup's directory: start criu in it, and Enter it
-	// before it forks, so that v1 limits hold too.
+	// Cgroup is the v2 cgroup's directory: start criu in it. Tasks are the files
+	// through which it enters the v1 cgroups, before it forks.
 	Cgroup   *os.File
+	Tasks    []string
 	External []External
 }
 
@@ -28,27 +29,21 @@ func (t *RestoreTarget) Close() error {
 	return errors.Join(t.NetNS.Close(), t.Cgroup.Close())
 }
 
-// PrepareRestore builds what a restored tree lands in. The caller has filled
-// UpperDir with the checkpoint's upper layer, changes the root as needed
-// through RestoreTarget.Root, runs CRIU, and calls FinishRestore or Destroy.
-func (s *Sandbox) PrepareRestore(ctx context.Context) (*RestoreTarget, error) {
+// PrepareRestore builds what a restored tree lands in, and takes over netns, also
+// when it fails. The caller has filled UpperDir with the checkpoint's upper layer,
+// changes the root as needed through RestoreTarget.Root, runs CRIU, and calls
+// FinishRestore or Destroy.
+func (s *Sandbox) PrepareRestore(ctx context.Context, netns *os.File) (*RestoreTarget, error) {
 	if s.Pid() != 0 {
-		return nil, fmt.Errorf("the sandbox %s was started before", s.ID())
+		return nil, errors.Join(fmt.Errorf("the sandbox %s was started before", s.ID()), netns.Close())
 	}
-	target := &RestoreTarget{Root: s.rootDir(), External: s.External()}
+	target := &RestoreTarget{Root: s.rootDir(), NetNS: netns, Tasks: s.state.Cgroup.TaskFiles(), External: s.External()}
 	err := take(ctx, []step{
-		{do: s.checkUpper},
+		{do: s.checkUpper, undo: func(context.Context) error { return netns.Close() }},
 		{do: func(context.Context) error { return hideNode(s.UpperDir(), s.state.Lower, s.hidden()) }},
 		{
 			do:   func(context.Context) error { return s.mountRoot() },
 			undo: func(context.Context) error { return s.unmountRoot() },
-		},
-		{
-			do: func(ctx context.Context) (err error) {
-				target.NetNS, err = s.makeNetwork(ctx)
-				return err
-			},
-			undo: func(context.Context) error { return closeIfOpen(target.NetNS) },
 		},
 		{
 			do: func(context.Context) (err error) {

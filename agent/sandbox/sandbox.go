@@ -159,9 +159,6 @@ func (s *Sandbox) CgroupPath() string { return s.state.Cgroup.Unified }
 // Pids are the sandbox's processes, in the agent's pid namespace.
 func (s *Sandbox) Pids() ([]int, error) { return s.state.Cgroup.Pids() }
 
-// Enter puts a process into all of the sandbox's cgroups.
-func (s *Sandbox) Enter(pid int) error { return s.state.Cgroup.Enter(pid) }
-
 // Freeze stops all processes and returns when they have stopped.
 func (s *Sandbox) Freeze(ctx context.Context) error {
 	if err := s.state.Cgroup.Freeze(ctx); err != nil && !s.gone() {

@@ -185,7 +185,7 @@ func (s *Sandbox) launch(ctx context.Context, setup *pid1.Setup) error {
 	if err != nil {
 		return fmt.Errorf("cannot tell pid 1 what to do: %w", err)
 	}
-	network, err := s.makeNetwork(ctx)
+	network, err := s.runtime.MakeNetwork(ctx, s.state.Config)
 	if err != nil {
 		return err
 	}

@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -149,7 +150,7 @@ func start(t *testing.T, g *Group, command ...string) *exec.Cmd {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = cmd.Process.Kill(); _ = cmd.Wait() })
-	if err := g.Enter(cmd.Process.Pid); err != nil {
+	if err := enter(g, cmd.Process.Pid); err != nil {
 		t.Fatal(err)
 	}
 	return cmd
@@ -266,7 +267,7 @@ func TestDevicesAreFilteredEitherWay(t *testing.T) {
 			if err := cmd.Start(); err != nil {
 				t.Fatal(err)
 			}
-			if err := g.Enter(cmd.Process.Pid); err != nil {
+			if err := enter(g, cmd.Process.Pid); err != nil {
 				t.Fatal(err)
 			}
 			if _, err := input.Write([]byte("go\n")); err != nil {
@@ -303,4 +304,9 @@ func TestFreezeAvoidsVfork(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+}
+
+// enter moves a process into all cgroups of the group.
+func enter(g *Group, pid int) error {
+	return errors.Join(write(g.Unified, "cgroup.procs", strconv.Itoa(pid)), g.EnterV1(pid))
 }

@@ -28,16 +28,6 @@ type Group struct {
 	Realtime bool     `json:"realtime,omitempty"`  // has a share of the real-time classes
 }
 
-// Enter moves the process pid into every cgroup of the group.
-func (g *Group) Enter(pid int) error {
-	for _, dir := range append([]string{g.Unified}, g.V1...) {
-		if err := write(dir, "cgroup.procs", strconv.Itoa(pid)); err != nil {
-			return fmt.Errorf("cannot put process %d into the cgroup: %w", pid, err)
-		}
-	}
-	return nil
-}
-
 // EnterV1 moves the process pid into the v1 cgroups only: for one that was
 // born in the v2 cgroup.
 func (g *Group) EnterV1(pid int) error {
@@ -47,6 +37,16 @@ func (g *Group) EnterV1(pid int) error {
 		}
 	}
 	return nil
+}
+
+// TaskFiles are the files through which a process that was born in the v2 cgroup
+// moves itself into the v1 ones: cgroups(7), "writing the value 0".
+func (g *Group) TaskFiles() []string {
+	var files []string
+	for _, dir := range g.V1 {
+		files = append(files, filepath.Join(dir, "tasks"))
+	}
+	return files
 }
 
 // Contains reports whether pid is in the group's v2 cgroup.
