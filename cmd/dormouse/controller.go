@@ -48,16 +48,16 @@ The configuration is described in docs/install.md.`,
 // finely among more threads than there are processors. Who sets GOMAXPROCS
 // decides otherwise.
 //
-// It has the heap grow to three times what is in use, instead of
-// twice, before garbage is collected: most of what a controller has is its image
-// of the store, which to go through again and again takes a tenth of its time.
-// Who sets GOGC decides otherwise.
+// It has the heap grow to five times what is in use, instead of twice, before
+// garbage is collected: most of what a controller has is its image of the store and
+// its streams to agents, and while these are gone through again every request that
+// needs memory has to help, and is late. Who sets GOGC decides otherwise.
 func tuneRuntime() {
 	if os.Getenv("GOMAXPROCS") == "" {
 		runtime.GOMAXPROCS(runtime.GOMAXPROCS(0) + 4)
 	}
 	if os.Getenv("GOGC") == "" {
-		debug.SetGCPercent(200)
+		debug.SetGCPercent(400)
 	}
 }
 
