@@ -73,9 +73,9 @@ func TestARealTaskIsMeasured(t *testing.T) {
 func TestWaitingBehindAnotherIsMeasured(t *testing.T) {
 	group, other := testgroup.New(t), testgroup.New(t)
 	victim := group.Start("while :; do :; done")
-	pinTo(t, victim.Pid)
+	testgroup.Pin(t, victim.Pid, 0)
 	for range 3 {
-		pinTo(t, other.Start("while :; do :; done").Pid)
+		testgroup.Pin(t, other.Start("while :; do :; done").Pid, 0)
 	}
 	c := sample.NewCollector(sample.Group{Unified: group.Unified})
 	before := collect(t, c)

@@ -148,7 +148,7 @@ func (d *Detector) Feed(task sample.Task, host sample.Host) Verdict {
 // its past stays, what is under way does not.
 func (d *Detector) begin(now point, why string) Verdict {
 	d.began, d.excused = now.task.Time, ""
-	d.bad, d.good = 0, 0
+	d.bad = 0
 	d.verdict = Verdict{Condition: Healthy, Suspected: Healthy}
 	d.entitle(now.task.Quota)
 	return d.skip(now, why)

@@ -72,6 +72,9 @@ func TestScenarios(t *testing.T) {
 			"; it is limited to 0.2 CPUs"},
 		"its quota was lowered, nothing was asked for": {Config{}, []phase{{30, worker.with(func(l *life) { l.quota = 1 })}, {6, life{used: 0.2, waiting: 0.8, full: -1, throttled: 0.8, quota: 0.2}}}, StarvedCPU, ""},
 		"its quota is all it is due":                   {Config{CPUs: 0.2}, []phase{{36, life{used: 0.2, waiting: 0.8, full: -1, throttled: 0.8, quota: 0.2}}}, Healthy, ""},
+		"bursts up to its own quota":                   {Config{CPUs: 0.3}, []phase{{36, life{used: 0.1, waiting: 0.45, full: -1, throttled: 0.43, quota: 0.3}}}, Healthy, ""},
+		"bursts up to its own quota without PSI":       {Config{CPUs: 0.3}, []phase{{36, life{used: 0.1, waiting: 0.45, throttled: 0.43, quota: 0.3, noPSI: true}}}, Healthy, ""},
+		"squeezed below its own quota":                 {Config{CPUs: 0.3}, []phase{{6, life{used: 0.06, waiting: 0.94, full: -1, throttled: 0.05, quota: 0.3, others: 1.9}}}, StarvedCPU, ""},
 		"sixteen threads on the two CPUs due":          {Config{CPUs: 2}, []phase{{36, life{used: 2, waiting: 14, full: 0.02}}}, Healthy, ""},
 		"bursts of many threads":                       {Config{CPUs: 2}, []phase{{36, life{used: 0.1, waiting: 0.7, full: 0.01}}}, Healthy, ""},
 		"bursts of many threads without PSI":           {Config{CPUs: 2}, []phase{{36, life{used: 0.1, waiting: 0.7, noPSI: true, others: 0.1}}}, Healthy, ""},
@@ -80,8 +83,10 @@ func TestScenarios(t *testing.T) {
 
 		"thrashing": {Config{CPUs: 1}, []phase{{30, worker}, {6, life{used: 0.1, memory: 0.7, faults: 800, io: 0.8, progress: 0.1}}}, StarvedMemory,
 			"stood still 70 % of the last 60 s for memory (normal 0 %), 800 major faults/s (normal 0)"},
-		"thrashing without PSI": {Config{CPUs: 1}, []phase{{30, unpressed(worker)}, {6, life{noPSI: true, used: 0.1, faults: 800, progress: 0.1}}}, StarvedMemory, ""},
-		"reading programs in":   {Config{CPUs: 1}, []phase{{1, life{used: 0.3, memory: 0.5, faults: 500, io: 0.6}}, {30, worker}}, Healthy, ""},
+		"thrashing a little while progress breaks down": {Config{CPUs: 1}, []phase{{30, worker}, {6, life{used: 0.4, memory: 0.2, io: 0.2, operations: 500, progress: 0.1}}}, StarvedMemory, ""},
+		"thrashing a little as it can afford":           {Config{CPUs: 1}, []phase{{30, worker}, {6, worker.with(func(l *life) { l.used, l.memory = 0.8, 0.2 })}}, Healthy, ""},
+		"thrashing without PSI":                         {Config{CPUs: 1}, []phase{{30, unpressed(worker)}, {6, life{noPSI: true, used: 0.1, faults: 800, progress: 0.1}}}, StarvedMemory, ""},
+		"reading programs in":                           {Config{CPUs: 1}, []phase{{1, life{used: 0.3, memory: 0.5, faults: 500, io: 0.6}}, {30, worker}}, Healthy, ""},
 
 		"a slow disk": {Config{CPUs: 1}, []phase{{30, reader}, {6, life{used: 0.02, io: 0.97, operations: 10, progress: 0.05}}}, StarvedIO,
 			"stood still 97 % of the last 60 s for I/O (normal 80 %) at 97 ms an operation (normal 4 ms)"},
@@ -89,6 +94,9 @@ func TestScenarios(t *testing.T) {
 		"waiting for a disk at its own speed": {Config{CPUs: 1}, []phase{{30, worker}, {60, reader}}, Healthy, "waits for I/O"},
 		"more I/O than ever, as fast as ever": {Config{CPUs: 1}, []phase{{30, reader}, {30, life{used: 0.01, io: 0.99, operations: 240, progress: 0.1}}}, Healthy, ""},
 
+		"a disk that has always been slow": {Config{CPUs: 1}, []phase{{30, life{used: 0.1, io: 0.9, operations: 45, progress: 1}}}, Healthy, ""},
+
+		"a helper is stopped": {Config{CPUs: 1}, []phase{{30, worker}, {30, worker.with(func(l *life) { l.helper = true })}}, Healthy, ""},
 		"stopped by a signal": {Config{CPUs: 1}, []phase{{30, worker}, {6, life{stopped: true}}}, NoProgress,
 			"is stopped by a signal, for the last 60 s, and not by Dormouse: used 0 CPUs (normal 0.97), progress 0/min (normal 96/min)"},
 		"frozen":                        {Config{CPUs: 1}, []phase{{30, worker}, {6, life{frozen: true}}}, NoProgress, "is frozen"},
@@ -173,5 +181,25 @@ func TestSuspicionComesBeforeTheVerdict(t *testing.T) {
 	v := run(d, s, phase{1, squeezed})
 	if v.Condition != Healthy || v.Suspected != StarvedCPU || !v.Since.Equal(began) {
 		t.Errorf("after one bad period: %s, suspected %s since %v, want healthy, suspected starved_cpu since %v", v.Condition, v.Suspected, v.Since, began)
+	}
+}
+
+func TestRareReportsAreARateToo(t *testing.T) {
+	rare := worker.with(func(l *life) { l.progress = 1.0 / 45 })
+	d, s := NewDetector(Config{CPUs: 1}), newSimulation(rare)
+	d.Feed(s.task, s.host)
+	if v := run(d, s, phase{60, rare}); v.Figures.NormalProgress < 1 || v.Figures.NormalProgress > 2 {
+		t.Errorf("normal progress of one unit in 45 s is %v/min, want about 1.3", v.Figures.NormalProgress)
+	}
+}
+
+// BenchmarkFeed is the cost of one task's verdict with a long past.
+func BenchmarkFeed(b *testing.B) {
+	d, s := NewDetector(Config{CPUs: 1}), newSimulation(worker)
+	d.Feed(s.task, s.host)
+	run(d, s, phase{400, worker})
+	for b.Loop() {
+		s.live(worker, 10*time.Second)
+		d.Feed(s.task, s.host)
 	}
 }

@@ -71,7 +71,6 @@ func (f *Figures) cpu(from, to point) {
 	a, b := from.task, to.task
 	seconds := f.Span.Seconds()
 	f.CPU = (b.CPU - a.CPU).Seconds() / seconds
-	f.Throttled = f.share(b.Throttled - a.Throttled)
 	if steal, busy := to.host.Steal-from.host.Steal, to.host.Busy-from.host.Busy; known(from, to) && steal > 0 {
 		f.Stolen = steal.Seconds() / (steal + busy).Seconds()
 	}
@@ -82,6 +81,9 @@ func (f *Figures) cpu(from, to point) {
 	if ready == 0 {
 		return
 	}
+	// The kernel adds up the time on every CPU the group was held back on.
+	on := max(1, min(ready, float64(to.host.CPUs)))
+	f.Throttled = f.share(time.Duration(float64(b.Throttled-a.Throttled) / on))
 	f.Waited = waiting / max(1, ready)
 	f.Waited += (1 - f.Waited) * f.Stolen * min(1, f.CPU)
 	wanted := min(f.Due, ready)
@@ -91,19 +93,24 @@ func (f *Figures) cpu(from, to point) {
 }
 
 // strangers bounds the CPUs' worth of time others than the task itself can have
-// kept from it.
+// kept from it. Its own quota is a stranger only when it gives less than is due:
+// else the task has it in its hands to want the CPU evenly.
 func (f *Figures) strangers(from, to point, ready float64) float64 {
+	own := 0.0
+	if f.Quota >= 0.99*f.Due {
+		own = f.Throttled
+	}
 	full := to.task.Pressure.CPU.Full - from.task.Pressure.CPU.Full
 	// Kernels before 5.13 do not account "full" for the CPU: it stays 0.
 	if to.task.PSI && to.task.Pressure.CPU.Full > 0 && f.Span >= pressureLag {
-		return f.share(full) * min(f.Due, max(1, ready))
+		return max(0, f.share(full)-own) * min(f.Due, max(1, ready))
 	}
 	if !known(from, to) {
-		return f.Due
+		return (1 - own) * f.Due
 	}
 	busy := to.host.Busy - from.host.Busy + to.host.Steal - from.host.Steal
 	others := max(0, busy.Seconds()/f.Span.Seconds()-f.CPU)
-	return others + f.Throttled*f.Due
+	return others + (f.Throttled-own)*f.Due
 }
 
 // known reports whether the host was measured at both moments.

@@ -22,7 +22,8 @@ func (p *progress) report(count float64, span, period time.Duration, learn bool,
 	p.still += span
 	p.span += span
 	if count != p.last {
-		if learn {
+		// Two samples far apart say nothing of the pauses between them.
+		if learn && span < 2*period {
 			p.pauses.add(p.still.Seconds(), size)
 		}
 		p.still = 0

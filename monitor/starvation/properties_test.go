@@ -92,7 +92,11 @@ func TestALiveLockIsFoundWithinThreePeriods(t *testing.T) {
 		d, s := NewDetector(Config{CPUs: 1}), newSimulation(even)
 		d.Feed(s.task, s.host)
 		run(d, s, phase{rapid.IntRange(5, 50).Draw(t, "periods"), even})
-		v := run(d, s, phase{3, life{used: use}})
+		before := time.Duration(rapid.Int64Range(1, int64(10*time.Second)-1).Draw(t, "before"))
+		s.live(even, before)
+		s.live(life{used: use}, 10*time.Second-before)
+		d.Feed(s.task, s.host)
+		v := run(d, s, phase{2, life{used: use}})
 		if v.Condition != NoProgress {
 			t.Fatalf("%s (%s), want no_progress", v.Condition, v.Explanation)
 		}

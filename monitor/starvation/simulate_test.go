@@ -22,6 +22,7 @@ type life struct {
 	progress      float64 // units
 	silent        bool    // reports no progress at all
 	stopped       bool
+	helper        bool // one of ten processes is stopped, which has never done much
 	frozen        bool
 	ended         bool
 	excused       string
@@ -78,6 +79,9 @@ func (s *simulation) live(l life, span time.Duration) {
 	t.Stopped, t.Frozen, t.Processes = 0, l.frozen, 2
 	if l.stopped {
 		t.Stopped, t.StoppedShare = 1, 1
+	}
+	if l.helper {
+		t.Stopped, t.StoppedShare, t.Processes = 1, 0.001, 10
 	}
 	if l.ended {
 		t.Processes = 0

@@ -14,6 +14,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // Group is one control group: a directory in cgroup v2 and one in each v1
@@ -110,6 +112,20 @@ func (g *Group) write(path, value string) {
 	}
 }
 
+// Favour the group over others: the share of the CPU it gets is that of so many
+// ordinary groups.
+func (g *Group) Favour(times int) {
+	g.t.Helper()
+	if dir := g.V1["cpu"]; dir != "" {
+		g.write(filepath.Join(dir, "cpu.shares"), strconv.Itoa(1024*times))
+		return
+	}
+	if _, err := os.Stat(filepath.Join(g.Unified, "cpu.weight")); err != nil {
+		skip(g.t, "needs a cpu controller: "+err.Error())
+	}
+	g.write(filepath.Join(g.Unified, "cpu.weight"), strconv.Itoa(100*times))
+}
+
 // Freeze or thaw the group.
 func (g *Group) Freeze(frozen bool) {
 	g.t.Helper()
@@ -185,4 +201,28 @@ func mounts(t testing.TB) map[string]string {
 		}
 	}
 	return points
+}
+
+// Pin process pid, and what it starts from now on, to the n-th of the CPUs this
+// test may use, counted from 0 and around again.
+func Pin(t testing.TB, pid, n int) {
+	t.Helper()
+	var allowed, one unix.CPUSet
+	if err := unix.SchedGetaffinity(0, &allowed); err != nil {
+		t.Fatal(err)
+	}
+	n %= allowed.Count()
+	for cpu := range 64 * len(allowed) {
+		if !allowed.IsSet(cpu) {
+			continue
+		}
+		if n == 0 {
+			one.Set(cpu)
+			break
+		}
+		n--
+	}
+	if err := unix.SchedSetaffinity(pid, &one); err != nil {
+		t.Fatal(err)
+	}
 }
