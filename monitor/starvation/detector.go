@@ -282,11 +282,16 @@ func (d *Detector) thrashes(f Figures, ease float64, broken bool) bool {
 	if broken && f.MemoryStall >= ease*d.config.MemoryStall/3 {
 		return true
 	}
-	// Without PSI: many faults, far more than ever, and the CPU use has gone.
 	normal, deviation := d.faults.normal()
+	if !d.faults.known() || f.MajorFaults < ease*max(manyFaults, 5*normal, normal+6*deviation) {
+		return false
+	}
+	if f.FaultStall >= ease*d.config.MemoryStall {
+		return true
+	}
+	// Without PSI: the CPU use has gone where the faults have come.
 	usual, _ := d.used.normal()
-	return d.faults.known() && f.MemoryStall == 0 &&
-		f.MajorFaults >= ease*max(manyFaults, 5*normal, normal+6*deviation) && f.CPU < usual/2 && broken
+	return f.MemoryStall == 0 && f.CPU < usual/2 && broken
 }
 
 func (d *Detector) slowDevice(f Figures, ease float64) bool {

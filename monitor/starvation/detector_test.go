@@ -16,6 +16,7 @@ var (
 	worker   = life{used: 0.97, waiting: 0.03, full: -1, progress: 1.6, others: 0.5}
 	squeezed = life{used: 0.19, waiting: 0.81, full: -1, progress: 12.0 / 60, others: 1.8}
 	idle     = life{}
+	mapping  = life{used: 0.36, waiting: 0.18, full: -1, memory: 0.05, io: 0.43, faults: 11000, operations: 11000, short: true, progress: 1}
 	reader   = life{used: 0.2, io: 0.8, operations: 200, progress: 1} // 4 ms an operation
 )
 
@@ -86,7 +87,13 @@ func TestScenarios(t *testing.T) {
 		"thrashing a little while progress breaks down": {Config{CPUs: 1}, []phase{{30, worker}, {6, life{used: 0.4, memory: 0.2, io: 0.2, operations: 500, progress: 0.1}}}, StarvedMemory, ""},
 		"thrashing a little as it can afford":           {Config{CPUs: 1}, []phase{{30, worker}, {6, worker.with(func(l *life) { l.used, l.memory = 0.8, 0.2 })}}, Healthy, ""},
 		"thrashing without PSI":                         {Config{CPUs: 1}, []phase{{30, unpressed(worker)}, {6, life{noPSI: true, used: 0.1, faults: 800, progress: 0.1}}}, StarvedMemory, ""},
-		"reading programs in":                           {Config{CPUs: 1}, []phase{{1, life{used: 0.3, memory: 0.5, faults: 500, io: 0.6}}, {30, worker}}, Healthy, ""},
+		// Figures of a process whose limit was set to a third of the file it has mapped.
+		"thrashing on a quick disk": {Config{CPUs: 1}, []phase{{30, worker}, {6, mapping.with(func(l *life) { l.refaults = 11000 })}}, StarvedMemory,
+			"stood still 48 % of the last 60 s for memory (normal 0 %), 11000 major faults/s (normal 0), uses 99 % of its limit"},
+		"mapping in more than fits, once": {Config{CPUs: 1}, []phase{{30, worker}, {30, mapping}}, Healthy, ""},
+		"with room left":                  {Config{CPUs: 1}, []phase{{30, worker}, {30, mapping.with(func(l *life) { l.refaults, l.short = 11000, false })}}, Healthy, ""},
+		"always lived from hand to mouth": {Config{CPUs: 1}, []phase{{60, mapping.with(func(l *life) { l.refaults = 11000 })}}, Healthy, ""},
+		"reading programs in":             {Config{CPUs: 1}, []phase{{1, life{used: 0.3, memory: 0.5, faults: 500, io: 0.6}}, {30, worker}}, Healthy, ""},
 
 		"a slow disk": {Config{CPUs: 1}, []phase{{30, reader}, {6, life{used: 0.02, io: 0.97, operations: 10, progress: 0.05}}}, StarvedIO,
 			"stood still 97 % of the last 60 s for I/O (normal 80 %) at 97 ms an operation (normal 4 ms)"},

@@ -24,8 +24,10 @@
 // the quota matters only when it gives less than the task is due.
 //
 // Starved of memory: it stood still for pages to be found or fetched back
-// (memory.pressure), or, without PSI, took major faults at many times its own
-// rate while its CPU use broke down.
+// (memory.pressure), or took major faults at many times its own rate: to fetch
+// back pages that its limit or a full machine took away, standing still for that
+// (on a quick disk mostly booked as I/O), or, without PSI, while its CPU use broke
+// down.
 //
 // Starved of I/O: it stood still for I/O, and each operation takes several times
 // as long as it used to. A task that waits because it asks for much at the usual

@@ -45,7 +45,7 @@ func (f Figures) explainCPU() string {
 
 func (f Figures) explainMemory() string {
 	text := fmt.Sprintf(" stood still %s of the last %s for memory%s, %s major faults/s%s",
-		percent(f.MemoryStall), length(f.Span), normally(percent, f.NormalMemoryStall),
+		percent(max(f.MemoryStall, f.FaultStall)), length(f.Span), normally(percent, f.NormalMemoryStall),
 		decimal(f.MajorFaults), normally(decimal, f.NormalMajorFaults))
 	if f.MemoryUsed > 0 {
 		text += fmt.Sprintf(", uses %s of its limit", percent(f.MemoryUsed))

@@ -70,7 +70,7 @@ func (v Verdict) severity() float64 {
 	case StarvedCPU:
 		return max(v.Figures.Missed, 0.01)
 	case StarvedMemory:
-		return max(v.Figures.MemoryStall, 0.01)
+		return max(v.Figures.MemoryStall, v.Figures.FaultStall, 0.01)
 	case StarvedIO:
 		return max(v.Figures.IOStall, 0.01)
 	case NoProgress:

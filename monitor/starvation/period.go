@@ -31,9 +31,15 @@ type Figures struct {
 
 	MemoryStall float64 // share in which it stood still for memory
 	MajorFaults float64 // per second
+	Refaults    float64 // pages a second that were taken from it and needed again
 	MemoryUsed  float64 // share of its limit, at the end of the span; 0 without limit
-	IOStall     float64 // share in which it stood still for I/O
-	IOLatency   float64 // seconds per operation of up to 128 KiB; 0: none was made
+	MemoryShort bool    // it is at its limit, or the machine has hardly any left
+	// FaultStall is the share in which it stood still for memory or for I/O, if
+	// most of its major faults fetched back pages it had lost to a shortage: on a
+	// quick disk the kernel books little of that as waiting for memory.
+	FaultStall float64
+	IOStall    float64 // share in which it stood still for I/O
+	IOLatency  float64 // seconds per operation of up to 128 KiB; 0: none was made
 
 	Reports  bool    // it reports progress
 	Progress float64 // units per minute
@@ -52,8 +58,8 @@ func between(from, to point, due float64) Figures {
 		f.Due = float64(max(1, to.host.CPUs))
 	}
 	f.cpu(from, to)
-	f.memory(from, to)
 	f.io(from, to)
+	f.memory(from, to)
 	f.Stopped = stopped(to.task)
 	if a, b := from.task.Progress, to.task.Progress; a != nil && b != nil {
 		f.Reports = true
@@ -122,8 +128,14 @@ func (f *Figures) memory(from, to point) {
 	a, b := from.task, to.task
 	f.MemoryStall = f.share(b.Pressure.Memory.Full - a.Pressure.Memory.Full)
 	f.MajorFaults = float64(b.MajorFaults-a.MajorFaults) / f.Span.Seconds()
+	f.Refaults = float64(b.Refaults-a.Refaults) / f.Span.Seconds()
 	if b.MemoryLimit > 0 {
 		f.MemoryUsed = float64(b.MemoryBytes) / float64(b.MemoryLimit)
+	}
+	host := to.host
+	f.MemoryShort = f.MemoryUsed > 0.9 || host.MemoryBytes > 0 && host.MemoryAvailable < host.MemoryBytes/20
+	if f.MemoryShort && f.Refaults > 0 && f.Refaults >= f.MajorFaults/2 {
+		f.FaultStall = min(1, f.MemoryStall+f.IOStall)
 	}
 }
 
@@ -170,7 +182,7 @@ func stopped(task sample.Task) bool {
 // same task on another node.
 func restarted(from, to point) bool {
 	a, b := from.task, to.task
-	return b.CPU < a.CPU || b.Delay < a.Delay || b.MajorFaults < a.MajorFaults ||
+	return b.CPU < a.CPU || b.Delay < a.Delay || b.MajorFaults < a.MajorFaults || b.Refaults < a.Refaults ||
 		b.ReadBytes < a.ReadBytes || b.WriteBytes < a.WriteBytes || b.Operations < a.Operations ||
 		a.PSI != b.PSI || a.BlockAccounting != b.BlockAccounting ||
 		a.Progress != nil && b.Progress != nil && *b.Progress < *a.Progress ||

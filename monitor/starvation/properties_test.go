@@ -19,7 +19,7 @@ func anyLife(t *rapid.T) life {
 	return life{
 		used: 4 * share("used"), waiting: 8 * share("waiting"), full: share("full"),
 		throttled: share("throttled"), quota: share("quota"), stolen: 0.9 * share("stolen"), others: 2 * share("others"),
-		faults: 1000 * share("faults"), memory: share("memory"), io: share("io"), operations: 500 * share("operations"),
+		faults: 1000 * share("faults"), refaults: 1000 * share("refaults"), short: rapid.Bool().Draw(t, "short"), memory: share("memory"), io: share("io"), operations: 500 * share("operations"),
 		progress: 3 * share("progress"), silent: rapid.Bool().Draw(t, "silent"),
 		stopped: rapid.IntRange(0, 9).Draw(t, "stopped") == 0, frozen: rapid.IntRange(0, 9).Draw(t, "frozen") == 0,
 		ended: rapid.IntRange(0, 9).Draw(t, "ended") == 0,
@@ -143,7 +143,7 @@ func check(t *rapid.T, v Verdict) {
 	f := v.Figures
 	for name, share := range map[string]float64{
 		"waited": f.Waited, "missed": f.Missed, "throttled": f.Throttled, "stolen": f.Stolen,
-		"memory": f.MemoryStall, "io": f.IOStall,
+		"memory": f.MemoryStall, "faults": f.FaultStall, "io": f.IOStall,
 	} {
 		if !(share >= 0 && share <= 1+1e-9) {
 			t.Fatalf("share %s is %v", name, share)

@@ -17,6 +17,8 @@ type life struct {
 	stolen        float64 // share of the node's time
 	others        float64 // CPUs used by others
 	faults        float64
+	refaults      float64
+	short         bool    // it is at its memory limit
 	memory, io    float64 // share of the time it stands still
 	operations    float64
 	progress      float64 // units
@@ -68,6 +70,11 @@ func (s *simulation) live(l life, span time.Duration) {
 		t.Pressure.IO.Some += of(l.io)
 	}
 	t.MajorFaults += uint64(l.faults * span.Seconds())
+	t.Refaults += uint64(l.refaults * span.Seconds())
+	t.MemoryBytes, t.MemoryLimit = 10<<20, 100<<20
+	if l.short {
+		t.MemoryBytes = 99 << 20
+	}
 	t.BlockAccounting = true
 	t.Operations += uint64(l.operations * span.Seconds())
 	s.done += l.progress * span.Seconds()
