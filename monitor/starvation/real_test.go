@@ -1,18 +1,67 @@
 package starvation_test
 
 import (
+	"fmt"
+	"io"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"dormouse/monitor/internal/testgroup"
 	"dormouse/monitor/sample"
 	"dormouse/monitor/starvation"
 )
+
+// mapping in the environment makes this program a task that reads a file of
+// that name, at random, through its memory.
+const mapping = "MONITOR_TEST_MAPPING"
+
+func TestMain(m *testing.M) {
+	if file := os.Getenv(mapping); file != "" {
+		fmt.Fprintln(os.Stderr, readAtRandom(file))
+		os.Exit(1)
+	}
+	os.Exit(m.Run())
+}
+
+// readAtRandom makes the file and reads it until it is killed.
+func readAtRandom(name string) error {
+	const size = 64 << 20
+	file, err := os.Create(name)
+	if err != nil {
+		return err
+	}
+	// Not zeros: those some disks do not store.
+	if _, err := io.CopyN(file, rand.NewChaCha8([32]byte{}), size); err != nil {
+		return err
+	}
+	if err := file.Sync(); err != nil {
+		return err
+	}
+	memory, err := unix.Mmap(int(file.Fd()), 0, size, unix.PROT_READ, unix.MAP_SHARED)
+	if err != nil {
+		return err
+	}
+	if err := unix.Madvise(memory, unix.MADV_RANDOM); err != nil {
+		return err
+	}
+	sum := byte(0)
+	for {
+		for range 2000 {
+			sum += memory[rand.IntN(size)]
+		}
+		time.Sleep(5 * time.Millisecond)
+		runtime.KeepAlive(sum)
+	}
+}
 
 // Short, and yet longer than the kernel takes to bring its pressures up to date.
 const period = 2500 * time.Millisecond
@@ -42,6 +91,10 @@ func TestRealTasks(t *testing.T) {
 	if testing.Short() {
 		t.Skip("takes 18 seconds")
 	}
+	program, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
 	dir := t.TempDir()
 	progress := filepath.Join(dir, "progress")
 	subjects := []*subject{
@@ -61,6 +114,8 @@ func TestRealTasks(t *testing.T) {
 					t.Error(err)
 				}
 			}},
+		{name: "thrashing", script: mapping + "=" + filepath.Join(dir, "mapped") + " exec " + program, cpus: 1, cpu: 1, want: starvation.StarvedMemory,
+			trouble: func(_ *testing.T, s *subject) { s.group.LimitMemory(24 << 20) }},
 		{name: "idle", script: "exec sleep 60", cpus: 1, cpu: 0, want: starvation.Healthy},
 		{name: "cron-like", script: "while :; do i=0; while [ $i -lt 5000 ]; do i=$((i+1)); done; sleep 3; done", cpus: 1, cpu: 1, want: starvation.Healthy},
 		{name: "bursty", script: "while :; do i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done; sleep 0.3; done", cpus: 1, cpu: 1, want: starvation.Healthy},

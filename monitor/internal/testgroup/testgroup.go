@@ -112,6 +112,19 @@ func (g *Group) write(path, value string) {
 	}
 }
 
+// LimitMemory to so many bytes, page cache included.
+func (g *Group) LimitMemory(bytes int) {
+	g.t.Helper()
+	path := filepath.Join(g.Unified, "memory.max")
+	if dir := g.V1["memory"]; dir != "" {
+		path = filepath.Join(dir, "memory.limit_in_bytes")
+	}
+	if _, err := os.Stat(path); err != nil {
+		skip(g.t, "needs a memory controller: "+err.Error())
+	}
+	g.write(path, strconv.Itoa(bytes))
+}
+
 // Favour the group over others: the share of the CPU it gets is that of so many
 // ordinary groups.
 func (g *Group) Favour(times int) {
