@@ -16,6 +16,7 @@ const (
 	MaxHistograms = 16  // of a summary
 	MaxValues     = 12  // of a row
 	MaxKey        = 128 // bytes
+	MaxNodes      = 128 << 10
 	maxBuckets    = 252
 )
 
@@ -40,6 +41,9 @@ func (s Summary) Merge(other Summary) Summary {
 
 // Check says what of a summary is out of bounds.
 func (s Summary) Check() error {
+	if len(s.Nodes) > MaxNodes/8 {
+		return fmt.Errorf("a summary has a set of %d bytes, at most %d are allowed", len(s.Nodes), MaxNodes/8)
+	}
 	if len(s.Tables) > MaxTables || len(s.Histograms) > MaxHistograms {
 		return fmt.Errorf("a summary has %d tables and %d histograms, at most %d and %d are allowed",
 			len(s.Tables), len(s.Histograms), MaxTables, MaxHistograms)

@@ -121,6 +121,7 @@ func TestGatherCountsNothingTwice(t *testing.T) {
 
 func TestSummariesOutOfBoundsAreRefused(t *testing.T) {
 	for name, s := range map[string]Summary{
+		"nodes":      {Nodes: make(Set, MaxNodes/8+1)},
 		"tables":     {Tables: make([]Table, MaxTables+1)},
 		"histograms": {Histograms: make([]Histogram, MaxHistograms+1)},
 		"rows":       {Tables: []Table{{Rows: make([]Row, MaxRows+1)}}},
