@@ -27,7 +27,7 @@ type Config struct {
 type Collector struct {
 	config  Config
 	state   State
-	members map[string]Member
+	members map[string]Member     // nil: not known yet
 	given   map[string]Assignment // as of state.Tree
 	rebuild bool
 	doubts  doubts
@@ -93,7 +93,7 @@ type Round struct {
 
 // NewCollector goes on with what was stored.
 func NewCollector(config Config, state State, now time.Time) *Collector {
-	c := &Collector{config: config, state: state, members: map[string]Member{}, rounds: map[int64]*gathering{}, doubts: newDoubts()}
+	c := &Collector{config: config, state: state, rounds: map[int64]*gathering{}, doubts: newDoubts()}
 	if c.state.Tree == nil {
 		c.state.Tree = Build(nil, nil, nil, config.Arity)
 	}
@@ -113,7 +113,7 @@ func (c *Collector) Members(members []Member, now time.Time) CollectorOutput {
 	for _, m := range members {
 		next[m.ID] = m
 	}
-	if !maps.Equal(next, c.members) {
+	if c.members == nil || !maps.Equal(next, c.members) {
 		c.members, c.rebuild = next, true
 	}
 	var out CollectorOutput
