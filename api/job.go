@@ -140,6 +140,22 @@ type JobSpec struct {
 	// MaxRestarts is how often the job is recovered by itself from its newest
 	// durable checkpoint after a node was lost.
 	MaxRestarts int `json:"max_restarts,omitempty" yaml:"max_restarts"`
+	// Health is how each task's health is asked; none: a task is well while it
+	// runs. A job with an unhealthy task has failed.
+	Health *HealthCheck `json:"health,omitempty" yaml:"health"`
+	// OnStarvation is what is done with the job when it is kept from working:
+	// suspend (the default), migrate, notify or ignore.
+	OnStarvation string `json:"on_starvation,omitempty" yaml:"on_starvation"`
+	// StarvationPeriodMS is how often each task is measured; 10 s unless given. A
+	// verdict takes two or three periods.
+	StarvationPeriodMS int64 `json:"starvation_period_ms,omitempty" yaml:"starvation_period_ms"`
+	// ProgressRegex is matched against each line a task writes to its output; what
+	// its first group matches, a number, is the task's progress. Without a group,
+	// each match is one step.
+	ProgressRegex string `json:"progress_regex,omitempty" yaml:"progress_regex"`
+	// Webhook is the http or https address that findings about the job are posted
+	// to, as JSON.
+	Webhook string `json:"webhook,omitempty" yaml:"webhook"`
 }
 
 // Job is one submitted job and where it is in its life.

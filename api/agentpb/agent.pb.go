@@ -259,6 +259,7 @@ type FromAgent struct {
 	//	*FromAgent_Progress
 	//	*FromAgent_TaskEvent
 	//	*FromAgent_AppRequest
+	//	*FromAgent_TreeReport
 	Body          isFromAgent_Body `protobuf_oneof:"body"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -355,6 +356,15 @@ func (x *FromAgent) GetAppRequest() *AppRequest {
 	return nil
 }
 
+func (x *FromAgent) GetTreeReport() *TreeReport {
+	if x != nil {
+		if x, ok := x.Body.(*FromAgent_TreeReport); ok {
+			return x.TreeReport
+		}
+	}
+	return nil
+}
+
 type isFromAgent_Body interface {
 	isFromAgent_Body()
 }
@@ -383,6 +393,11 @@ type FromAgent_AppRequest struct {
 	AppRequest *AppRequest `protobuf:"bytes,6,opt,name=app_request,json=appRequest,proto3,oneof"`
 }
 
+type FromAgent_TreeReport struct {
+	// What the monitor found, for the controller: of this node and those below it.
+	TreeReport *TreeReport `protobuf:"bytes,7,opt,name=tree_report,json=treeReport,proto3,oneof"`
+}
+
 func (*FromAgent_Hello) isFromAgent_Body() {}
 
 func (*FromAgent_Heartbeat) isFromAgent_Body() {}
@@ -395,6 +410,8 @@ func (*FromAgent_TaskEvent) isFromAgent_Body() {}
 
 func (*FromAgent_AppRequest) isFromAgent_Body() {}
 
+func (*FromAgent_TreeReport) isFromAgent_Body() {}
+
 type ToAgent struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Types that are valid to be assigned to Body:
@@ -403,6 +420,8 @@ type ToAgent struct {
 	//	*ToAgent_HeartbeatAck
 	//	*ToAgent_Command
 	//	*ToAgent_AppAnswer
+	//	*ToAgent_TreeAssignment
+	//	*ToAgent_TreeAck
 	Body          isToAgent_Body `protobuf_oneof:"body"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -481,6 +500,24 @@ func (x *ToAgent) GetAppAnswer() *AppAnswer {
 	return nil
 }
 
+func (x *ToAgent) GetTreeAssignment() *TreeAssignment {
+	if x != nil {
+		if x, ok := x.Body.(*ToAgent_TreeAssignment); ok {
+			return x.TreeAssignment
+		}
+	}
+	return nil
+}
+
+func (x *ToAgent) GetTreeAck() *TreeAck {
+	if x != nil {
+		if x, ok := x.Body.(*ToAgent_TreeAck); ok {
+			return x.TreeAck
+		}
+	}
+	return nil
+}
+
 type isToAgent_Body interface {
 	isToAgent_Body()
 }
@@ -501,6 +538,14 @@ type ToAgent_AppAnswer struct {
 	AppAnswer *AppAnswer `protobuf:"bytes,4,opt,name=app_answer,json=appAnswer,proto3,oneof"`
 }
 
+type ToAgent_TreeAssignment struct {
+	TreeAssignment *TreeAssignment `protobuf:"bytes,5,opt,name=tree_assignment,json=treeAssignment,proto3,oneof"`
+}
+
+type ToAgent_TreeAck struct {
+	TreeAck *TreeAck `protobuf:"bytes,6,opt,name=tree_ack,json=treeAck,proto3,oneof"`
+}
+
 func (*ToAgent_Welcome) isToAgent_Body() {}
 
 func (*ToAgent_HeartbeatAck) isToAgent_Body() {}
@@ -508,6 +553,10 @@ func (*ToAgent_HeartbeatAck) isToAgent_Body() {}
 func (*ToAgent_Command) isToAgent_Body() {}
 
 func (*ToAgent_AppAnswer) isToAgent_Body() {}
+
+func (*ToAgent_TreeAssignment) isToAgent_Body() {}
+
+func (*ToAgent_TreeAck) isToAgent_Body() {}
 
 // Hello opens a Connect stream.
 type Hello struct {
@@ -527,7 +576,10 @@ type Hello struct {
 	Tasks []*TaskState `protobuf:"bytes,11,rep,name=tasks,proto3" json:"tasks,omitempty"`
 	// The node's address on the network that reaches the other nodes. Empty: it
 	// has none, and jobs do not span it and others.
-	Underlay      string `protobuf:"bytes,12,opt,name=underlay,proto3" json:"underlay,omitempty"`
+	Underlay string `protobuf:"bytes,12,opt,name=underlay,proto3" json:"underlay,omitempty"`
+	// Where other nodes of the cloud reach the node's TreeService, IP:PORT. Empty:
+	// nowhere.
+	TreeAddress   string `protobuf:"bytes,13,opt,name=tree_address,json=treeAddress,proto3" json:"tree_address,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -642,6 +694,13 @@ func (x *Hello) GetTasks() []*TaskState {
 func (x *Hello) GetUnderlay() string {
 	if x != nil {
 		return x.Underlay
+	}
+	return ""
+}
+
+func (x *Hello) GetTreeAddress() string {
+	if x != nil {
+		return x.TreeAddress
 	}
 	return ""
 }
@@ -813,7 +872,9 @@ type HeartbeatAck struct {
 	Seq   uint64                 `protobuf:"varint,1,opt,name=seq,proto3" json:"seq,omitempty"`
 	// The node's share of what its cloud may send to the repository, in bytes per
 	// second; 0: without limit.
-	UploadRate    int64 `protobuf:"varint,2,opt,name=upload_rate,json=uploadRate,proto3" json:"upload_rate,omitempty"`
+	UploadRate int64 `protobuf:"varint,2,opt,name=upload_rate,json=uploadRate,proto3" json:"upload_rate,omitempty"`
+	// The controller's clock when it answered, in microseconds since 1970.
+	ClockUs       int64 `protobuf:"varint,3,opt,name=clock_us,json=clockUs,proto3" json:"clock_us,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -858,6 +919,13 @@ func (x *HeartbeatAck) GetSeq() uint64 {
 func (x *HeartbeatAck) GetUploadRate() int64 {
 	if x != nil {
 		return x.UploadRate
+	}
+	return 0
+}
+
+func (x *HeartbeatAck) GetClockUs() int64 {
+	if x != nil {
+		return x.ClockUs
 	}
 	return 0
 }
@@ -3536,7 +3604,8 @@ var File_agent_proto protoreflect.FileDescriptor
 
 const file_agent_proto_rawDesc = "" +
 	"\n" +
-	"\vagent.proto\x12\x11dormouse.agent.v1\"_\n" +
+	"\vagent.proto\x12\x11dormouse.agent.v1\x1a\n" +
+	"tree.proto\"_\n" +
 	"\vJoinRequest\x12\x14\n" +
 	"\x05token\x18\x01 \x01(\tR\x05token\x12\x12\n" +
 	"\x04node\x18\x02 \x01(\tR\x04node\x12\x14\n" +
@@ -3549,7 +3618,7 @@ const file_agent_proto_rawDesc = "" +
 	"\fRenewRequest\x12\x10\n" +
 	"\x03csr\x18\x01 \x01(\fR\x03csr\"1\n" +
 	"\rRenewResponse\x12 \n" +
-	"\vcertificate\x18\x01 \x01(\fR\vcertificate\"\xf1\x02\n" +
+	"\vcertificate\x18\x01 \x01(\fR\vcertificate\"\xb3\x03\n" +
 	"\tFromAgent\x120\n" +
 	"\x05hello\x18\x01 \x01(\v2\x18.dormouse.agent.v1.HelloH\x00R\x05hello\x12<\n" +
 	"\theartbeat\x18\x02 \x01(\v2\x1c.dormouse.agent.v1.HeartbeatH\x00R\theartbeat\x120\n" +
@@ -3558,15 +3627,19 @@ const file_agent_proto_rawDesc = "" +
 	"\n" +
 	"task_event\x18\x05 \x01(\v2\x1c.dormouse.agent.v1.TaskEventH\x00R\ttaskEvent\x12@\n" +
 	"\vapp_request\x18\x06 \x01(\v2\x1d.dormouse.agent.v1.AppRequestH\x00R\n" +
-	"appRequestB\x06\n" +
-	"\x04body\"\x88\x02\n" +
+	"appRequest\x12@\n" +
+	"\vtree_report\x18\a \x01(\v2\x1d.dormouse.agent.v1.TreeReportH\x00R\n" +
+	"treeReportB\x06\n" +
+	"\x04body\"\x8f\x03\n" +
 	"\aToAgent\x126\n" +
 	"\awelcome\x18\x01 \x01(\v2\x1a.dormouse.agent.v1.WelcomeH\x00R\awelcome\x12F\n" +
 	"\rheartbeat_ack\x18\x02 \x01(\v2\x1f.dormouse.agent.v1.HeartbeatAckH\x00R\fheartbeatAck\x126\n" +
 	"\acommand\x18\x03 \x01(\v2\x1a.dormouse.agent.v1.CommandH\x00R\acommand\x12=\n" +
 	"\n" +
-	"app_answer\x18\x04 \x01(\v2\x1c.dormouse.agent.v1.AppAnswerH\x00R\tappAnswerB\x06\n" +
-	"\x04body\"\xef\x02\n" +
+	"app_answer\x18\x04 \x01(\v2\x1c.dormouse.agent.v1.AppAnswerH\x00R\tappAnswer\x12L\n" +
+	"\x0ftree_assignment\x18\x05 \x01(\v2!.dormouse.agent.v1.TreeAssignmentH\x00R\x0etreeAssignment\x127\n" +
+	"\btree_ack\x18\x06 \x01(\v2\x1a.dormouse.agent.v1.TreeAckH\x00R\atreeAckB\x06\n" +
+	"\x04body\"\x92\x03\n" +
 	"\x05Hello\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x12\x14\n" +
 	"\x05cloud\x18\x02 \x01(\tR\x05cloud\x12\x12\n" +
@@ -3580,7 +3653,8 @@ const file_agent_proto_rawDesc = "" +
 	"\tagent_pid\x18\n" +
 	" \x01(\x03R\bagentPid\x122\n" +
 	"\x05tasks\x18\v \x03(\v2\x1c.dormouse.agent.v1.TaskStateR\x05tasks\x12\x1a\n" +
-	"\bunderlay\x18\f \x01(\tR\bunderlay\"\xaa\x02\n" +
+	"\bunderlay\x18\f \x01(\tR\bunderlay\x12!\n" +
+	"\ftree_address\x18\r \x01(\tR\vtreeAddress\"\xaa\x02\n" +
 	"\aWelcome\x12\x17\n" +
 	"\anode_id\x18\x01 \x01(\tR\x06nodeId\x12!\n" +
 	"\fheartbeat_ms\x18\x02 \x01(\x03R\vheartbeatMs\x12\x19\n" +
@@ -3596,11 +3670,12 @@ const file_agent_proto_rawDesc = "" +
 	"\tHeartbeat\x12\x10\n" +
 	"\x03seq\x18\x01 \x01(\x04R\x03seq\x12\x12\n" +
 	"\x04load\x18\x02 \x01(\x01R\x04load\x12#\n" +
-	"\rmem_available\x18\x03 \x01(\x03R\fmemAvailable\"A\n" +
+	"\rmem_available\x18\x03 \x01(\x03R\fmemAvailable\"\\\n" +
 	"\fHeartbeatAck\x12\x10\n" +
 	"\x03seq\x18\x01 \x01(\x04R\x03seq\x12\x1f\n" +
 	"\vupload_rate\x18\x02 \x01(\x03R\n" +
-	"uploadRate\"C\n" +
+	"uploadRate\x12\x19\n" +
+	"\bclock_us\x18\x03 \x01(\x03R\aclockUs\"C\n" +
 	"\aTaskRef\x12\x10\n" +
 	"\x03job\x18\x01 \x01(\tR\x03job\x12\x14\n" +
 	"\x05index\x18\x02 \x01(\x05R\x05index\x12\x10\n" +
@@ -3870,6 +3945,9 @@ var file_agent_proto_goTypes = []any{
 	(*Exit)(nil),            // 46: dormouse.agent.v1.Exit
 	(*WindowSize)(nil),      // 47: dormouse.agent.v1.WindowSize
 	nil,                     // 48: dormouse.agent.v1.Exec.EnvEntry
+	(*TreeReport)(nil),      // 49: dormouse.agent.v1.TreeReport
+	(*TreeAssignment)(nil),  // 50: dormouse.agent.v1.TreeAssignment
+	(*TreeAck)(nil),         // 51: dormouse.agent.v1.TreeAck
 }
 var file_agent_proto_depIdxs = []int32{
 	6,  // 0: dormouse.agent.v1.FromAgent.hello:type_name -> dormouse.agent.v1.Hello
@@ -3878,65 +3956,68 @@ var file_agent_proto_depIdxs = []int32{
 	16, // 3: dormouse.agent.v1.FromAgent.progress:type_name -> dormouse.agent.v1.Progress
 	12, // 4: dormouse.agent.v1.FromAgent.task_event:type_name -> dormouse.agent.v1.TaskEvent
 	37, // 5: dormouse.agent.v1.FromAgent.app_request:type_name -> dormouse.agent.v1.AppRequest
-	7,  // 6: dormouse.agent.v1.ToAgent.welcome:type_name -> dormouse.agent.v1.Welcome
-	9,  // 7: dormouse.agent.v1.ToAgent.heartbeat_ack:type_name -> dormouse.agent.v1.HeartbeatAck
-	13, // 8: dormouse.agent.v1.ToAgent.command:type_name -> dormouse.agent.v1.Command
-	39, // 9: dormouse.agent.v1.ToAgent.app_answer:type_name -> dormouse.agent.v1.AppAnswer
-	11, // 10: dormouse.agent.v1.Hello.tasks:type_name -> dormouse.agent.v1.TaskState
-	10, // 11: dormouse.agent.v1.Welcome.keep:type_name -> dormouse.agent.v1.TaskRef
-	10, // 12: dormouse.agent.v1.Welcome.destroy:type_name -> dormouse.agent.v1.TaskRef
-	10, // 13: dormouse.agent.v1.TaskState.task:type_name -> dormouse.agent.v1.TaskRef
-	11, // 14: dormouse.agent.v1.TaskEvent.state:type_name -> dormouse.agent.v1.TaskState
-	10, // 15: dormouse.agent.v1.Command.task:type_name -> dormouse.agent.v1.TaskRef
-	17, // 16: dormouse.agent.v1.Command.start:type_name -> dormouse.agent.v1.StartTask
-	19, // 17: dormouse.agent.v1.Command.preflight:type_name -> dormouse.agent.v1.Preflight
-	21, // 18: dormouse.agent.v1.Command.freeze:type_name -> dormouse.agent.v1.Freeze
-	22, // 19: dormouse.agent.v1.Command.capture:type_name -> dormouse.agent.v1.Capture
-	24, // 20: dormouse.agent.v1.Command.thaw:type_name -> dormouse.agent.v1.Thaw
-	25, // 21: dormouse.agent.v1.Command.upload:type_name -> dormouse.agent.v1.Upload
-	27, // 22: dormouse.agent.v1.Command.discard:type_name -> dormouse.agent.v1.Discard
-	28, // 23: dormouse.agent.v1.Command.restore:type_name -> dormouse.agent.v1.RestoreTask
-	40, // 24: dormouse.agent.v1.Command.signal:type_name -> dormouse.agent.v1.SignalTask
-	41, // 25: dormouse.agent.v1.Command.destroy:type_name -> dormouse.agent.v1.DestroyTask
-	42, // 26: dormouse.agent.v1.Command.open_stream:type_name -> dormouse.agent.v1.OpenStream
-	29, // 27: dormouse.agent.v1.Command.prepare_network:type_name -> dormouse.agent.v1.PrepareNetwork
-	33, // 28: dormouse.agent.v1.Command.connect_network:type_name -> dormouse.agent.v1.ConnectNetwork
-	35, // 29: dormouse.agent.v1.Command.open_network:type_name -> dormouse.agent.v1.OpenNetwork
-	36, // 30: dormouse.agent.v1.Command.release:type_name -> dormouse.agent.v1.ReleaseTask
-	15, // 31: dormouse.agent.v1.Reply.failure:type_name -> dormouse.agent.v1.Failure
-	11, // 32: dormouse.agent.v1.Reply.started:type_name -> dormouse.agent.v1.TaskState
-	20, // 33: dormouse.agent.v1.Reply.preflight:type_name -> dormouse.agent.v1.PreflightResult
-	23, // 34: dormouse.agent.v1.Reply.captured:type_name -> dormouse.agent.v1.CaptureResult
-	26, // 35: dormouse.agent.v1.Reply.uploaded:type_name -> dormouse.agent.v1.UploadResult
-	11, // 36: dormouse.agent.v1.Reply.restored:type_name -> dormouse.agent.v1.TaskState
-	32, // 37: dormouse.agent.v1.Reply.network:type_name -> dormouse.agent.v1.NetworkEndpoint
-	18, // 38: dormouse.agent.v1.StartTask.hosts:type_name -> dormouse.agent.v1.HostEntry
-	18, // 39: dormouse.agent.v1.RestoreTask.hosts:type_name -> dormouse.agent.v1.HostEntry
-	30, // 40: dormouse.agent.v1.PrepareNetwork.plan:type_name -> dormouse.agent.v1.NetworkPlan
-	31, // 41: dormouse.agent.v1.NetworkPlan.publish:type_name -> dormouse.agent.v1.Publish
-	34, // 42: dormouse.agent.v1.ConnectNetwork.peers:type_name -> dormouse.agent.v1.NetworkPeer
-	32, // 43: dormouse.agent.v1.NetworkPeer.endpoint:type_name -> dormouse.agent.v1.NetworkEndpoint
-	10, // 44: dormouse.agent.v1.AppRequest.task:type_name -> dormouse.agent.v1.TaskRef
-	38, // 45: dormouse.agent.v1.AppRequest.checkpoint:type_name -> dormouse.agent.v1.AppCheckpoint
-	15, // 46: dormouse.agent.v1.AppAnswer.failure:type_name -> dormouse.agent.v1.Failure
-	43, // 47: dormouse.agent.v1.OpenStream.logs:type_name -> dormouse.agent.v1.Logs
-	44, // 48: dormouse.agent.v1.OpenStream.exec:type_name -> dormouse.agent.v1.Exec
-	48, // 49: dormouse.agent.v1.Exec.env:type_name -> dormouse.agent.v1.Exec.EnvEntry
-	46, // 50: dormouse.agent.v1.Frame.exit:type_name -> dormouse.agent.v1.Exit
-	47, // 51: dormouse.agent.v1.Frame.resize:type_name -> dormouse.agent.v1.WindowSize
-	0,  // 52: dormouse.agent.v1.AgentService.Join:input_type -> dormouse.agent.v1.JoinRequest
-	2,  // 53: dormouse.agent.v1.AgentService.Renew:input_type -> dormouse.agent.v1.RenewRequest
-	4,  // 54: dormouse.agent.v1.AgentService.Connect:input_type -> dormouse.agent.v1.FromAgent
-	45, // 55: dormouse.agent.v1.AgentService.Attach:input_type -> dormouse.agent.v1.Frame
-	1,  // 56: dormouse.agent.v1.AgentService.Join:output_type -> dormouse.agent.v1.JoinResponse
-	3,  // 57: dormouse.agent.v1.AgentService.Renew:output_type -> dormouse.agent.v1.RenewResponse
-	5,  // 58: dormouse.agent.v1.AgentService.Connect:output_type -> dormouse.agent.v1.ToAgent
-	45, // 59: dormouse.agent.v1.AgentService.Attach:output_type -> dormouse.agent.v1.Frame
-	56, // [56:60] is the sub-list for method output_type
-	52, // [52:56] is the sub-list for method input_type
-	52, // [52:52] is the sub-list for extension type_name
-	52, // [52:52] is the sub-list for extension extendee
-	0,  // [0:52] is the sub-list for field type_name
+	49, // 6: dormouse.agent.v1.FromAgent.tree_report:type_name -> dormouse.agent.v1.TreeReport
+	7,  // 7: dormouse.agent.v1.ToAgent.welcome:type_name -> dormouse.agent.v1.Welcome
+	9,  // 8: dormouse.agent.v1.ToAgent.heartbeat_ack:type_name -> dormouse.agent.v1.HeartbeatAck
+	13, // 9: dormouse.agent.v1.ToAgent.command:type_name -> dormouse.agent.v1.Command
+	39, // 10: dormouse.agent.v1.ToAgent.app_answer:type_name -> dormouse.agent.v1.AppAnswer
+	50, // 11: dormouse.agent.v1.ToAgent.tree_assignment:type_name -> dormouse.agent.v1.TreeAssignment
+	51, // 12: dormouse.agent.v1.ToAgent.tree_ack:type_name -> dormouse.agent.v1.TreeAck
+	11, // 13: dormouse.agent.v1.Hello.tasks:type_name -> dormouse.agent.v1.TaskState
+	10, // 14: dormouse.agent.v1.Welcome.keep:type_name -> dormouse.agent.v1.TaskRef
+	10, // 15: dormouse.agent.v1.Welcome.destroy:type_name -> dormouse.agent.v1.TaskRef
+	10, // 16: dormouse.agent.v1.TaskState.task:type_name -> dormouse.agent.v1.TaskRef
+	11, // 17: dormouse.agent.v1.TaskEvent.state:type_name -> dormouse.agent.v1.TaskState
+	10, // 18: dormouse.agent.v1.Command.task:type_name -> dormouse.agent.v1.TaskRef
+	17, // 19: dormouse.agent.v1.Command.start:type_name -> dormouse.agent.v1.StartTask
+	19, // 20: dormouse.agent.v1.Command.preflight:type_name -> dormouse.agent.v1.Preflight
+	21, // 21: dormouse.agent.v1.Command.freeze:type_name -> dormouse.agent.v1.Freeze
+	22, // 22: dormouse.agent.v1.Command.capture:type_name -> dormouse.agent.v1.Capture
+	24, // 23: dormouse.agent.v1.Command.thaw:type_name -> dormouse.agent.v1.Thaw
+	25, // 24: dormouse.agent.v1.Command.upload:type_name -> dormouse.agent.v1.Upload
+	27, // 25: dormouse.agent.v1.Command.discard:type_name -> dormouse.agent.v1.Discard
+	28, // 26: dormouse.agent.v1.Command.restore:type_name -> dormouse.agent.v1.RestoreTask
+	40, // 27: dormouse.agent.v1.Command.signal:type_name -> dormouse.agent.v1.SignalTask
+	41, // 28: dormouse.agent.v1.Command.destroy:type_name -> dormouse.agent.v1.DestroyTask
+	42, // 29: dormouse.agent.v1.Command.open_stream:type_name -> dormouse.agent.v1.OpenStream
+	29, // 30: dormouse.agent.v1.Command.prepare_network:type_name -> dormouse.agent.v1.PrepareNetwork
+	33, // 31: dormouse.agent.v1.Command.connect_network:type_name -> dormouse.agent.v1.ConnectNetwork
+	35, // 32: dormouse.agent.v1.Command.open_network:type_name -> dormouse.agent.v1.OpenNetwork
+	36, // 33: dormouse.agent.v1.Command.release:type_name -> dormouse.agent.v1.ReleaseTask
+	15, // 34: dormouse.agent.v1.Reply.failure:type_name -> dormouse.agent.v1.Failure
+	11, // 35: dormouse.agent.v1.Reply.started:type_name -> dormouse.agent.v1.TaskState
+	20, // 36: dormouse.agent.v1.Reply.preflight:type_name -> dormouse.agent.v1.PreflightResult
+	23, // 37: dormouse.agent.v1.Reply.captured:type_name -> dormouse.agent.v1.CaptureResult
+	26, // 38: dormouse.agent.v1.Reply.uploaded:type_name -> dormouse.agent.v1.UploadResult
+	11, // 39: dormouse.agent.v1.Reply.restored:type_name -> dormouse.agent.v1.TaskState
+	32, // 40: dormouse.agent.v1.Reply.network:type_name -> dormouse.agent.v1.NetworkEndpoint
+	18, // 41: dormouse.agent.v1.StartTask.hosts:type_name -> dormouse.agent.v1.HostEntry
+	18, // 42: dormouse.agent.v1.RestoreTask.hosts:type_name -> dormouse.agent.v1.HostEntry
+	30, // 43: dormouse.agent.v1.PrepareNetwork.plan:type_name -> dormouse.agent.v1.NetworkPlan
+	31, // 44: dormouse.agent.v1.NetworkPlan.publish:type_name -> dormouse.agent.v1.Publish
+	34, // 45: dormouse.agent.v1.ConnectNetwork.peers:type_name -> dormouse.agent.v1.NetworkPeer
+	32, // 46: dormouse.agent.v1.NetworkPeer.endpoint:type_name -> dormouse.agent.v1.NetworkEndpoint
+	10, // 47: dormouse.agent.v1.AppRequest.task:type_name -> dormouse.agent.v1.TaskRef
+	38, // 48: dormouse.agent.v1.AppRequest.checkpoint:type_name -> dormouse.agent.v1.AppCheckpoint
+	15, // 49: dormouse.agent.v1.AppAnswer.failure:type_name -> dormouse.agent.v1.Failure
+	43, // 50: dormouse.agent.v1.OpenStream.logs:type_name -> dormouse.agent.v1.Logs
+	44, // 51: dormouse.agent.v1.OpenStream.exec:type_name -> dormouse.agent.v1.Exec
+	48, // 52: dormouse.agent.v1.Exec.env:type_name -> dormouse.agent.v1.Exec.EnvEntry
+	46, // 53: dormouse.agent.v1.Frame.exit:type_name -> dormouse.agent.v1.Exit
+	47, // 54: dormouse.agent.v1.Frame.resize:type_name -> dormouse.agent.v1.WindowSize
+	0,  // 55: dormouse.agent.v1.AgentService.Join:input_type -> dormouse.agent.v1.JoinRequest
+	2,  // 56: dormouse.agent.v1.AgentService.Renew:input_type -> dormouse.agent.v1.RenewRequest
+	4,  // 57: dormouse.agent.v1.AgentService.Connect:input_type -> dormouse.agent.v1.FromAgent
+	45, // 58: dormouse.agent.v1.AgentService.Attach:input_type -> dormouse.agent.v1.Frame
+	1,  // 59: dormouse.agent.v1.AgentService.Join:output_type -> dormouse.agent.v1.JoinResponse
+	3,  // 60: dormouse.agent.v1.AgentService.Renew:output_type -> dormouse.agent.v1.RenewResponse
+	5,  // 61: dormouse.agent.v1.AgentService.Connect:output_type -> dormouse.agent.v1.ToAgent
+	45, // 62: dormouse.agent.v1.AgentService.Attach:output_type -> dormouse.agent.v1.Frame
+	59, // [59:63] is the sub-list for method output_type
+	55, // [55:59] is the sub-list for method input_type
+	55, // [55:55] is the sub-list for extension type_name
+	55, // [55:55] is the sub-list for extension extendee
+	0,  // [0:55] is the sub-list for field type_name
 }
 
 func init() { file_agent_proto_init() }
@@ -3944,6 +4025,7 @@ func file_agent_proto_init() {
 	if File_agent_proto != nil {
 		return
 	}
+	file_tree_proto_init()
 	file_agent_proto_msgTypes[4].OneofWrappers = []any{
 		(*FromAgent_Hello)(nil),
 		(*FromAgent_Heartbeat)(nil),
@@ -3951,12 +4033,15 @@ func file_agent_proto_init() {
 		(*FromAgent_Progress)(nil),
 		(*FromAgent_TaskEvent)(nil),
 		(*FromAgent_AppRequest)(nil),
+		(*FromAgent_TreeReport)(nil),
 	}
 	file_agent_proto_msgTypes[5].OneofWrappers = []any{
 		(*ToAgent_Welcome)(nil),
 		(*ToAgent_HeartbeatAck)(nil),
 		(*ToAgent_Command)(nil),
 		(*ToAgent_AppAnswer)(nil),
+		(*ToAgent_TreeAssignment)(nil),
+		(*ToAgent_TreeAck)(nil),
 	}
 	file_agent_proto_msgTypes[13].OneofWrappers = []any{
 		(*Command_Start)(nil),
