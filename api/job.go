@@ -137,8 +137,9 @@ type JobSpec struct {
 	// WalltimeMS is how long the job may run until it is suspended; 0: as long as
 	// it takes.
 	WalltimeMS int64 `json:"walltime_ms,omitempty" yaml:"walltime_ms"`
-	// MaxRestarts is how often the job is recovered by itself from its newest
-	// durable checkpoint after a node was lost.
+	// MaxRestarts is how often in a row the job is recovered by itself after it has
+	// failed or a node was lost, from its newest durable checkpoint that can be used
+	// or, without one, from nothing. A run of 10 minutes begins a new row.
 	MaxRestarts int `json:"max_restarts,omitempty" yaml:"max_restarts"`
 	// Health is how each task's health is asked; none: a task is well while it
 	// runs. A job with an unhealthy task has failed.
@@ -192,8 +193,24 @@ type JobDetail struct {
 	From string `json:"from,omitempty"`
 	// Automatic explains the job's automatic checkpoints, when it has a policy.
 	Automatic *Automatic `json:"automatic,omitempty"`
+	// Incidents are the job's failures and how long each kept it from running,
+	// oldest first; the newest 20.
+	Incidents []Incident `json:"incidents,omitempty"`
 	// WalltimeEnds is when a running job will be suspended.
 	WalltimeEnds *time.Time `json:"walltime_ends,omitempty"`
+}
+
+// Incident is one failure of a job, up to when it ran again.
+type Incident struct {
+	Cause    string     `json:"cause"`  // program or node
+	Reason   string     `json:"reason"` // one sentence
+	Node     string     `json:"node,omitempty"`
+	Lost     time.Time  `json:"lost"`              // the program ended, or the node was heard of last
+	Detected time.Time  `json:"detected"`          // and this was noticed
+	Running  *time.Time `json:"running,omitempty"` // the job runs again
+	DownMS   *float64   `json:"down_ms,omitempty"` // from Lost to Running
+	Failures int        `json:"failures"`          // 1, and one more for each recovery that failed
+	From     string     `json:"from,omitempty"`    // checkpoint that it went on from; empty: from nothing
 }
 
 // TaskStatus is one task as its agent last reported it.

@@ -20,6 +20,7 @@ import (
 	"dormouse/controller/pki"
 	"dormouse/controller/store"
 	"dormouse/drivers"
+	recovery "dormouse/monitor/failure"
 	"dormouse/repository"
 )
 
@@ -95,6 +96,9 @@ type Parts struct {
 	// Retry is how long a job that could not be checkpointed to give way, or not be
 	// restored, is left alone at first; then twice as long each time. Zero: 10 s.
 	Retry time.Duration
+	// Recovery says how failed jobs are started again; Spec.MaxRestarts of each
+	// says how often.
+	Recovery recovery.Policy
 	// Bounds hold the interval of automatic checkpoints. Zero: interval.Usual.
 	Bounds interval.Bounds
 	// AgentURL is where a cloud's new agents dial.

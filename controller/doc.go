@@ -11,6 +11,7 @@
 //	preempt, drain  jobs give up their places, and come back through the queue
 //	start, capture, restore, kill, verify: the steps themselves, applied to all tasks of a job
 //	settle.go       what becomes of a job when its tasks end or its nodes are lost
+//	recover.go      whether, when and from what a failed job is started again
 //	cleanup.go      tasks that must not exist any more, remembered until their nodes confirm it
 //	fleet.go        streams to agents; a command is repeated over reconnects until it is answered
 //	agents.go       the gRPC service: join, connect, attach

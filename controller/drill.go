@@ -31,7 +31,7 @@ func (c *Controller) drill(ctx context.Context, ref string) (*opRecord, error) {
 	if err := harmless(id, job.Spec); err != nil {
 		return nil, err
 	}
-	job.ID, job.Drill, job.Spec.Publish = newID("d"), true, nil
+	job.ID, job.Drill, job.Spec.Publish, job.Spec.MaxRestarts = newID("d"), true, nil, 0
 	job.Priority = math.MinInt32 // nothing gives way to a trial, or waits for it
 	var op *opRecord
 	err = c.store.Update(ctx, func(tx store.Tx) error {

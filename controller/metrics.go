@@ -21,6 +21,8 @@ type metrics struct {
 	checkpoints *prometheus.CounterVec
 	operations  *prometheus.CounterVec
 	requests    *prometheus.CounterVec
+	recoveries  *prometheus.CounterVec
+	down        prometheus.Histogram
 }
 
 func newMetrics(c *Controller) *metrics {
@@ -43,8 +45,15 @@ func newMetrics(c *Controller) *metrics {
 		requests: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "dormouse_http_requests_total", Help: "REST requests, by method and status.",
 		}, []string{"method", "status"}),
+		recoveries: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "dormouse_recoveries_total", Help: "Failures of jobs that were followed by a recovery, by cause.",
+		}, []string{"cause"}),
+		down: prometheus.NewHistogram(prometheus.HistogramOpts{
+			Name: "dormouse_incident_down_seconds", Help: "From the failure of a job until it ran again.",
+			Buckets: prometheus.ExponentialBuckets(0.25, 2, 16),
+		}),
 	}
-	m.registry.MustRegister(m.pause, m.durable, m.checkpoints, m.operations, m.requests, &census{c: c},
+	m.registry.MustRegister(m.pause, m.durable, m.checkpoints, m.operations, m.requests, m.recoveries, m.down, &census{c: c},
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return m
 }

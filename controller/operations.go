@@ -248,6 +248,8 @@ func (d *doing) take(ctx context.Context) (effect, error) {
 		return d.look(ctx)
 	case protocol.StepStop:
 		return d.stopTasks(ctx)
+	case protocol.StepDelay:
+		return d.delay(ctx)
 	case protocol.StepPlace:
 		return d.place(ctx)
 	case protocol.StepRestore:
@@ -300,6 +302,9 @@ func (c *Controller) advance(ctx context.Context, id string, next *protocol.Move
 			if err := change(tx, op, job); err != nil {
 				return err
 			}
+		}
+		if op.Position.Cause == nil && next.To.Cause != nil {
+			op.Broke = op.Step
 		}
 		op.Position, op.Step, op.Phase = next.To, next.To.Step, next.Phase
 		op.Progress = max(op.Progress, ask.flow(op.Kind).Progress(next.To, 0))

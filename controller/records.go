@@ -20,8 +20,9 @@ import (
 // jobRecord is a job as it is stored.
 type jobRecord struct {
 	api.JobDetail
-	// Recoveries counts automatic restarts, for Spec.MaxRestarts.
-	Recoveries int `json:"recoveries,omitempty"`
+	// Runs are the lives of the job that ended in failure, oldest first, since a
+	// person has last restarted it.
+	Runs []failedRun `json:"runs,omitempty"`
 	// Starts counts failed tries to start the job that were worth another.
 	Starts int `json:"starts,omitempty"`
 	// Network is the number of the present run's network.
@@ -89,6 +90,9 @@ type request struct {
 	Yield       string      `json:"yield,omitempty"`       // the operation that takes it out
 	Nodes       []string    `json:"nodes,omitempty"`       // where a swapped job goes, by task
 	Node        string      `json:"node,omitempty"`        // to drain
+	// Anew has a recovery start the job from nothing, NotBefore not before then.
+	Anew      bool      `json:"anew,omitempty"`
+	NotBefore time.Time `json:"not_before,omitzero"`
 }
 
 // opRecord is an operation as it is stored.
@@ -122,6 +126,8 @@ type opRecord struct {
 	Placed time.Time `json:"placed,omitzero"`
 	Nodes  []string  `json:"nodes,omitempty"`
 	Up     time.Time `json:"up,omitzero"`
+	// Broke is the step whose failure is being undone.
+	Broke string `json:"broke,omitempty"`
 	// Frozen is when the freeze was ordered.
 	Frozen time.Time `json:"frozen,omitzero"`
 }

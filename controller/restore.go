@@ -12,6 +12,7 @@ import (
 
 	"dormouse/api"
 	"dormouse/api/agentpb"
+	"dormouse/controller/protocol"
 	"dormouse/controller/scheduler"
 	"dormouse/controller/store"
 	"dormouse/repository"
@@ -22,7 +23,7 @@ import (
 // anything of the job is touched.
 func (d *doing) look(ctx context.Context) (effect, error) {
 	from := d.ask.From
-	if from == "" {
+	if from == "" && !d.ask.Anew {
 		err := d.store.View(ctx, func(tx store.Tx) (err error) {
 			from, err = newestDurable(tx, d.job)
 			return err
@@ -301,6 +302,9 @@ func (c *Controller) concludeRestore(tx store.Tx, op *opRecord, job *jobRecord, 
 	case op.Kind == api.OpClone && op.Phase == api.OpCancelled:
 		return c.finish(tx, job, api.PhaseCancelled, "the clone was "+op.Error, nil)
 	}
+	if op.Kind == api.OpRecover && op.Phase == api.OpFailed && op.Then == "" && op.Broke != protocol.StepPlace {
+		return c.recoverAgain(tx, op, job)
+	}
 	checkpoint, err := newestDurable(tx, job)
 	if err != nil {
 		return err
@@ -317,12 +321,16 @@ func (c *Controller) nowRestored(tx store.Tx, op *opRecord, job *jobRecord) erro
 	}
 	job.Kept = nil
 	how := "started anew"
+	job.From = ""
 	if !op.Anew {
 		job.From = op.Checkpoint
 		how = "restored from checkpoint " + op.Checkpoint
 	}
 	if op.Kind != api.OpClone && (op.Kind != api.OpSwap || !op.Anew) {
 		job.Restarts++
+	}
+	if op.Kind == api.OpRestart {
+		job.Runs = nil // a person knows better
 	}
 	if op.Kind != api.OpRecover {
 		job.History.wake(c.clock.Now().UTC(), job.Yield != nil)

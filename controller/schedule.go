@@ -125,6 +125,8 @@ func (c *Controller) stance(tx store.Tx, job *jobRecord) (stance, *opRecord, err
 		return asks, op, nil
 	case op != nil && op.Kind == api.OpSwap && op.Run == 0:
 		return arrives, op, nil
+	case op != nil && op.Step == protocol.StepDelay: // its tasks are gone, and it does not wait yet
+		return outside, op, nil
 	case job.Phase.Placed():
 		return resides, op, nil
 	}

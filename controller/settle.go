@@ -7,6 +7,7 @@ import (
 	"dormouse/api"
 	"dormouse/api/agentpb"
 	"dormouse/controller/store"
+	recovery "dormouse/monitor/failure"
 )
 
 // verdict is what a running job's tasks say about the job.
@@ -95,12 +96,17 @@ func (c *Controller) settleRunning(tx store.Tx, job *jobRecord) error {
 	case succeeded:
 		return c.finish(tx, job, api.PhaseCompleted, "", task.ExitCode)
 	case broke:
-		return c.finish(tx, job, api.PhaseFailed, describeExit(job, task), task.ExitCode)
-	case lost:
-		if job.Operation != "" {
+		if job.Spec.MaxRestarts > 0 && job.Operation != "" {
 			return nil // decided when the operation has ended
 		}
-		return c.settleLost(tx, job, task)
+		b := c.runFailed(job, recovery.Program, describeExit(job, task), task.Node)
+		b.code = task.ExitCode
+		return c.fail(tx, job, b)
+	case lost:
+		if job.Operation != "" {
+			return nil // as above
+		}
+		return c.fail(tx, job, c.runFailed(job, recovery.Node, task.Reason, task.Node))
 	}
 	return nil
 }
@@ -117,25 +123,6 @@ func describeExit(job *jobRecord, task *api.TaskStatus) string {
 		return fmt.Sprintf("%s was ended by %s", who, task.Signal)
 	}
 	return fmt.Sprintf("%s exited with status %d", who, *task.ExitCode)
-}
-
-// settleLost recovers a job that lost a task, or ends it.
-func (c *Controller) settleLost(tx store.Tx, job *jobRecord, task *api.TaskStatus) error {
-	checkpoint, err := newestDurable(tx, job)
-	if err != nil {
-		return err
-	}
-	if job.Spec.MaxRestarts > job.Recoveries {
-		job.Recoveries++
-		job.Phase, job.Reason = api.PhaseRecovering, task.Reason
-		if err := c.emit(tx, api.Event{Job: job.ID, Type: "recovering", Message: task.Reason, Node: task.Node}); err != nil {
-			return err
-		}
-		c.logJob(job)
-		_, err := c.beginOperation(tx, api.OpRecover, job, request{})
-		return err
-	}
-	return c.finish(tx, job, api.PhaseFailed, task.Reason+"; "+adviceFor(job.ID, checkpoint), nil)
 }
 
 // adviceFor tells what restart would do.

@@ -32,6 +32,7 @@ import (
 	"dormouse/controller/store"
 	"dormouse/controller/store/bolt"
 	"dormouse/drivers"
+	recovery "dormouse/monitor/failure"
 	"dormouse/repository"
 	"dormouse/repository/backend"
 )
@@ -49,6 +50,7 @@ type world struct {
 	t          *testing.T
 	dir        string
 	repository *memoryRepository
+	recovery   recovery.Policy
 
 	mu     sync.Mutex
 	agents map[string]*simAgent
@@ -83,6 +85,7 @@ const adminToken = "secret-of-the-admin"
 func newSimulation(t *testing.T, nodes ...string) *simulation {
 	t.Helper()
 	w := &world{t: t, dir: t.TempDir(), repository: newMemoryRepository(), agents: make(map[string]*simAgent)}
+	w.recovery = recovery.Policy{First: 20 * time.Millisecond}
 	s := &simulation{world: w, token: adminToken}
 	s.open()
 	t.Cleanup(func() {
@@ -135,6 +138,7 @@ func (s *simulation) open() {
 		Store: s.store, PKI: keys, Repository: s.repository, RepositoryConfig: json.RawMessage(`{"backend":"memory"}`),
 		AdminToken: adminToken, JoinToken: "shared", Version: "test",
 		Heartbeat: 100 * time.Millisecond, Lease: time.Second, Margin: 300 * time.Millisecond, Grace: 200 * time.Millisecond, Retry: 200 * time.Millisecond, Watch: 100 * time.Millisecond,
+		Recovery: s.recovery,
 		AgentURL: func(string) string { return "https://" + s.addr },
 	})
 	must(err)

@@ -117,5 +117,8 @@ func (c *Controller) nowRunning(tx store.Tx, job *jobRecord, how string) error {
 		node = refs[0].Node
 	}
 	c.logJob(job)
-	return c.emit(tx, api.Event{Job: job.ID, Type: "running", Message: how + " on " + node, Node: node})
+	if err := c.emit(tx, api.Event{Job: job.ID, Type: "running", Message: how + " on " + node, Node: node}); err != nil {
+		return err
+	}
+	return c.endIncident(tx, job, now)
 }

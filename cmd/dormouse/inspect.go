@@ -175,6 +175,21 @@ func (c *cli) describeAutomatic(job *api.JobDetail, line func(name, value string
 	}
 }
 
+// mostIncidents are shown; all of them are in -o json.
+const mostIncidents = 3
+
+// describeIncidents tells of a job's newest failures, newest first.
+func (c *cli) describeIncidents(incidents []api.Incident, line func(name, value string)) {
+	for i := len(incidents) - 1; i >= max(0, len(incidents)-mostIncidents); i-- {
+		incident := incidents[i]
+		text := "does not run again yet"
+		if incident.DownMS != nil {
+			text = "ran again after " + humanMS(*incident.DownMS)
+		}
+		line("incident", fmt.Sprintf("%s ago: %s; %s", c.age(incident.Lost), incident.Reason, text))
+	}
+}
+
 // kept says which checkpoints are kept; nothing when all are.
 func kept(spec api.JobSpec) string {
 	rules := []string{}
@@ -201,6 +216,7 @@ func (c *cli) printJob(job *api.JobDetail, addresses map[int]string) error {
 	line("checkpoints", strconv.Itoa(job.Checkpoints))
 	line("restarts", strconv.Itoa(job.Restarts))
 	line("restored from", job.From)
+	c.describeIncidents(job.Incidents, line)
 	line("operation", job.Operation)
 	c.describeAutomatic(job, line)
 	line("command", commandLine(job.Spec.Command))

@@ -108,7 +108,7 @@ under "spec"; publish may list texts as for --publish. Flags override the file.`
 	set.IntVar(&flags.spec.KeepDaily, "keep-daily", 0, "keep the newest checkpoint of each of the last so many days (`number`)")
 	set.IntVar(&flags.spec.DrillEvery, "drill-every", 0, "restore one in so many checkpoints on trial (`number`; 0: none)")
 	set.Var(durationFlag{&flags.spec.WalltimeMS}, "walltime", "checkpoint and suspend the job after running so long, such as 2h")
-	set.IntVar(&flags.spec.MaxRestarts, "max-restarts", 0, "`times` the job is restored by itself after its node was lost")
+	set.IntVar(&flags.spec.MaxRestarts, "max-restarts", 0, "`times` in a row the job is recovered by itself after it failed or its node was lost; 0: never")
 	set.Lookup("workdir").Hidden = true
 	mustComplete(command, "cloud", c.clouds())
 	mustComplete(command, "cpu-baseline", fixed(cpuBaselines...))

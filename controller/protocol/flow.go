@@ -43,6 +43,7 @@ const (
 	StepAbort     = "abort"
 	StepLook      = "look" // choose the checkpoint and check its manifest
 	StepStop      = "stop"
+	StepDelay     = "delay" // before a failed job is started again
 	StepPlace     = "place"
 	StepRestore   = "restore"
 	StepRelease   = "release"
@@ -80,7 +81,11 @@ func FlowOf(kind api.OperationKind, tasks, signal int) Flow {
 		return Flow{steps: join([]string{StepYield, StepLook, StepPlace}, restoring(tasks)), undo: []string{StepUnplace}, elsewhere: true}
 	case api.OpDrain:
 		return Flow{steps: []string{StepEvict}}
-	case api.OpRestart, api.OpRecover:
+	case api.OpRecover:
+		return Flow{
+			steps: join([]string{StepLook, StepStop, StepDelay, StepPlace}, restoring(tasks)), undo: []string{StepUnplace}, elsewhere: true,
+		}
+	case api.OpRestart:
 		return Flow{steps: join([]string{StepLook, StepStop, StepPlace}, restoring(tasks)), undo: []string{StepUnplace}, elsewhere: true}
 	case api.OpKill:
 		if signal != 0 {

@@ -475,6 +475,8 @@ func (c *controller) take(step string) {
 		}
 		refs := c.orderAll()
 		c.gone(refs, func() { c.ended(nil, func() bool { op.run, d.nodes = 0, nil; return true }) })
+	case StepDelay:
+		c.later(w.between(0, 2000), func() { c.ended(nil, nil) })
 	case StepPlace:
 		c.place()
 	default:

@@ -36,7 +36,9 @@
 //     a row soon after it was restored. A checkpoint that did is poisoned (it
 //     was taken when the failure was already inevitable) and an older one is
 //     taken, in the end a start from nothing; when that fails as quickly the job
-//     is in a crash loop and left failed.
+//     is in a crash loop and left failed. The loss of a node soon after a start
+//     says nothing of the checkpoint: many nodes may go at once.
 //  3. When? After a delay that doubles with every failure in a row, up to a
-//     bound, and starts anew after a run that held.
+//     bound, and starts anew after a run that held. After the first loss of a
+//     node, at once.
 package failure

@@ -47,9 +47,10 @@ type Cause string
 
 // The causes of failure Next tells apart.
 const (
-	Program Cause = "program" // exit status, signal, out of memory, health check
-	Node    Cause = "node"    // the node was lost or taken away
-	Restore Cause = "restore" // the checkpoint could not be restored
+	Program  Cause = "program"  // exit status, signal, out of memory, health check
+	Node     Cause = "node"     // the node was lost or taken away
+	Restore  Cause = "restore"  // the checkpoint could not be restored
+	Platform Cause = "platform" // it could not be tried: the repository did not answer
 )
 
 // Run is one past life of a job that ended in failure.
@@ -63,9 +64,20 @@ type Run struct {
 // length of the run; a clock set back makes it zero, not negative.
 func (r Run) length() time.Duration { return max(0, r.Failed.Sub(r.Started)) }
 
-func (r Run) quick(p Policy) bool { return r.Cause == Restore || r.length() < p.Quick }
+// quick reports whether the run speaks against what it was started from.
+func (r Run) quick(p Policy) bool {
+	return r.Cause == Restore || r.Cause == Program && r.length() < p.Quick
+}
 
-func (r Run) held(p Policy) bool { return r.Cause != Restore && r.length() >= p.ResetAfter }
+// mute reports whether the run says nothing of what it was started from: it ended
+// soon, and for another reason.
+func (r Run) mute(p Policy) bool {
+	return r.Cause == Platform || r.Cause == Node && r.length() < p.Quick
+}
+
+func (r Run) held(p Policy) bool {
+	return r.Cause != Restore && r.Cause != Platform && r.length() >= p.ResetAfter
+}
 
 // Decision is what to do with a failed job.
 type Decision struct {
@@ -94,6 +106,9 @@ func Next(policy Policy, runs []Run, checkpoints []string) Decision {
 			len(checkpoints), times(policy.QuickLimit), policy.Quick)}
 	}
 	delay := policy.Delay(row)
+	if row == 1 && runs[len(runs)-1].Cause == Node {
+		delay = 0 // nothing speaks for another node being lost, too
+	}
 	return Decision{
 		Restart: true,
 		From:    from,
@@ -134,7 +149,7 @@ func poisoned(p Policy, runs []Run, checkpoint string) bool {
 			row = 0
 			continue
 		}
-		if run.From != checkpoint {
+		if run.From != checkpoint || run.mute(p) {
 			continue
 		}
 		if !run.quick(p) {
@@ -164,11 +179,15 @@ func reason(p Policy, runs []Run, checkpoints []string, from string, row int, de
 		what += fmt.Sprintf(" (the newest, %s, failed %s in a row within %v of its start)", newest, times(p.QuickLimit), p.Quick)
 	}
 	last := runs[len(runs)-1]
-	if p.MaxRestarts < 0 {
-		return fmt.Sprintf("%s failure after %v: starts again %s in %v", last.Cause, last.length().Round(time.Second), what, delay)
+	when := "at once"
+	if delay > 0 {
+		when = "in " + delay.String()
 	}
-	return fmt.Sprintf("%s failure after %v: starts again %s in %v, restart %d of %d",
-		last.Cause, last.length().Round(time.Second), what, delay, row, p.MaxRestarts)
+	text := fmt.Sprintf("%s failure after %v: starts again %s %s", last.Cause, last.length().Round(time.Second), what, when)
+	if p.MaxRestarts < 0 {
+		return text
+	}
+	return fmt.Sprintf("%s, restart %d of %d", text, row, p.MaxRestarts)
 }
 
 func first(checkpoints []string) string {

@@ -29,7 +29,11 @@ func TestNext(t *testing.T) {
 		"the first failure goes on from the newest checkpoint": {
 			policy, []Run{run("", fair, Program)}, []string{"c2", "c1"}, true, "c2", time.Second},
 		"without a checkpoint it starts from nothing": {
-			policy, []Run{run("", fair, Node)}, nil, true, "", time.Second},
+			policy, []Run{run("", fair, Program)}, nil, true, "", time.Second},
+		"the first loss of a node is no reason to wait": {
+			policy, []Run{run("", fair, Node)}, []string{"c1"}, true, "c1", 0},
+		"the second in a row is": {
+			policy, []Run{run("", fair, Node), run("c1", fair, Node)}, []string{"c1"}, true, "c1", 2 * time.Second},
 		"no restarts allowed": {
 			Policy{}, []Run{run("", fair, Node)}, []string{"c1"}, false, "", 0},
 		"the attempts are used up": {
@@ -45,17 +49,23 @@ func TestNext(t *testing.T) {
 		"a checkpoint that cannot be restored is left after as many tries": {
 			policy, []Run{run("", fair, Program), run("c2", fair, Restore), run("c2", fair, Restore)}, []string{"c2", "c1"}, true, "c1", 4 * time.Second},
 		"a poisoned checkpoint stays poisoned after a long run from another": {
-			policy, []Run{run("c2", soon, Program), run("c2", soon, Program), run("c1", long, Node)}, []string{"c2", "c1"}, true, "c1", time.Second},
+			policy, []Run{run("c2", soon, Program), run("c2", soon, Program), run("c1", long, Node)}, []string{"c2", "c1"}, true, "c1", 0},
 		"but a newer one may have been taken in that run": {
-			policy, []Run{run("c2", soon, Program), run("c2", soon, Program), run("c1", long, Node)}, []string{"c3", "c2", "c1"}, true, "c3", time.Second},
+			policy, []Run{run("c2", soon, Program), run("c2", soon, Program), run("c1", long, Node)}, []string{"c3", "c2", "c1"}, true, "c3", 0},
 		"a slow failure in between is not a row": {
 			policy, []Run{run("c1", soon, Program), run("c1", fair, Program), run("c1", soon, Program)}, []string{"c1"}, true, "c1", 4 * time.Second},
 		"when every checkpoint is poisoned it starts from nothing": {
 			policy, []Run{run("c1", soon, Program), run("c1", soon, Program)}, []string{"c1"}, true, "", 2 * time.Second},
 		"a crash loop ends before its attempts": {
 			policy, []Run{run("c1", soon, Program), run("c1", soon, Program), run("", soon, Program), run("", soon, Program)}, []string{"c1"}, false, "", 0},
-		"nodes lost right after each start make a crash loop too": {
-			policy, []Run{run("", soon, Node), run("", soon, Node)}, nil, false, "", 0},
+		"nodes lost right after each start make no crash loop": {
+			policy, slices.Repeat([]Run{run("", soon, Node)}, 4), nil, true, "", 8 * time.Second},
+		"and neither poison a checkpoint nor clear it": {
+			policy, []Run{run("c1", soon, Program), run("c1", soon, Node), run("c1", soon, Program)}, []string{"c1"}, true, "", 4 * time.Second},
+		"a repository that does not answer is not the checkpoint's fault": {
+			policy, slices.Repeat([]Run{run("c1", soon, Platform)}, 4), []string{"c1"}, true, "c1", 8 * time.Second},
+		"but attempts are used up by lost nodes": {
+			policy, slices.Repeat([]Run{run("", soon, Node)}, 6), nil, false, "", 0},
 		"without end": {
 			Policy{MaxRestarts: -1}, slices.Repeat([]Run{run("c1", fair, Program)}, 1000), []string{"c1"}, true, "c1", 5 * time.Minute},
 		"a clock set back counts as a quick failure": {
@@ -97,7 +107,7 @@ func TestNextKeepsItsPromises(t *testing.T) {
 		now, from := epoch, ""
 		for range rapid.IntRange(1, 40).Draw(t, "failures") {
 			length := time.Duration(rapid.Int64Range(0, int64(20*time.Minute)).Draw(t, "length"))
-			cause := rapid.SampledFrom([]Cause{Program, Node, Restore}).Draw(t, "cause")
+			cause := rapid.SampledFrom([]Cause{Program, Node, Restore, Platform}).Draw(t, "cause")
 			if cause != Restore && rapid.Bool().Draw(t, "checkpointed") {
 				checkpoints = slices.Insert(checkpoints, 0, fmt.Sprintf("c%d", len(checkpoints)))
 			}
@@ -117,7 +127,11 @@ func TestNextKeepsItsPromises(t *testing.T) {
 				t.Fatalf("restores %q again, which is poisoned", next.From)
 			}
 			delay := next.At.Sub(now)
-			if delay < policy.First || delay > policy.Longest {
+			least := policy.First
+			if cause == Node {
+				least = 0
+			}
+			if delay < least || delay > policy.Longest {
 				t.Fatalf("delay %v, want it within %v and %v", delay, policy.First, policy.Longest)
 			}
 			if row := inRow(policy, runs); policy.MaxRestarts >= 0 && row > policy.MaxRestarts {
