@@ -44,6 +44,9 @@ type Agent struct {
 	spool    *spooler
 	lanes    *lanes
 	answers  *answers
+	clock    controllerClock
+	tree     *treeNode
+	monitor  *monitor
 	life     context.Context // of Run
 	streams  sync.WaitGroup  // logs and execs under way
 
@@ -103,6 +106,11 @@ func New(config Config) (_ *Agent, err error) {
 	if a.known, err = repository.OpenFileCache(filepath.Join(config.State, "files.cache")); err != nil {
 		return nil, err
 	}
+	if a.tree, err = openTreeNode(config.State, config.Node, &a.clock, a.log); err != nil {
+		return nil, err
+	}
+	a.monitor = newMonitor(a)
+	a.tree.sample, a.tree.toController, a.tree.peers = a.monitor.summary, a.send, noPeers{}
 	a.boxes, err = sandbox.New(sandbox.Options{
 		Init: config.Init, Cgroup: config.Cgroup, Images: filepath.Join(config.State, "images"),
 		Hide: append([]string{config.State, config.Spool}, config.Hide...), Network: taskNetworks{a}, Log: a.log,
@@ -192,11 +200,13 @@ func (a *Agent) Run(ctx context.Context) error {
 	if err := a.startGuard(); err != nil {
 		return err
 	}
-	var leasing sync.WaitGroup
-	leasing.Go(func() { a.lease.watch(ctx, a.lapse) })
+	var watching sync.WaitGroup
+	watching.Go(func() { a.lease.watch(ctx, a.lapse) })
+	watching.Go(func() { a.tree.run(ctx) })
+	watching.Go(func() { a.monitor.run(ctx) })
 	err := a.joinAndServe(ctx)
 	cancel()
-	leasing.Wait()
+	watching.Wait()
 	a.lanes.wait()
 	a.restores.Wait()
 	a.lanes.wait() // for what restores left to them

@@ -66,6 +66,11 @@ func (a *Agent) perform(ctx context.Context, command *agentpb.Command, reply *ag
 			Id: command.GetId(), Fraction: fraction, Message: message,
 		}}})
 	}
+	if why := excuseOf(command); why != "" {
+		if t, err := a.find(ref); err == nil {
+			defer t.excuses.begin(why)()
+		}
+	}
 	switch body := command.GetBody().(type) {
 	case *agentpb.Command_Start:
 		state, err := a.start(ctx, ref, body.Start)

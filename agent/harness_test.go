@@ -153,6 +153,9 @@ type controller struct {
 	replies map[string]*agentpb.Reply
 	events  []*agentpb.TaskState
 	asked   []*agentpb.AppRequest
+	places  map[string]*agentpb.TreeAssignment // in the monitoring tree
+	told    []*agentpb.TreeReport
+	found   []api.Finding
 	streams map[string]chan agentpb.AgentService_AttachServer
 	deaf    bool // heartbeats are not acknowledged
 	destroy []*agentpb.TaskRef
@@ -177,7 +180,7 @@ func newController(t *testing.T) *controller {
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	c := &controller{
 		t: t, dir: dir, lease: 30 * time.Second, nodes: map[string]*connection{}, changed: make(chan struct{}),
-		replies: map[string]*agentpb.Reply{}, streams: map[string]chan agentpb.AgentService_AttachServer{},
+		places: map[string]*agentpb.TreeAssignment{}, replies: map[string]*agentpb.Reply{}, streams: map[string]chan agentpb.AgentService_AttachServer{},
 		plan: &agentpb.NetworkPlan{Subnet: "10.77.0.0/20", Gateway: "10.77.15.254", Number: 7, Tasks: 1},
 	}
 	c.openRepository()
@@ -315,6 +318,9 @@ func (c *controller) Connect(stream agentpb.AgentService_ConnectServer) error {
 			c.shown = append(c.shown, shown.SerialNumber.String())
 		}
 	})
+	if place := c.placeOf(n.hello.GetNode()); place != nil {
+		n.send(&agentpb.ToAgent{Body: &agentpb.ToAgent_TreeAssignment{TreeAssignment: place}})
+	}
 	defer c.change(func() {
 		if c.nodes[n.hello.GetNode()] == n {
 			delete(c.nodes, n.hello.GetNode())
@@ -342,7 +348,9 @@ func (c *controller) receive(n *connection) error {
 			deaf := c.deaf
 			c.mu.Unlock()
 			if !deaf {
-				n.send(&agentpb.ToAgent{Body: &agentpb.ToAgent_HeartbeatAck{HeartbeatAck: &agentpb.HeartbeatAck{Seq: body.Heartbeat.GetSeq()}}})
+				n.send(&agentpb.ToAgent{Body: &agentpb.ToAgent_HeartbeatAck{HeartbeatAck: &agentpb.HeartbeatAck{
+					Seq: body.Heartbeat.GetSeq(), ClockUs: time.Now().UnixMicro(),
+				}}})
 			}
 		case *agentpb.FromAgent_Reply:
 			c.change(func() { c.replies[body.Reply.GetId()] = body.Reply })
@@ -350,6 +358,8 @@ func (c *controller) receive(n *connection) error {
 			c.change(func() { c.events = append(c.events, body.TaskEvent.GetState()) })
 		case *agentpb.FromAgent_AppRequest:
 			c.change(func() { c.asked = append(c.asked, body.AppRequest) })
+		case *agentpb.FromAgent_TreeReport:
+			n.send(&agentpb.ToAgent{Body: &agentpb.ToAgent_TreeAck{TreeAck: c.hear(body.TreeReport)}})
 		}
 	}
 }

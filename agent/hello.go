@@ -17,16 +17,8 @@ import (
 // hello says what this node is, has and holds.
 func (a *Agent) hello() *agentpb.Hello {
 	h := &agentpb.Hello{
-		Node: a.config.Node, Cloud: a.config.Cloud, Cpus: a.config.CPUs, MemBytes: a.config.MemBytes,
+		Node: a.config.Node, Cloud: a.config.Cloud, Cpus: a.cpus(), MemBytes: a.memory(),
 		Kernel: kernelRelease(), AgentVersion: a.config.Version, AgentPid: int64(os.Getpid()),
-	}
-	if h.Cpus == 0 {
-		h.Cpus = float64(runtime.NumCPU())
-	}
-	if h.MemBytes == 0 {
-		if memory, err := mem.VirtualMemory(); err == nil {
-			h.MemBytes = int64(memory.Total)
-		}
 	}
 	if a.criu != nil {
 		h.CriuVersion = a.criu.Version().String()
@@ -41,6 +33,26 @@ func (a *Agent) hello() *agentpb.Hello {
 		h.Tasks = append(h.Tasks, t.state())
 	}
 	return h
+}
+
+// cpus is how many processors the node offers.
+func (a *Agent) cpus() float64 {
+	if a.config.CPUs > 0 {
+		return a.config.CPUs
+	}
+	return float64(runtime.NumCPU())
+}
+
+// memory is how much the node offers, in bytes; 0: not known.
+func (a *Agent) memory() int64 {
+	if a.config.MemBytes > 0 {
+		return a.config.MemBytes
+	}
+	memory, err := mem.VirtualMemory()
+	if err != nil {
+		return 0
+	}
+	return int64(memory.Total)
 }
 
 // underlay is where other nodes reach this one: as configured, or the address

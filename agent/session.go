@@ -14,6 +14,7 @@ import (
 	"google.golang.org/grpc/metadata"
 
 	"dormouse/api/agentpb"
+	"dormouse/monitor/tree"
 )
 
 // Pauses between attempts to reach the controller.
@@ -127,6 +128,7 @@ func (a *Agent) session(parent context.Context) (welcomed bool, err error) {
 	if err := a.welcome(ctx, welcome, asked); err != nil {
 		return false, err
 	}
+	a.clock.connected()
 	a.attachSession(s)
 	defer a.attachSession(nil)
 	if a.identity.Load() != id {
@@ -241,11 +243,18 @@ func (s *session) receive(ctx context.Context, message *agentpb.ToAgent) {
 		if !ok {
 			return
 		}
+		if clock := body.HeartbeatAck.GetClockUs(); clock != 0 {
+			s.agent.clock.read(time.UnixMicro(clock), sent, bootTime())
+		}
 		if err := s.agent.lease.renew(sent); err != nil {
 			s.agent.log.Error("cannot store the lease", "error", err)
 		}
 	case *agentpb.ToAgent_AppAnswer:
 		s.agent.answered(ctx, body.AppAnswer)
+	case *agentpb.ToAgent_TreeAssignment:
+		s.agent.tree.assign(body.TreeAssignment)
+	case *agentpb.ToAgent_TreeAck:
+		s.agent.tree.answered(tree.Controller, tree.AckFrom(body.TreeAck))
 	case *agentpb.ToAgent_Command:
 		s.agent.accept(ctx, body.Command)
 	case *agentpb.ToAgent_Welcome:

@@ -141,7 +141,21 @@ func (a *Agent) signal(ctx context.Context, ref *agentpb.TaskRef, number int32) 
 	if box == nil || r.Stage != stageRunning {
 		return refuse("task %d of job %s is %s", r.Index, r.Job, r.Stage)
 	}
+	if err := t.noteStop(syscall.Signal(number)); err != nil {
+		return err
+	}
 	return box.Signal(ctx, syscall.Signal(number))
+}
+
+// noteStop remembers whether the user has the task stopped.
+func (t *task) noteStop(signal syscall.Signal) error {
+	switch signal {
+	case syscall.SIGSTOP, syscall.SIGTSTP, syscall.SIGTTIN, syscall.SIGTTOU:
+		return t.note(func(r *record) { r.Stopped = true })
+	case syscall.SIGCONT:
+		return t.note(func(r *record) { r.Stopped = false })
+	}
+	return nil
 }
 
 // destroy ends a task, if it still runs, and removes what it used. Destroying

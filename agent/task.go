@@ -48,6 +48,8 @@ type record struct {
 	Checkpoint string `json:"checkpoint,omitempty"`
 	// Work is where CRIU takes its notes while it dumps or restores the task.
 	Work string `json:"work,omitempty"`
+	// Stopped is set while the user has it stopped by a signal.
+	Stopped bool `json:"stopped,omitempty"`
 	// From is the checkpoint that the task was restored from.
 	From   string              `json:"from,omitempty"`
 	Secret []byte              `json:"secret,omitempty"` // of the job
@@ -63,6 +65,7 @@ type task struct {
 	holding sync.Mutex
 	watcher context.CancelFunc // ends watching for the exit
 	watched sync.WaitGroup
+	excuses excuses
 	ended   chan struct{} // closed when the processes are gone or the task is destroyed
 
 	mu     sync.Mutex
@@ -242,6 +245,7 @@ func (t *task) finish() {
 
 // watch waits for the end of the task and tells the controller.
 func (a *Agent) watch(t *task) {
+	a.monitor.began()
 	ctx, cancel := context.WithCancel(a.life)
 	t.watcher = cancel
 	t.watched.Go(func() {

@@ -80,6 +80,8 @@ type Verdict struct {
 	Suspected Condition
 	// Since is when the trouble began, confirmed or suspected; zero without.
 	Since time.Time
+	// Stopped is set when the task makes no progress because it is stopped.
+	Stopped bool
 	// Figures of the trouble so far, at most of the last few periods; of the last
 	// period when there is none.
 	Figures     Figures
@@ -211,6 +213,7 @@ func (d *Detector) judge(now point, span time.Duration) Verdict {
 		d.relieve()
 	} else {
 		d.incriminate(suspected, last.task.Time)
+		d.verdict.Stopped = f.Stopped
 	}
 	if d.verdict.Suspected == Healthy && !d.verdict.Troubled() {
 		d.learn(f)
@@ -321,7 +324,7 @@ func (d *Detector) relieve() {
 	if d.verdict.Troubled() && d.good < d.config.Clear {
 		return
 	}
-	d.verdict.Condition, d.verdict.Suspected, d.verdict.Since = Healthy, Healthy, time.Time{}
+	d.verdict = Verdict{Condition: Healthy, Suspected: Healthy}
 }
 
 func (d *Detector) incriminate(suspected Condition, since time.Time) {

@@ -14,6 +14,9 @@ func (d *Detector) explain() string {
 		condition = d.verdict.Suspected
 	}
 	f, name := d.verdict.Figures, d.config.Name
+	if d.good > 0 {
+		condition = Healthy
+	}
 	switch condition {
 	case StarvedCPU:
 		return name + f.explainCPU()

@@ -12,7 +12,7 @@ import (
 func (v Verdict) Finding(at time.Time) api.Finding {
 	f := api.Finding{
 		Time: at, Kind: api.FindingStarvation, Condition: string(v.Condition), Explanation: v.Explanation,
-		Spins: spins(v), Severity: v.severity(),
+		Spins: v.Spins(), Severity: v.severity(),
 	}
 	if v.Suspected != Healthy && v.Suspected != v.Condition {
 		f.Suspected = string(v.Suspected)
@@ -28,8 +28,8 @@ func (v Verdict) Finding(at time.Time) api.Finding {
 func VerdictOf(f api.Finding) Verdict {
 	v := Verdict{
 		Condition: cmp.Or(Condition(f.Condition), Healthy), Suspected: cmp.Or(Condition(f.Suspected), Condition(f.Condition), Healthy),
-		Explanation: f.Explanation,
-		Figures:     Figures{Stopped: !f.Spins, Missed: f.Severity, MemoryStall: f.Severity, IOStall: f.Severity},
+		Explanation: f.Explanation, Stopped: !f.Spins,
+		Figures: Figures{Missed: f.Severity, MemoryStall: f.Severity, IOStall: f.Severity},
 	}
 	if f.Since != nil {
 		v.Since = *f.Since

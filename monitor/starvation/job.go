@@ -24,7 +24,7 @@ func Judge(tasks []Verdict) JobVerdict {
 	worst := 0.0
 	suspicion := false
 	for i, task := range tasks {
-		if spins(task) {
+		if task.Spins() {
 			spinning = append(spinning, i)
 			continue
 		}
@@ -61,8 +61,8 @@ func others(n int) string {
 	return fmt.Sprintf("%d other tasks", n)
 }
 
-// spins reports a verdict of live-lock.
-func spins(v Verdict) bool { return v.Condition == NoProgress && !v.Figures.Stopped }
+// Spins reports a verdict of live-lock.
+func (v Verdict) Spins() bool { return v.Condition == NoProgress && !v.Stopped }
 
 // severity orders starved tasks: the share of its time a task lost, 0 to 1.
 func (v Verdict) severity() float64 {

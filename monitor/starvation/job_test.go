@@ -19,7 +19,7 @@ func lock() Verdict { return ill(NoProgress, 0) }
 
 func held() Verdict {
 	v := ill(NoProgress, 0)
-	v.Figures.Stopped = true
+	v.Stopped = true
 	return v
 }
 
