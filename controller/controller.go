@@ -20,7 +20,7 @@ import (
 	"dormouse/controller/pki"
 	"dormouse/controller/store"
 	"dormouse/drivers"
-	recovery "dormouse/monitor/failure"
+	failures "dormouse/monitor/failure"
 	"dormouse/repository"
 )
 
@@ -98,7 +98,7 @@ type Parts struct {
 	Retry time.Duration
 	// Recovery says how failed jobs are started again; Spec.MaxRestarts of each
 	// says how often.
-	Recovery recovery.Policy
+	Recovery failures.Policy
 	// Bounds hold the interval of automatic checkpoints. Zero: interval.Usual.
 	Bounds interval.Bounds
 	// AgentURL is where a cloud's new agents dial.
@@ -176,7 +176,7 @@ func New(parts Parts) (*Controller, error) {
 	key := parts.PKI.ManifestKey()
 	c := &Controller{
 		parts: parts, store: parts.Store, clock: parts.Clock, log: parts.Logger,
-		fleet: newFleet(parts.Cluster.Leads), streams: newAttachments(), bandwidth: newBandwidth(), garbage: make(chan struct{}, 1),
+		fleet: newFleet(parts.Cluster.Leads, accrualBounds(parts)), streams: newAttachments(), bandwidth: newBandwidth(), garbage: make(chan struct{}, 1),
 		signer:     repository.NewSigner(key),
 		verifier:   repository.NewVerifier(key.Public().(ed25519.PublicKey)),
 		jobs:       newImage(store.Jobs, func(j *jobRecord) (time.Time, string) { return j.Created, j.ID }),

@@ -3,20 +3,23 @@ package controller
 import (
 	"context"
 	"errors"
+	"fmt"
 	"sync"
 	"time"
 
 	"dormouse/api/agentpb"
 	"dormouse/controller/store"
+	failures "dormouse/monitor/failure"
 )
 
 // fleet holds the streams to the agents, and the commands that wait for an
 // answer. A command outlives a stream: it is sent again on the next one, until
 // it is answered, its caller gives up, or the node is lost.
 type fleet struct {
-	leads func() bool // nothing is sent after it became false
-	mu    sync.Mutex
-	links map[string]*link
+	leads  func() bool // nothing is sent after it became false
+	bounds failures.Bounds
+	mu     sync.Mutex
+	links  map[string]*link
 }
 
 // link is what the controller knows of the way to one node.
@@ -25,6 +28,7 @@ type link struct {
 	session  *session // nil while there is none
 	lost     bool
 	lastSeen time.Time
+	beats    *failures.Accrual    // judges its silence; nil before it was first heard of
 	changed  chan struct{}        // closed when session or lost change
 	calls    map[string]*callSite // by the command's id
 }
@@ -44,7 +48,9 @@ type session struct {
 	end   context.CancelCauseFunc
 }
 
-func newFleet(leads func() bool) *fleet { return &fleet{leads: leads, links: make(map[string]*link)} }
+func newFleet(leads func() bool, bounds failures.Bounds) *fleet {
+	return &fleet{leads: leads, bounds: bounds, links: make(map[string]*link)}
+}
 
 // link returns the node's link; the caller holds the lock.
 func (f *fleet) link(node string) *link {
@@ -54,6 +60,30 @@ func (f *fleet) link(node string) *link {
 		f.links[node] = l
 	}
 	return l
+}
+
+// hear notes that the node was heard of; the caller holds the lock.
+func (f *fleet) hear(l *link, now time.Time) {
+	l.lastSeen = now
+	if l.beats == nil {
+		l.beats = failures.NewAccrual(f.bounds, now)
+		return
+	}
+	l.beats.Heartbeat(now)
+}
+
+// suspect reports whether the node's silence is longer than what its heartbeats
+// have been like lets expect, and says why. It decides about no lease.
+func (f *fleet) suspect(node string, now time.Time) (why string, suspect bool) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	beats := f.link(node).beats
+	if beats == nil || !beats.Suspect(now) {
+		return "", false
+	}
+	mean, deviation := beats.Usual()
+	return fmt.Sprintf("its agent has been silent for %s, and is usually heard of every %s ± %s (phi %.0f)",
+		now.Sub(beats.Last()).Round(time.Millisecond), mean.Round(time.Millisecond), deviation.Round(time.Millisecond), beats.Phi(now)), true
 }
 
 func (l *link) change() {
@@ -75,7 +105,7 @@ func (f *fleet) attach(s *session, now time.Time) {
 		s.end(&nodeLostError{s.node}) // between its welcome and now
 		return
 	}
-	l.session, l.lastSeen = s, now
+	l.session, l.lastSeen = s, now // its Hello was heard when it was revived
 	l.change()
 }
 
@@ -96,7 +126,8 @@ func (f *fleet) revive(node string, now time.Time) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	l := f.link(node)
-	l.lost, l.lastSeen = false, now
+	l.lost = false
+	f.hear(l, now)
 	l.change()
 }
 
@@ -110,7 +141,7 @@ func (f *fleet) renew(s *session, now time.Time) bool {
 	if l.lost || l.session != s || !f.leads() {
 		return false
 	}
-	l.lastSeen = now
+	f.hear(l, now)
 	return true
 }
 
@@ -140,7 +171,7 @@ func (f *fleet) lost(node string) bool {
 func (f *fleet) seen(node string, now time.Time) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.link(node).lastSeen = now
+	f.hear(f.link(node), now)
 }
 
 // lastSeen is when the node was heard of last, and whether it has a stream.

@@ -11,18 +11,27 @@ import (
 	"dormouse/api/agentpb"
 	"dormouse/controller/store"
 	"dormouse/drivers"
+	failures "dormouse/monitor/failure"
 )
 
 // The life of a node, as the controller sees it:
 //
-//	joining ──Hello──> ready ──silent for 3 heartbeats──> unreachable ──silent for lease + margin──> lost
+//	joining ──Hello──> ready ──silent for unusually long──> unreachable ──silent for lease + margin──> lost
 //	                     ^──────────Hello────────────────────┴───────────────Hello──────────────────────┘
 //
 // from everywhere to lost when the driver says that the power is off, and from
 // lost to joining when it is switched on again.
 
-// silence is how many heartbeats a ready node may miss.
+// What is unusual package failure learns of each node's heartbeats; less than
+// silence of them missing is not, and half a lease always is. That a node is
+// unreachable keeps jobs from being placed there, and says nothing of its tasks:
+// only the end of its lease does.
 const silence = 3
+
+func accrualBounds(parts Parts) failures.Bounds {
+	least := silence * parts.Heartbeat
+	return failures.Bounds{Interval: parts.Heartbeat, Min: least, Max: max(least, parts.Lease/2)}
+}
 
 // bootNodes begins every node's lease anew: it may have been renewed until the
 // moment the controller before this one ended.
@@ -133,15 +142,13 @@ func (c *Controller) checkLeases(ctx context.Context) error {
 		switch {
 		case c.fleet.expire(n.ID, now, c.parts.Lease+c.parts.Margin):
 			err = errors.Join(err, c.loseNode(ctx, n.ID, fmt.Sprintf("its agent was silent for %s, longer than its lease", quiet.Round(time.Millisecond))))
-		case n.State != api.NodeUnreachable && quiet > silence*c.parts.Heartbeat:
-			err = errors.Join(err, c.nodeUnreachable(ctx, n.ID, quiet))
+		case n.State != api.NodeUnreachable:
+			if why, suspect := c.fleet.suspect(n.ID, now); suspect {
+				err = errors.Join(err, c.changeNode(ctx, n.ID, api.NodeUnreachable, why+"; its tasks may still run"))
+			}
 		}
 	}
 	return err
-}
-
-func (c *Controller) nodeUnreachable(ctx context.Context, id string, quiet time.Duration) error {
-	return c.changeNode(ctx, id, api.NodeUnreachable, fmt.Sprintf("its agent has been silent for %s; its tasks may still run", quiet.Round(time.Millisecond)))
 }
 
 // changeNode writes a node's new state.

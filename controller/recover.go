@@ -10,7 +10,7 @@ import (
 	"dormouse/api"
 	"dormouse/controller/protocol"
 	"dormouse/controller/store"
-	recovery "dormouse/monitor/failure"
+	failures "dormouse/monitor/failure"
 )
 
 // A job that has failed is recovered, or is over. Package failure decides which
@@ -20,7 +20,7 @@ import (
 
 // breakdown is what has happened to a job that has failed.
 type breakdown struct {
-	cause  recovery.Cause
+	cause  failures.Cause
 	reason string
 	node   string    // where
 	lost   time.Time // when it ceased to run
@@ -37,7 +37,7 @@ type failedRun struct {
 	From    string         `json:"from,omitempty"`
 	Started time.Time      `json:"started"`
 	Failed  time.Time      `json:"failed"`
-	Cause   recovery.Cause `json:"cause"`
+	Cause   failures.Cause `json:"cause"`
 	Damaged bool           `json:"damaged,omitempty"`
 }
 
@@ -48,9 +48,9 @@ const (
 )
 
 // runFailed is the breakdown of a job's present run.
-func (c *Controller) runFailed(job *jobRecord, cause recovery.Cause, reason, node string) breakdown {
+func (c *Controller) runFailed(job *jobRecord, cause failures.Cause, reason, node string) breakdown {
 	b := breakdown{cause: cause, reason: reason, node: node, lost: c.clock.Now().UTC(), from: job.From, began: job.History.Begun}
-	if cause != recovery.Node {
+	if cause != failures.Node {
 		return b
 	}
 	seen, _ := c.fleet.lastSeen(node)
@@ -72,7 +72,7 @@ func (c *Controller) fail(tx store.Tx, job *jobRecord, b breakdown) error {
 	}
 	policy := c.parts.Recovery
 	policy.MaxRestarts = job.Spec.MaxRestarts
-	decision := recovery.Next(policy, job.pastRuns(), candidates)
+	decision := failures.Next(policy, job.pastRuns(), candidates)
 	if !decision.Restart {
 		return c.failForGood(tx, job, b, decision)
 	}
@@ -90,7 +90,7 @@ func (c *Controller) fail(tx store.Tx, job *jobRecord, b breakdown) error {
 }
 
 // failForGood ends a job that is not recovered, and names the way back.
-func (c *Controller) failForGood(tx store.Tx, job *jobRecord, b breakdown, d recovery.Decision) error {
+func (c *Controller) failForGood(tx store.Tx, job *jobRecord, b breakdown, d failures.Decision) error {
 	checkpoint, err := newestDurable(tx, job)
 	if err != nil {
 		return err
@@ -99,7 +99,7 @@ func (c *Controller) failForGood(tx store.Tx, job *jobRecord, b breakdown, d rec
 	if job.Spec.MaxRestarts > 0 {
 		reason += "; " + d.Reason
 	}
-	if job.Spec.MaxRestarts > 0 || b.cause != recovery.Program {
+	if job.Spec.MaxRestarts > 0 || b.cause != failures.Program {
 		reason += "; " + adviceFor(job.ID, checkpoint)
 	}
 	return c.finish(tx, job, api.PhaseFailed, reason, b.code)
@@ -140,10 +140,10 @@ func (c *Controller) endIncident(tx store.Tx, job *jobRecord, now time.Time) err
 }
 
 // pastRuns are the job's failures as package failure wants them.
-func (j *jobRecord) pastRuns() []recovery.Run {
-	runs := make([]recovery.Run, len(j.Runs))
+func (j *jobRecord) pastRuns() []failures.Run {
+	runs := make([]failures.Run, len(j.Runs))
 	for i, r := range j.Runs {
-		runs[i] = recovery.Run{From: r.From, Started: r.Started, Failed: r.Failed, Cause: r.Cause}
+		runs[i] = failures.Run{From: r.From, Started: r.Started, Failed: r.Failed, Cause: r.Cause}
 	}
 	return runs
 }
@@ -194,7 +194,7 @@ func (c *Controller) recoverAgain(tx store.Tx, op *opRecord, job *jobRecord) err
 		return err
 	}
 	b := breakdown{
-		cause: recovery.Restore, reason: "recover failed: " + op.Error, lost: c.clock.Now().UTC(), from: op.Checkpoint, began: op.Placed,
+		cause: failures.Restore, reason: "recover failed: " + op.Error, lost: c.clock.Now().UTC(), from: op.Checkpoint, began: op.Placed,
 	}
 	if op.Broke == protocol.StepLook {
 		b.from = ask.From // which is as far as it came
@@ -204,7 +204,7 @@ func (c *Controller) recoverAgain(tx store.Tx, op *opRecord, job *jobRecord) err
 	}
 	switch {
 	case op.Broke == protocol.StepLook && !op.Refused:
-		b.cause = recovery.Platform
+		b.cause = failures.Platform
 	case op.Refused:
 		b.damaged = b.from != ""
 	}

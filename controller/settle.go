@@ -7,7 +7,7 @@ import (
 	"dormouse/api"
 	"dormouse/api/agentpb"
 	"dormouse/controller/store"
-	recovery "dormouse/monitor/failure"
+	failures "dormouse/monitor/failure"
 )
 
 // verdict is what a running job's tasks say about the job.
@@ -99,14 +99,14 @@ func (c *Controller) settleRunning(tx store.Tx, job *jobRecord) error {
 		if job.Spec.MaxRestarts > 0 && job.Operation != "" {
 			return nil // decided when the operation has ended
 		}
-		b := c.runFailed(job, recovery.Program, describeExit(job, task), task.Node)
+		b := c.runFailed(job, failures.Program, describeExit(job, task), task.Node)
 		b.code = task.ExitCode
 		return c.fail(tx, job, b)
 	case lost:
 		if job.Operation != "" {
 			return nil // as above
 		}
-		return c.fail(tx, job, c.runFailed(job, recovery.Node, task.Reason, task.Node))
+		return c.fail(tx, job, c.runFailed(job, failures.Node, task.Reason, task.Node))
 	}
 	return nil
 }

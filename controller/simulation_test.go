@@ -32,7 +32,7 @@ import (
 	"dormouse/controller/store"
 	"dormouse/controller/store/bolt"
 	"dormouse/drivers"
-	recovery "dormouse/monitor/failure"
+	failures "dormouse/monitor/failure"
 	"dormouse/repository"
 	"dormouse/repository/backend"
 )
@@ -50,7 +50,7 @@ type world struct {
 	t          *testing.T
 	dir        string
 	repository *memoryRepository
-	recovery   recovery.Policy
+	recovery   failures.Policy
 
 	mu     sync.Mutex
 	agents map[string]*simAgent
@@ -85,7 +85,7 @@ const adminToken = "secret-of-the-admin"
 func newSimulation(t *testing.T, nodes ...string) *simulation {
 	t.Helper()
 	w := &world{t: t, dir: t.TempDir(), repository: newMemoryRepository(), agents: make(map[string]*simAgent)}
-	w.recovery = recovery.Policy{First: 20 * time.Millisecond}
+	w.recovery = failures.Policy{First: 20 * time.Millisecond}
 	s := &simulation{world: w, token: adminToken}
 	s.open()
 	t.Cleanup(func() {

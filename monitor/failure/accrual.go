@@ -44,6 +44,7 @@ const (
 // Accrual judges the silence of one node. It is not safe for concurrent use.
 type Accrual struct {
 	bounds     Bounds
+	suspicious float64 // deviations above the mean that make phi the threshold
 	last       time.Time
 	gaps       []float64 // seconds; a ring once it is full
 	oldest     int
@@ -52,7 +53,8 @@ type Accrual struct {
 
 // NewAccrual returns the detector of a node last heard of at now.
 func NewAccrual(bounds Bounds, now time.Time) *Accrual {
-	return &Accrual{bounds: bounds.filled(), last: now}
+	bounds = bounds.filled()
+	return &Accrual{bounds: bounds, suspicious: deviations(bounds.Threshold), last: now}
 }
 
 // Heartbeat records that the node was heard of at now. One that seems to come
@@ -113,7 +115,7 @@ func (a *Accrual) Phi(now time.Time) float64 {
 // Patience is the silence from which the node is suspect, as learned so far.
 func (a *Accrual) Patience() time.Duration {
 	mean, deviation := a.distribution()
-	seconds := mean + deviation*deviations(a.bounds.Threshold)
+	seconds := mean + deviation*a.suspicious
 	silence := time.Duration(min(seconds, a.bounds.Max.Seconds()) * float64(time.Second))
 	return min(max(silence, a.bounds.Min), a.bounds.Max)
 }
@@ -125,6 +127,13 @@ func (a *Accrual) Suspect(now time.Time) bool {
 
 // Last is when the node was last heard of.
 func (a *Accrual) Last() time.Time { return a.last }
+
+// Usual is the mean of the gaps between heartbeats and how far they deviate from
+// it, as the judgement takes them.
+func (a *Accrual) Usual() (mean, deviation time.Duration) {
+	m, d := a.distribution()
+	return time.Duration(m * float64(time.Second)), time.Duration(d * float64(time.Second))
+}
 
 // surprise is -log10 of the probability that a standard normal variable
 // exceeds z.
