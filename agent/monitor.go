@@ -7,10 +7,15 @@ import (
 	"io/fs"
 	"log/slog"
 	"math"
+	"os"
+	"regexp"
 	"strings"
 	"sync"
 	"time"
 
+	"dormouse/agent/progress"
+	"dormouse/agent/sandbox"
+	"dormouse/agent/sandbox/pid1"
 	"dormouse/api"
 	"dormouse/monitor/sample"
 	"dormouse/monitor/starvation"
@@ -53,6 +58,7 @@ type watchedTask struct {
 	due       time.Time
 	collector *sample.Collector
 	detector  *starvation.Detector
+	progress  *progress.Reader
 	last      sample.Task
 	judged    int // samples
 }
@@ -100,7 +106,7 @@ func (m *monitor) follow(now time.Time) {
 			continue
 		}
 		if w := m.tasks[t.id()]; w == nil || w.task != t {
-			m.take(t, r, box.Pid(), now)
+			m.take(t, r, box, now)
 		}
 	}
 	for id := range m.tasks {
@@ -114,8 +120,8 @@ func (m *monitor) follow(now time.Time) {
 	})
 }
 
-func (m *monitor) take(t *task, r record, pid int, now time.Time) {
-	group, err := sample.GroupOf(pid)
+func (m *monitor) take(t *task, r record, box *sandbox.Sandbox, now time.Time) {
+	group, err := sample.GroupOf(box.Pid())
 	if err != nil {
 		m.log.Debug("a task is not measured", "task", t.id(), "error", err) // it is about to end
 		return
@@ -125,9 +131,25 @@ func (m *monitor) take(t *task, r record, pid int, now time.Time) {
 		period = max(minPeriod, time.Duration(ms)*time.Millisecond)
 	}
 	m.tasks[t.id()] = &watchedTask{
-		task: t, period: period, due: now, collector: sample.NewCollector(group),
+		progress: m.progressOf(t, &r, box), task: t, period: period, due: now, collector: sample.NewCollector(group),
 		detector: starvation.NewDetector(starvation.Config{Name: fmt.Sprintf("task %d", r.Index), CPUs: r.Spec.CPUs, Period: period}),
 	}
+}
+
+// progressOf reads how far the task says it has come. The output of a task whose
+// expression is none says nothing.
+func (m *monitor) progressOf(t *task, r *record, box *sandbox.Sandbox) *progress.Reader {
+	var pattern *regexp.Regexp
+	if text := r.Spec.ProgressRegex; text != "" {
+		var err error
+		if pattern, err = regexp.Compile(text); err != nil {
+			m.log.Warn("progress is not read from the output", "task", t.id(), "error", err)
+		}
+	}
+	log := func(stream string) func() (*os.File, error) {
+		return func() (*os.File, error) { return box.OpenLog(stream) }
+	}
+	return progress.New(box.OpenProgress, pattern, log(pid1.StdoutFile), log(pid1.StderrFile))
 }
 
 func (m *monitor) drop(id string) {
@@ -191,6 +213,9 @@ func (m *monitor) look(w *watchedTask, now time.Time) {
 		return
 	}
 	s.Excused = excused
+	if s.Progress, err = w.progress.Read(); err != nil {
+		m.log.Debug("a task's progress cannot be read", "task", w.task.id(), "error", err)
+	}
 	verdict := w.detector.Feed(s, m.host)
 	w.judged++
 	m.setTask(w, s, verdict)

@@ -172,3 +172,22 @@ func TestATaskThatIsStoppedOnPurposeIsNotFound(t *testing.T) {
 		}
 	}
 }
+
+func TestProgressIsHeardAlsoAfterARestore(t *testing.T) {
+	t.Parallel()
+	c := newController(t)
+	c.addNode("east-0")
+	c.place("east-0", alone)
+	spec := api.JobSpec{
+		Command: []string{"/bin/sh", "-c", "i=0; while sleep 0.1; do i=$((i+1)); echo step $i; done"},
+		CPUs:    1, MemBytes: 64 << 20, StarvationPeriodMS: 2500, ProgressRegex: `^step (\d+)`,
+	}
+	heard := func(r tally.Round) bool { return r.Jobs["j-step"].Reporting == 1 && r.Jobs["j-step"].Progress > 60 }
+	ref := c.start("east-0", "j-step", spec)
+	c.awaitRound("the progress", heard)
+	c.checkpoint("east-0", ref, "c-step")
+	c.mustDo("east-0", ref, &agentpb.DestroyTask{})
+	c.awaitRound("the end of the task", func(r tally.Round) bool { return len(r.Jobs) == 0 })
+	c.restore("east-0", ref, "c-step", spec)
+	c.awaitRound("the progress of the restored task", heard)
+}

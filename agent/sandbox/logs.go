@@ -35,6 +35,11 @@ func OpenLog(dir, stream string) (*os.File, error) {
 	return file, nil
 }
 
+// OpenProgress opens the file in which the task says how far it has come.
+func (s *Sandbox) OpenProgress() (*os.File, error) {
+	return openInside(s.UpperDir(), filepath.Join(pid1.Directory, pid1.ProgressFile))
+}
+
 // keepLogs moves the logs to where OpenLog finds them without the rest.
 func (s *Sandbox) keepLogs() error {
 	for _, stream := range []string{pid1.StdoutFile, pid1.StderrFile} {

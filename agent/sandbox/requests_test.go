@@ -2,6 +2,7 @@ package sandbox_test
 
 import (
 	"context"
+	"io"
 	"strings"
 	"testing"
 
@@ -242,4 +243,23 @@ cat /tmp/[0-9]* | sort | uniq -c | sort -rn`))
 	}
 	b.wait(s)
 	contains(t, "stdout", b.log(s, "stdout"), "64 restored c-all")
+}
+
+func TestAProgramSaysHowFarItHasCome(t *testing.T) {
+	b := newBench(t)
+	cfg := b.config(`dormouse-ctl progress 12345; echo $?; read x < /.dormouse/progress; echo $x; dormouse-ctl progress 7; dormouse-ctl progress all; echo $?`)
+	cfg.User = "daemon"
+	s := b.start(cfg)
+	b.wait(s)
+	expect(t, "stdout", b.log(s, "stdout"), "0\n12345\n2\n")
+	file, err := s.OpenProgress()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	said, err := io.ReadAll(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	expect(t, "progress", string(said), "7\n")
 }

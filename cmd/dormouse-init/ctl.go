@@ -4,7 +4,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math"
 	"os"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -37,6 +39,12 @@ const ctlHelp = `dormouse-ctl asks the Dormouse that runs this task.
 
       Prints which run of the job this is, and the checkpoint it was restored from.
 
+  dormouse-ctl progress NUMBER
+
+      Says how far the task has come, in units of its own. The monitor compares the
+      rate with that of earlier; it need not be called more than once a second.
+      Writing the number to the file /.dormouse/progress does the same.
+
 Exit status: 0 done, 1 failed, 2 usage, 4 refused, 5 timed out.
 `
 
@@ -46,6 +54,8 @@ type ctlCall struct {
 	timeout time.Duration // 0: for ever
 	json    bool
 	help    bool
+	// progress is set when that is to be said, which needs nobody's answer.
+	progress string
 }
 
 // controller is dormouse-ctl.
@@ -60,7 +70,11 @@ func controller(args []string) int {
 		fmt.Print(ctlHelp)
 		return ctlDone
 	}
-	code, err := call.run()
+	run := call.run
+	if call.progress != "" {
+		run = call.sayProgress
+	}
+	code, err := run()
 	if err != nil {
 		fmt.Fprintf(os.Stderr, "%s: %v\n", pid1.Controller, err)
 	}
@@ -85,6 +99,11 @@ func parseCtl(args []string) (*ctlCall, error) {
 			}
 			call.Op = pid1.AppOp(name)
 			continue
+		case progressWord:
+			if call.Op != "" || inline || len(args) != 1 {
+				return nil, errors.New("progress is followed by one number")
+			}
+			return call, call.setProgress(args[0])
 		case "--label", "--timeout", "-o", "--output":
 		default:
 			return nil, fmt.Errorf("there is no %q", name)
@@ -106,6 +125,36 @@ func parseCtl(args []string) (*ctlCall, error) {
 		return nil, errors.New("--label and --timeout belong to checkpoint")
 	}
 	return call, nil
+}
+
+// progressWord is the command that says how far the task has come.
+const progressWord = "progress"
+
+func (c *ctlCall) setProgress(text string) error {
+	value, err := strconv.ParseFloat(text, 64)
+	if err != nil || math.IsNaN(value) || math.IsInf(value, 0) {
+		return fmt.Errorf("progress is a number, not %q", text)
+	}
+	c.progress = text
+	return nil
+}
+
+// sayProgress writes the progress file. Whoever reads it meanwhile sees nothing
+// or all of it.
+func (c *ctlCall) sayProgress() (int, error) {
+	path := inside(pid1.ProgressFile)
+	file, err := os.OpenFile(path, os.O_WRONLY|os.O_TRUNC, 0)
+	if errors.Is(err, os.ErrNotExist) {
+		return ctlFailed, fmt.Errorf("there is no %s: this is no Dormouse task, or was started by a version without progress", path)
+	}
+	if err == nil {
+		_, err = file.WriteString(c.progress + "\n")
+		err = errors.Join(err, file.Close())
+	}
+	if err != nil {
+		return ctlFailed, fmt.Errorf("cannot say how far the task has come: %w", err)
+	}
+	return ctlDone, nil
 }
 
 func (c *ctlCall) set(option, value string) (err error) {

@@ -307,13 +307,15 @@ func TestCtlCommandLines(t *testing.T) {
 		"--label=a=b checkpoint -o json":       {AppCall: labelled, json: true},
 		"status -ojson":                        {AppCall: pid1.AppCall{Op: pid1.AppStatus}, json: true},
 		"checkpoint --help":                    {AppCall: checkpoint, help: true},
+		"progress 1.5e3":                       {progress: "1.5e3"},
 	} {
 		got, err := parseCtl(strings.Fields(line))
 		if err != nil || *got != want {
 			t.Errorf("%s: %+v %v, want %+v", line, got, err, want)
 		}
 	}
-	for _, line := range []string{"", "restore", "checkpoint status", "checkpoint --label", "checkpoint --timeout -3s", "checkpoint --timeout soon", "status --label x", "checkpoint -o yaml", "checkpoint=1"} {
+	for _, line := range []string{"", "restore", "checkpoint status", "checkpoint --label", "checkpoint --timeout -3s", "checkpoint --timeout soon", "status --label x", "checkpoint -o yaml", "checkpoint=1",
+		"progress", "progress x", "progress nan", "progress 1 2", "checkpoint progress 1", "progress=1"} {
 		if got, err := parseCtl(strings.Fields(line)); err == nil {
 			t.Errorf("%q was understood as %+v", line, got)
 		}

@@ -311,6 +311,18 @@ func writeRun(cmd *pid1.Run, secret []byte) error {
 			return fmt.Errorf("cannot make the output files: %w", err)
 		}
 	}
+	return makeProgress()
+}
+
+// makeProgress makes the file that any process of the task may write to.
+func makeProgress() error {
+	file, err := os.OpenFile(inside(pid1.ProgressFile), os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o666)
+	if err == nil {
+		err = errors.Join(file.Chmod(0o666), file.Close()) // the mode given was cut by the umask
+	}
+	if err != nil {
+		return fmt.Errorf("cannot make the progress file: %w", err)
+	}
 	return nil
 }
 

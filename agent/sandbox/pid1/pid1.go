@@ -53,6 +53,7 @@ const (
 	AppSocket     = "app.sock"    // where pid 1 listens to programs of the task
 	ControlFifo   = "control"     // the same for programs that only write files
 	ControlLog    = "control.log" // answers to what was written to ControlFifo, a JSON document a line
+	ProgressFile  = "progress"    // how far the task says it has come, a number in the last line
 	SecretFile    = "secret"      // what proves that two processes are of one job
 
 	// Host files, for Open MPI and for MPICH's Hydra.
