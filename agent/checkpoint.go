@@ -103,6 +103,8 @@ func (a *Agent) preflight(ctx context.Context, ref *agentpb.TaskRef, checkpoint 
 	if err := a.discard(ref, checkpoint); err != nil { // of an earlier attempt
 		return nil, err
 	}
+	t.gate.Shut(ctx, gatePreflight)
+	defer t.gate.Open(gatePreflight)
 	r, _ := t.snapshot()
 	report, err := a.criu.Preflight(ctx, criu.PreflightRequest{
 		Pid: box.Pid(), Cgroup: box.CgroupPath(), ExternalMounts: dumpMounts(box),
@@ -238,6 +240,7 @@ func (a *Agent) freeze(ctx context.Context, ref *agentpb.TaskRef, checkpoint str
 			err = errors.Join(err, a.abort(t, c))
 		}
 	}()
+	t.gate.Shut(ctx, gateCheckpoint)
 	err = t.note(func(r *record) { r.Checkpoint, r.Work = checkpoint, c.work })
 	if err != nil {
 		return err
@@ -288,6 +291,7 @@ func (a *Agent) goOn(t *task) error {
 	if err := t.release(ctx, holdCheckpoint); err != nil {
 		return err
 	}
+	t.gate.Open(gateCheckpoint)
 	r, _ = t.snapshot()
 	if r.Checkpoint == "" {
 		return nil

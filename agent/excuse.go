@@ -52,6 +52,14 @@ func (e *excuses) take() string {
 // excuse is why the time since the last one says nothing about the task.
 func (t *task) excuse() string {
 	why := t.excuses.take() // in any case: it begins the next span
+	if still := t.standsStill(); still != "" {
+		return still
+	}
+	return why
+}
+
+// standsStill is why the task cannot do anything at present; "" if it can.
+func (t *task) standsStill() string {
 	r, _ := t.snapshot()
 	switch {
 	case r.Checkpoint != "" || slices.Contains(r.Holds, holdCheckpoint):
@@ -61,7 +69,7 @@ func (t *task) excuse() string {
 	case r.Stopped:
 		return excuseStopped
 	}
-	return why
+	return ""
 }
 
 // excuseOf is what a command does to its task for as long as it is carried out.

@@ -254,7 +254,7 @@ func (m *monitor) setTask(w *watchedTask, s sample.Task, v starvation.Verdict) {
 	t := tally.Task{
 		Job: r.Job, CPUsDue: r.Spec.CPUs, MemUsed: s.MemoryBytes, MemBytes: s.MemoryLimit,
 		Waited: f.Waited, MemoryStall: max(f.MemoryStall, f.FaultStall), IOStall: f.IOStall, Troubled: v.Troubled(),
-		Unhealthy: m.agent.tree.last(w.task.id()+" "+string(api.FindingHealth)).Condition == api.ConditionUnhealthy,
+		Unhealthy: m.agent.tree.last(healthKey(w.task)).Condition == api.ConditionUnhealthy,
 	}
 	if span := s.Time.Sub(w.last.Time).Seconds(); !w.last.Time.IsZero() && span > 0 {
 		t.CPUs = max(0, (s.CPU-w.last.CPU).Seconds()/span)

@@ -11,6 +11,7 @@ import (
 	"slices"
 	"sync"
 
+	"dormouse/agent/health"
 	"dormouse/agent/sandbox"
 	"dormouse/api"
 	"dormouse/api/agentpb"
@@ -66,6 +67,7 @@ type task struct {
 	watcher context.CancelFunc // ends watching for the exit
 	watched sync.WaitGroup
 	excuses excuses
+	gate    health.Gate
 	ended   chan struct{} // closed when the processes are gone or the task is destroyed
 
 	mu     sync.Mutex
@@ -251,6 +253,11 @@ func (a *Agent) watch(t *task) {
 	t.watched.Go(func() {
 		if _, box := t.snapshot(); box != nil {
 			a.attend(ctx, t, box)
+		}
+	})
+	t.watched.Go(func() {
+		if _, box := t.snapshot(); box != nil {
+			a.askHealth(ctx, t, box)
 		}
 	})
 	t.watched.Go(func() {

@@ -1,8 +1,11 @@
 package network
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 
@@ -174,4 +177,15 @@ func (n *namespace) same(other *namespace) bool {
 	a, errA := n.file.Stat()
 	b, errB := other.file.Stat()
 	return errA == nil && errB == nil && os.SameFile(a, b)
+}
+
+// Dial connects by TCP from within the network namespace of file.
+func Dial(ctx context.Context, file *os.File, to netip.AddrPort) (conn net.Conn, err error) {
+	err = within(file, func() error {
+		// The address is no name, so Go makes the socket on this thread.
+		var dialer net.Dialer
+		conn, err = dialer.DialContext(ctx, "tcp", to.String())
+		return err
+	})
+	return conn, err
 }

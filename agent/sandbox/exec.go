@@ -22,7 +22,11 @@ type ExecRequest struct {
 	Command []string
 	Env     map[string]string // added to the command's
 	TTY     bool              // a terminal; everything is then Stdout
-	Size    Size              // of the terminal
+	// Whole has all that the process started killed at its end. When ctx ends first
+	// the process is killed, too, and Exec returns when nothing is left; of a sandbox
+	// that is frozen, nothing will be left when it goes on.
+	Whole bool
+	Size  Size // of the terminal
 	// Stdin may be nil. A Read that is under way when the process ends is
 	// left behind: close the source to end it.
 	Stdin          io.Reader
@@ -40,7 +44,7 @@ var errEnded = errors.New("the sandbox was ended")
 // a signal ended it (as when the whole sandbox ends first). It lives through
 // checkpoints. When ctx ends, the process is hung up.
 func (s *Sandbox) Exec(ctx context.Context, r ExecRequest) (int, error) {
-	request := &pid1.Request{Op: pid1.OpExec, Command: r.Command, TTY: r.TTY, Rows: r.Size.Rows, Cols: r.Size.Cols}
+	request := &pid1.Request{Op: pid1.OpExec, Command: r.Command, TTY: r.TTY, Whole: r.Whole, Rows: r.Size.Rows, Cols: r.Size.Cols}
 	for key, value := range r.Env {
 		request.Env = append(request.Env, key+"="+value)
 	}
@@ -50,9 +54,17 @@ func (s *Sandbox) Exec(ctx context.Context, r ExecRequest) (int, error) {
 		return 0, fmt.Errorf("cannot exec in sandbox %s: %w", s.ID(), err)
 	}
 	defer s.link.remove(x)
-	stop := context.AfterFunc(ctx, func() { x.fail(context.Cause(ctx)) })
+	stop := context.AfterFunc(ctx, func() {
+		if r.Whole {
+			x.kill()
+		}
+		x.fail(context.Cause(ctx))
+	})
 	defer stop()
 	code, err := x.converse(r)
+	if r.Whole && ctx.Err() != nil {
+		return 0, fmt.Errorf("exec in sandbox %s: %w", s.ID(), context.Cause(ctx))
+	}
 	if errors.Is(err, errLost) && s.goes(ctx) {
 		return 128 + int(syscall.SIGKILL), nil // the kernel killed it together with pid 1
 	}
@@ -211,6 +223,23 @@ func (x *session) end(reason error) {
 
 // fail ends the session for a reason from outside.
 func (x *session) fail(reason error) { x.end(reason) }
+
+// killTime is how long pid 1 may take to kill a session.
+const killTime = 2 * time.Second
+
+// kill asks pid 1 to kill the whole session, and waits until it has.
+func (x *session) kill() {
+	late := time.AfterFunc(killTime, func() { x.fail(errors.New("pid 1 does not answer")) })
+	defer late.Stop()
+	if !x.send(pid1.FrameKill, nil) {
+		return
+	}
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	for !x.ended {
+		x.changed.Wait()
+	}
+}
 
 // take queues output for the writer.
 func (x *session) take(c chunk) {

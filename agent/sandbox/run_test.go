@@ -214,6 +214,21 @@ func TestMemoryLimitHoldsAndIsReported(t *testing.T) {
 		t.Errorf("got %+v, want a kill for want of memory", got)
 	}
 	contains(t, "reason", got.Reason, "memory limit of 33554432 bytes")
+
+	// The command outlived its child and failed because of that.
+	for script, code := range map[string]int{"exit $?": 137, "exit 3": 3, "exit 0": 0} {
+		cfg := b.config(`sh -c 'x=$(head -c 200000000 /dev/zero | tr "\\0" a)'; ` + script)
+		cfg.MemBytes = 32 << 20
+		got := b.wait(b.start(cfg))
+		if got.Code != code || got.OOMKilled != (code == 137) {
+			t.Errorf("%s: got %+v, want code %d", script, got, code)
+		}
+		if code == 0 {
+			expect(t, "reason", got.Reason, "")
+			continue
+		}
+		contains(t, "reason", got.Reason, "because the memory limit of 33554432 bytes was reached")
+	}
 }
 
 func TestMemoryOfTmpCounts(t *testing.T) {
@@ -259,6 +274,42 @@ func TestExecRelaysMuchInBothDirections(t *testing.T) {
 	}
 	if !bytes.Equal(out.Bytes(), input) {
 		t.Errorf("%d bytes came back changed, of %d", out.Len(), len(input))
+	}
+}
+
+func TestNothingStaysBehindAWholeExec(t *testing.T) {
+	b := newBench(t)
+	s := b.start(b.config("exec sleep 1000"))
+	processes := func() int {
+		pids, err := s.Pids()
+		if err != nil {
+			t.Error(err)
+		}
+		return len(pids)
+	}
+	before := processes()
+	for name, command := range map[string]string{
+		"that ends":                "trap '' HUP TERM; sleep 900 & sleep 900 & exit 3",
+		"that ends with its child": "sh -c 'trap \"\" HUP; sleep 900 & exit 3'; exit 3",
+		"that hangs":               "trap '' HUP TERM; sleep 900 & echo up; while :; do sleep 900; done",
+	} {
+		t.Run(name, func(t *testing.T) {
+			ctx, cancel := context.WithCancel(b.context())
+			defer cancel()
+			out := newWatcher()
+			if name == "that hangs" {
+				go func() { out.await(t, "up"); cancel() }()
+			}
+			code, err := s.Exec(ctx, sandbox.ExecRequest{Command: []string{"sh", "-c", command}, Whole: true, Stdout: out})
+			if name == "that hangs" {
+				if !errors.Is(err, context.Canceled) {
+					t.Errorf("it ends with %d, %v, want that it was cancelled", code, err)
+				}
+			} else if code != 3 || err != nil {
+				t.Errorf("it ends with %d, %v, want 3", code, err)
+			}
+			b.eventually("nothing is left of it", func() bool { return processes() == before })
+		})
 	}
 }
 

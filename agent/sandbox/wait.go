@@ -72,6 +72,11 @@ func (s *Sandbox) settle() ExitStatus {
 	case exit.Signal == syscall.SIGKILL && kills > 0 && !s.killed:
 		status.OOMKilled = true
 		status.Reason = fmt.Sprintf("killed by the kernel because its memory limit of %d bytes was reached", s.state.Config.MemBytes)
+	case kills > 0 && status.Code == 128+int(syscall.SIGKILL) && !s.killed: // as a shell says it of its child
+		status.OOMKilled = true
+		status.Reason = fmt.Sprintf("a process of it was killed by the kernel because the memory limit of %d bytes was reached", s.state.Config.MemBytes)
+	case kills > 0 && status.Code != 0 && !s.killed && status.Reason == "":
+		status.Reason = fmt.Sprintf("it failed after the kernel had killed %s because the memory limit of %d bytes was reached", processes(kills), s.state.Config.MemBytes)
 	case !ownEnd && s.killed:
 		status.Reason = "the sandbox was killed"
 	case !ownEnd:
@@ -79,6 +84,13 @@ func (s *Sandbox) settle() ExitStatus {
 	}
 	s.status = &status
 	return status
+}
+
+func processes(n int64) string {
+	if n == 1 {
+		return "a process of it"
+	}
+	return fmt.Sprintf("%d processes of it", n)
 }
 
 func readExit(upper string) (pid1.Exit, error) {

@@ -1,10 +1,12 @@
 package main
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -28,6 +30,7 @@ type session struct {
 	input  *os.File // the terminal, too
 	output []stream
 	tty    bool
+	whole  bool // nothing that the process started may stay
 
 	queued chan struct{} // holds a token while there is pending input
 	gone   chan struct{} // closed by hangUp
@@ -58,7 +61,7 @@ func startSession(f *family, run *pid1.Run, r *pid1.Request) (*session, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &session{family: f, tty: r.TTY, queued: make(chan struct{}, 1), gone: make(chan struct{})}
+	s := &session{family: f, tty: r.TTY, whole: r.Whole, queued: make(chan struct{}, 1), gone: make(chan struct{})}
 	childs, err := s.open(r, run)
 	if err == nil {
 		s.pid, s.exited, err = f.start(run, file, r.Command, unique(env), childs, r.TTY)
@@ -209,6 +212,7 @@ func (s *session) converse(link *conn) (detached bool) {
 	pumps.Wait()
 	switch {
 	case ended:
+		s.killRest()
 		for _, out := range s.output {
 			out.drain(link)
 		}
@@ -256,10 +260,50 @@ func (s *session) listen(link *conn) stop {
 			if len(payload) == 1 {
 				s.family.signalGroup(s.pid, syscall.Signal(payload[0]))
 			}
+		case pid1.FrameKill:
+			s.killRest()
 		case pid1.FrameQuiesce:
 			return stopQuiesce
 		}
 	}
+}
+
+// killRest kills all processes of a whole session. The kernel does not give the
+// session's number to another process while one of them is left, setsid(2).
+func (s *session) killRest() {
+	if !s.whole {
+		return
+	}
+	killed := map[int]bool{}
+	for before := -1; before < len(killed); { // what they started meanwhile
+		before = len(killed)
+		entries, err := os.ReadDir("/proc")
+		if err != nil {
+			return // nothing can be found, as before the first process
+		}
+		for _, entry := range entries {
+			if pid, err := strconv.Atoi(entry.Name()); err == nil && sessionOf(pid) == s.pid {
+				killed[pid] = true
+				_ = syscall.Kill(pid, syscall.SIGKILL) // it may have just ended
+			}
+		}
+	}
+}
+
+// sessionOf reads the session of a live process, field 6 of proc_pid_stat(5); 0
+// if it has ended.
+func sessionOf(pid int) int {
+	content, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return 0
+	}
+	_, rest, _ := strings.Cut(string(content[bytes.LastIndexByte(content, ')')+1:]), " ")
+	fields := strings.Fields(rest)
+	if len(fields) < 4 || fields[0] == "Z" || fields[0] == "X" {
+		return 0
+	}
+	session, _ := strconv.Atoi(fields[3])
+	return session
 }
 
 // enqueue hands input to feed, unless that is more than may wait.
@@ -361,6 +405,7 @@ func (s *session) hangUp() {
 	close(s.gone)
 	_ = s.close()
 	s.fed.Wait()
+	s.killRest()
 	s.family.signalGroup(s.pid, syscall.SIGHUP)
 	s.family.signalGroup(s.pid, syscall.SIGCONT)
 }

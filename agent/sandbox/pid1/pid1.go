@@ -196,6 +196,7 @@ const (
 	FrameApp                        // pid 1: an AppRequest, on a connection that listens
 	FrameChallenge                  // pid 1: random bytes, first on a connection by TCP
 	FrameProof                      // dormouse-rsh: Proof of the challenge
+	FrameKill                       // agent: kill the process of a Whole session, and all it started
 )
 
 // Window is how many bytes of input the agent may send beyond the last Ack, so
@@ -230,11 +231,14 @@ type Request struct {
 	Command  []string       `json:"command,omitempty"`
 	Env      []string       `json:"env,omitempty"` // added to the command's
 	TTY      bool           `json:"tty,omitempty"`
-	Rows     uint16         `json:"rows,omitempty"`
-	Cols     uint16         `json:"cols,omitempty"`
-	ID       string         `json:"id,omitempty"`
-	JobRun   int64          `json:"job_run,omitempty"`
-	Outcome  *Outcome       `json:"outcome,omitempty"`
+	// Whole: at the end of the process, or of a connection that does not end by
+	// Quiesce, all that it started is killed, but for what began a session of its own.
+	Whole   bool     `json:"whole,omitempty"`
+	Rows    uint16   `json:"rows,omitempty"`
+	Cols    uint16   `json:"cols,omitempty"`
+	ID      string   `json:"id,omitempty"`
+	JobRun  int64    `json:"job_run,omitempty"`
+	Outcome *Outcome `json:"outcome,omitempty"`
 }
 
 // OK answers a request that was done.
