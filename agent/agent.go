@@ -46,6 +46,7 @@ type Agent struct {
 	answers  *answers
 	clock    controllerClock
 	tree     *treeNode
+	links    *treeLinks
 	monitor  *monitor
 	life     context.Context // of Run
 	streams  sync.WaitGroup  // logs and execs under way
@@ -110,7 +111,9 @@ func New(config Config) (_ *Agent, err error) {
 		return nil, err
 	}
 	a.monitor = newMonitor(a)
-	a.tree.sample, a.tree.toController, a.tree.peers = a.monitor.summary, a.send, noPeers{}
+	a.links = newTreeLinks(a.identity.Load, a.log)
+	a.links.node = a.tree
+	a.tree.sample, a.tree.toController, a.tree.peers = a.monitor.summary, a.send, a.links
 	a.boxes, err = sandbox.New(sandbox.Options{
 		Init: config.Init, Cgroup: config.Cgroup, Images: filepath.Join(config.State, "images"),
 		Hide: append([]string{config.State, config.Spool}, config.Hide...), Network: taskNetworks{a}, Log: a.log,
@@ -206,6 +209,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	watching.Go(func() { a.monitor.run(ctx) })
 	err := a.joinAndServe(ctx)
 	cancel()
+	a.links.close()
 	watching.Wait()
 	a.lanes.wait()
 	a.restores.Wait()

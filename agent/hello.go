@@ -25,6 +25,7 @@ func (a *Agent) hello() *agentpb.Hello {
 	}
 	if underlay := a.underlay(); underlay.IsValid() {
 		h.Underlay = underlay.String()
+		h.TreeAddress = a.links.listen(underlay)
 	}
 	if cpu, err := criu.CPUInfo(); err == nil {
 		h.CpuModel, h.CpuFeatures = cpu.Model, cpu.Features

@@ -55,10 +55,10 @@ type treeNode struct {
 
 // treePeers are the ways to other nodes.
 type treePeers interface {
-	// report tells a parent and gives the answer to treeNode.answered, or calls
+	// report tells the parent and gives the answer to treeNode.answered, or calls
 	// treeNode.unreachable. It does not wait.
-	report(parent, address string, r *tree.Report)
-	// answer gives a child the answer to its report.
+	report(place tree.Assignment, r *tree.Report)
+	// answer gives a child the answer to its report. It does not wait.
 	answer(child string, a *tree.Ack)
 }
 
@@ -156,7 +156,7 @@ func (n *treeNode) deliver(m tree.Message) {
 		n.toController(&agentpb.FromAgent{Body: &agentpb.FromAgent_TreeReport{TreeReport: m.Report.Proto()}})
 	case m.Report != nil:
 		place, _ := n.node.Place()
-		n.peers.report(m.To, place.ParentAddress, m.Report)
+		n.peers.report(place, m.Report)
 	case m.Ack != nil:
 		n.peers.answer(m.To, m.Ack)
 	}
@@ -230,10 +230,3 @@ func (n *treeNode) forget(kept func(key string) bool) {
 		}
 	}
 }
-
-// noPeers is for a node that is not connected to others: it has neither parent
-// nor children.
-type noPeers struct{}
-
-func (noPeers) report(string, string, *tree.Report) {}
-func (noPeers) answer(string, *tree.Ack)            {}

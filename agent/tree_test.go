@@ -22,6 +22,12 @@ type treeWorld struct {
 	at   time.Time
 }
 
+// noPeers is for a node that has neither parent nor children.
+type noPeers struct{}
+
+func (noPeers) report(tree.Assignment, *tree.Report) {}
+func (noPeers) answer(string, *tree.Ack)             {}
+
 func newTreeWorld(t *testing.T) *treeWorld {
 	w := &treeWorld{t: t, dir: filepath.Join(t.TempDir(), "state")}
 	must(t, os.Mkdir(w.dir, 0o700))
