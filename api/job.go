@@ -193,6 +193,9 @@ type JobDetail struct {
 	From string `json:"from,omitempty"`
 	// Automatic explains the job's automatic checkpoints, when it has a policy.
 	Automatic *Automatic `json:"automatic,omitempty"`
+	// Starvation is set while the job is kept from working, and after it was
+	// suspended for that until it runs again.
+	Starvation *Starvation `json:"starvation,omitempty"`
 	// Incidents are the job's failures and how long each kept it from running,
 	// oldest first; the newest 20.
 	Incidents []Incident `json:"incidents,omitempty"`
@@ -223,4 +226,7 @@ type TaskStatus struct {
 	ExitCode  *int   `json:"exit_code,omitempty"`
 	Signal    string `json:"signal,omitempty"` // SIGKILL, ... when one ended it
 	Reason    string `json:"reason,omitempty"`
+	// Starvation and Health are what its node has found last; none: nothing yet.
+	Starvation *Finding `json:"starvation,omitempty"`
+	Health     *Finding `json:"health,omitempty"`
 }

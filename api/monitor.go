@@ -50,6 +50,34 @@ type Finding struct {
 	Severity float64 `json:"severity,omitempty"`
 }
 
+// Starvation says that a job is kept from working, by what its tasks' findings
+// say together.
+type Starvation struct {
+	Condition   string    `json:"condition"`
+	Since       time.Time `json:"since"`
+	Task        *int      `json:"task,omitempty"`    // the straggler; none: all are at fault alike
+	Node        string    `json:"node,omitempty"`    // where that is
+	Waiting     []int     `json:"waiting,omitempty"` // tasks that seem to spin, and wait for the straggler
+	Explanation string    `json:"explanation"`       // one sentence with the figures
+	Action      string    `json:"action,omitempty"`  // what is done about it, or why nothing is for now
+}
+
+// WebhookPost is what is posted to a job's webhook: an event of type starving,
+// recovered, unhealthy or healthy.
+type WebhookPost struct {
+	ID          uint64     `json:"id"` // the same when it is posted again
+	Event       string     `json:"event"`
+	Time        time.Time  `json:"time"`
+	Job         string     `json:"job"`
+	Name        string     `json:"name,omitempty"` // of the job
+	Phase       Phase      `json:"phase"`
+	Task        *int       `json:"task,omitempty"`
+	Node        string     `json:"node,omitempty"`
+	Condition   string     `json:"condition"`
+	Since       *time.Time `json:"since,omitempty"`
+	Explanation string     `json:"explanation"`
+}
+
 // HealthCheck says how a task's health is asked. Command and HTTP exclude each
 // other.
 type HealthCheck struct {

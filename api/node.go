@@ -36,6 +36,9 @@ type Node struct {
 	// Labels are what constraints of jobs ask for, beside node and cloud.
 	Labels map[string]string `json:"labels,omitempty"`
 
+	// Trouble is what the node has found about itself that keeps jobs away.
+	Trouble *Finding `json:"trouble,omitempty"`
+
 	Reason       string   `json:"reason,omitempty"`
 	CRIUVersion  string   `json:"criu_version,omitempty"`
 	Kernel       string   `json:"kernel,omitempty"`

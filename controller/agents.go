@@ -205,6 +205,7 @@ func (s *agentService) serve(ctx context.Context, stream grpc.BidiStreamingServe
 		return err
 	}
 	c.fleet.attach(se, c.clock.Now())
+	c.monitor.connected(ctx, se.node)
 	defer c.fleet.detach(se)
 	defer close(se.done)
 	received := make(chan error, 1)
@@ -245,6 +246,8 @@ func (s *agentService) receive(ctx context.Context, stream grpc.BidiStreamingSer
 			err = c.taskEvent(ctx, se.node, body.TaskEvent.GetState())
 		case *agentpb.FromAgent_AppRequest:
 			c.fromInside(c.run, se.node, body.AppRequest)
+		case *agentpb.FromAgent_TreeReport:
+			err = c.monitor.reported(ctx, se.node, body.TreeReport)
 		}
 		if err != nil {
 			return err
@@ -263,7 +266,9 @@ func (s *agentService) acknowledge(ctx context.Context, se *session, seq uint64)
 		return status.Error(codes.Unavailable, err.Error())
 	}
 	select {
-	case se.out <- &agentpb.ToAgent{Body: &agentpb.ToAgent_HeartbeatAck{HeartbeatAck: &agentpb.HeartbeatAck{Seq: seq, UploadRate: c.uploadRate(se.cloud, se.node)}}}:
+	case se.out <- &agentpb.ToAgent{Body: &agentpb.ToAgent_HeartbeatAck{HeartbeatAck: &agentpb.HeartbeatAck{
+		Seq: seq, UploadRate: c.uploadRate(se.cloud, se.node), ClockUs: c.clock.Now().UnixMicro(),
+	}}}:
 		return nil
 	case <-ctx.Done():
 		return ctx.Err()

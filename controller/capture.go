@@ -314,9 +314,12 @@ func (c *Controller) concludeCheckpoint(tx store.Tx, op *opRecord, job *jobRecor
 
 func (c *Controller) concludeSuspend(tx store.Tx, op *opRecord, job *jobRecord, done bool) error {
 	if !done {
-		job.Phase, job.Reason = api.PhaseRunning, "suspend failed: "+op.Error
+		job.Phase, job.Reason, job.Yield = api.PhaseRunning, "suspend failed: "+op.Error, nil
 		c.logJob(job)
 		return c.concludeCheckpoint(tx, op, job, false)
+	}
+	if job.Yield != nil {
+		return c.concludeRelief(tx, op, job)
 	}
 	ask, err := op.request()
 	if err != nil {

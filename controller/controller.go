@@ -99,6 +99,12 @@ type Parts struct {
 	// Recovery says how failed jobs are started again; Spec.MaxRestarts of each
 	// says how often.
 	Recovery failures.Policy
+	// Round is the period of the monitoring tree, Arity how many children a node of
+	// it has. Zero: 5 s, 8.
+	Round time.Duration
+	Arity int
+	// Relief bounds what is done about jobs that are kept from working.
+	Relief Relief
 	// Bounds hold the interval of automatic checkpoints. Zero: interval.Usual.
 	Bounds interval.Bounds
 	// AgentURL is where a cloud's new agents dial.
@@ -117,6 +123,7 @@ type Controller struct {
 	bandwidth *bandwidth
 	garbage   chan struct{} // capacity 1: manifests are gone
 	metrics   *metrics
+	monitor   *monitor
 	signer    repository.Signer
 	verifier  *repository.Verifier
 	handler   http.Handler
@@ -173,6 +180,11 @@ func New(parts Parts) (*Controller, error) {
 	setDefault(&parts.Grace, 10*time.Second)
 	setDefault(&parts.Watch, 3*time.Second)
 	setDefault(&parts.Retry, usualRetry)
+	setDefault(&parts.Round, 5*time.Second)
+	parts.Relief = parts.Relief.filled()
+	if parts.Arity <= 0 {
+		parts.Arity = 8
+	}
 	key := parts.PKI.ManifestKey()
 	c := &Controller{
 		parts: parts, store: parts.Store, clock: parts.Clock, log: parts.Logger,
@@ -189,7 +201,7 @@ func New(parts Parts) (*Controller, error) {
 	c.run, c.stop = context.WithCancel(context.Background())
 	c.limiter, c.guesses = access.NewLimiter(c.parts.Access.Rate, c.parts.Access.Burst), access.NewLimiter(guessRate, guessBurst)
 	c.guests, c.refusals = newGuests(), make(chan api.AuditEntry, auditQueue)
-	c.metrics = newMetrics(c)
+	c.metrics, c.monitor = newMetrics(c), newMonitor(c)
 	c.grpc = c.newAgentServer()
 	c.handler = c.newHandler()
 	return c, nil
@@ -220,6 +232,11 @@ func (c *Controller) Start(ctx context.Context) error {
 	if err := c.bootNodes(ctx); err != nil {
 		return fmt.Errorf("take up the nodes: %w", err)
 	}
+	if err := c.monitor.start(ctx); err != nil {
+		return fmt.Errorf("take up the monitoring tree: %w", err)
+	}
+	c.work.Go(func() { c.monitor.loop(c.run) })
+	c.work.Go(func() { c.deliver(c.run) })
 	c.work.Go(func() { c.watchNodes(c.run) })
 	c.work.Go(func() { c.reconcile(c.run) })
 	c.work.Go(func() { c.tidy(c.run) })

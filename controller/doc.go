@@ -12,6 +12,10 @@
 //	start, capture, restore, kill, verify: the steps themselves, applied to all tasks of a job
 //	settle.go       what becomes of a job when its tasks end or its nodes are lost
 //	recover.go      whether, when and from what a failed job is started again
+//	monitor.go      the controller's end of the monitoring tree
+//	findings.go     what nodes have found of themselves and of tasks, and what follows
+//	relief.go       jobs that are kept from working are suspended or moved
+//	webhook.go      findings on their way to the webhooks of jobs
 //	cleanup.go      tasks that must not exist any more, remembered until their nodes confirm it
 //	fleet.go        streams to agents; a command is repeated over reconnects until it is answered
 //	agents.go       the gRPC service: join, connect, attach

@@ -23,6 +23,9 @@ type metrics struct {
 	requests    *prometheus.CounterVec
 	recoveries  *prometheus.CounterVec
 	down        prometheus.Histogram
+	findings    *prometheus.CounterVec
+	reliefs     *prometheus.CounterVec
+	posts       *prometheus.CounterVec
 }
 
 func newMetrics(c *Controller) *metrics {
@@ -48,12 +51,22 @@ func newMetrics(c *Controller) *metrics {
 		recoveries: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "dormouse_recoveries_total", Help: "Failures of jobs that were followed by a recovery, by cause.",
 		}, []string{"cause"}),
+		findings: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "dormouse_findings_total", Help: "Jobs found to be kept from working and tasks found unhealthy or well again, by kind and condition.",
+		}, []string{"kind", "condition"}),
+		reliefs: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "dormouse_starvation_actions_total", Help: "Jobs taken off their places because they were kept from working, by policy.",
+		}, []string{"policy"}),
+		posts: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "dormouse_webhook_posts_total", Help: "Findings posted to webhooks, by result: taken, refused, given_up.",
+		}, []string{"result"}),
 		down: prometheus.NewHistogram(prometheus.HistogramOpts{
 			Name: "dormouse_incident_down_seconds", Help: "From the failure of a job until it ran again.",
 			Buckets: prometheus.ExponentialBuckets(0.25, 2, 16),
 		}),
 	}
-	m.registry.MustRegister(m.pause, m.durable, m.checkpoints, m.operations, m.requests, m.recoveries, m.down, &census{c: c},
+	m.registry.MustRegister(m.pause, m.durable, m.checkpoints, m.operations, m.requests, m.recoveries, m.down, m.findings, m.reliefs, m.posts,
+		&census{c: c},
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return m
 }

@@ -123,6 +123,9 @@ func (c *Controller) watchNodes(ctx context.Context) {
 		if err := c.checkLeases(ctx); err != nil && ctx.Err() == nil {
 			c.log.Error("the nodes' leases cannot be checked", "error", err)
 		}
+		if err := c.monitor.follow(ctx); err != nil && ctx.Err() == nil {
+			c.log.Error("the monitoring tree cannot follow the nodes", "error", err)
+		}
 	}
 }
 
@@ -341,6 +344,7 @@ func noteHello(n *nodeRecord, h *agentpb.Hello) {
 	n.CPUs, n.MemBytes = h.GetCpus(), h.GetMemBytes()
 	n.CRIUVersion, n.Kernel, n.Underlay = h.GetCriuVersion(), h.GetKernel(), h.GetUnderlay()
 	n.CPUModel, n.CPUFeatures = h.GetCpuModel(), h.GetCpuFeatures()
+	n.TreeAddress = h.GetTreeAddress()
 	n.AgentVersion, n.AgentPid = h.GetAgentVersion(), int(h.GetAgentPid())
 }
 

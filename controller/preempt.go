@@ -28,6 +28,11 @@ type yield struct {
 	To    string    `json:"to,omitempty"`   // the job that it gave way to
 	From  string    `json:"from,omitempty"` // the node that was drained
 	Since time.Time `json:"since"`
+	// Starved is why the job was kept from working, when it was moved for that, and
+	// Nodes are where. Now is set when it is to go on at once, elsewhere.
+	Starved string   `json:"starved,omitempty"`
+	Nodes   []string `json:"nodes,omitempty"`
+	Now     bool     `json:"now,omitempty"`
 	// Patient jobs were told to go: they evict nobody to come back, and let those
 	// go first that waited already.
 	Patient bool `json:"patient,omitempty"`
@@ -43,6 +48,8 @@ type yield struct {
 // text says in a few words why the job sleeps.
 func (y *yield) text() string {
 	switch {
+	case y.Starved != "":
+		return "kept from working (" + y.Starved + ")"
 	case y.To != "" && y.Patient:
 		return "swapped for job " + y.To
 	case y.To != "":

@@ -72,6 +72,7 @@ func (c *Controller) driveOperations(ctx context.Context) error {
 // settleOn begins a new run of the job on the nodes of placement.
 func (j *jobRecord) settleOn(placement []string, nodes []scheduler.Node, phase api.Phase) {
 	j.Run++
+	j.Starvation = nil
 	j.Phase, j.Reason, j.ExitCode, j.Finished = phase, "", nil, nil
 	for i := range j.TaskStatus {
 		t := &j.TaskStatus[i]

@@ -39,6 +39,8 @@ type jobRecord struct {
 	Yield *yield `json:"yield,omitempty"`
 	// Stubborn is set after the job could not give way.
 	Stubborn *stubborn `json:"stubborn,omitempty"`
+	// Relief is what was done last about the job being kept from working.
+	Relief relief `json:"relief,omitzero"`
 	// Size and Took are the bytes of the newest durable checkpoint and how long it
 	// took, CRIU the version that a node needs to restore it.
 	Size int64   `json:"size,omitempty"`
@@ -156,6 +158,8 @@ type nodeRecord struct {
 	Tally interval.Tally `json:"tally,omitzero"`
 	// Hellos counts the sessions that its agents began.
 	Hellos int64 `json:"hellos,omitempty"`
+	// TreeAddress is where other nodes reach its agent's part of the monitoring tree.
+	TreeAddress string `json:"tree_address,omitempty"`
 	// Certificates are those that its agent may show.
 	Certificates certificates `json:"certificates,omitzero"`
 }

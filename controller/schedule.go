@@ -33,6 +33,10 @@ type survey struct {
 	queue   []scheduler.Waiting
 	places  []string              // of those that are running, one after the other
 	jobs    map[string]*jobRecord // those in the queue; shared, to be read only
+	// pressed says of nodes what they are short of, round is how long that holds.
+	pressed map[string]string
+	round   time.Duration
+	patient time.Duration // Relief.Patient
 	// next is when a job is no longer held back or stubborn; zero: none is.
 	next time.Time
 }
@@ -49,7 +53,7 @@ func (c *Controller) survey(tx store.Tx) (*survey, error) {
 	}
 	s := &survey{
 		nodes: make([]scheduler.Node, len(nodes)), running: make([]scheduler.Running, 0, len(jobs)), places: make([]string, 0, len(jobs)),
-		jobs: make(map[string]*jobRecord),
+		jobs: make(map[string]*jobRecord), round: c.parts.Round, patient: c.parts.Relief.Patient,
 	}
 	if recent, ok := tx.(store.Recent); ok {
 		s.version = recent.Version()
@@ -58,6 +62,7 @@ func (c *Controller) survey(tx store.Tx) (*survey, error) {
 		s.nodes[i] = n.scheduler
 	}
 	now := c.clock.Now()
+	s.pressed = c.pressed(jobs, now)
 	for _, job := range jobs {
 		stance, op, err := c.stance(tx, job)
 		if err != nil {
@@ -92,8 +97,12 @@ func (n *nodeRecord) seen() scheduler.Node {
 		labels = make(map[string]string, 2)
 	}
 	labels[labelNode], labels[labelCloud] = n.ID, n.Cloud
+	state := n.State
+	if state == api.NodeReady && n.Trouble != nil {
+		state = nodeTroubled
+	}
 	return scheduler.Node{
-		ID: n.ID, Cloud: n.Cloud, State: n.State, CPUs: n.CPUs, MemBytes: n.MemBytes, CRIUVersion: n.CRIUVersion, Labels: labels,
+		ID: n.ID, Cloud: n.Cloud, State: state, CPUs: n.CPUs, MemBytes: n.MemBytes, CRIUVersion: n.CRIUVersion, Labels: labels,
 	}
 }
 
@@ -187,6 +196,9 @@ func (s *survey) waiting(job *jobRecord, now time.Time) scheduler.Waiting {
 	}
 	if y := job.Yield; y != nil {
 		w.Since, w.Patient = y.Since, y.Patient
+		if y.Starved != "" {
+			s.breathe(&w, y, now)
+		}
 		if y.NotBefore.After(now) {
 			w.Hold = y.Why
 			s.note(y.NotBefore)

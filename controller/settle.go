@@ -18,6 +18,7 @@ const (
 	succeeded
 	broke // a task ended with a failure
 	lost  // a task vanished with its node
+	sick  // a task is unhealthy by its health check
 )
 
 // judge looks at the tasks of a running job. It is a pure function. A failed
@@ -47,10 +48,18 @@ func judge(tasks []api.TaskStatus, launch string) (verdict, *api.TaskStatus) {
 			}
 		}
 	}
+	if i := slices.IndexFunc(tasks, unhealthy); i >= 0 && state == goesOn {
+		state, first = sick, &tasks[i]
+	}
 	if len(tasks) > 0 && ended == len(tasks) {
 		return succeeded, &tasks[0]
 	}
 	return state, first
+}
+
+// unhealthy reports whether a task runs and its health check says that it is ill.
+func unhealthy(t api.TaskStatus) bool {
+	return t.ExitCode == nil && t.Health != nil && t.Health.Condition == api.ConditionUnhealthy
 }
 
 // lostTask reports whether a task went with its node: whatever comes back of it
@@ -107,8 +116,20 @@ func (c *Controller) settleRunning(tx store.Tx, job *jobRecord) error {
 			return nil // as above
 		}
 		return c.fail(tx, job, c.runFailed(job, failures.Node, task.Reason, task.Node))
+	case sick:
+		if job.Operation != "" {
+			return nil // as above
+		}
+		return c.fail(tx, job, c.runFailed(job, failures.Program, describeIllness(job, task), task.Node))
 	}
 	return nil
+}
+
+func describeIllness(job *jobRecord, task *api.TaskStatus) string {
+	if job.Tasks > 1 {
+		return fmt.Sprintf("task %d is unhealthy: %s", task.Index, task.Health.Explanation)
+	}
+	return "unhealthy: " + task.Health.Explanation
 }
 
 func describeExit(job *jobRecord, task *api.TaskStatus) string {

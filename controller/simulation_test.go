@@ -51,6 +51,7 @@ type world struct {
 	dir        string
 	repository *memoryRepository
 	recovery   failures.Policy
+	relief     Relief
 
 	mu     sync.Mutex
 	agents map[string]*simAgent
@@ -85,6 +86,7 @@ const adminToken = "secret-of-the-admin"
 func newSimulation(t *testing.T, nodes ...string) *simulation {
 	t.Helper()
 	w := &world{t: t, dir: t.TempDir(), repository: newMemoryRepository(), agents: make(map[string]*simAgent)}
+	w.relief = Relief{Rest: 100 * time.Millisecond, Lull: 100 * time.Millisecond}
 	w.recovery = failures.Policy{First: 20 * time.Millisecond}
 	s := &simulation{world: w, token: adminToken}
 	s.open()
@@ -138,7 +140,7 @@ func (s *simulation) open() {
 		Store: s.store, PKI: keys, Repository: s.repository, RepositoryConfig: json.RawMessage(`{"backend":"memory"}`),
 		AdminToken: adminToken, JoinToken: "shared", Version: "test",
 		Heartbeat: 100 * time.Millisecond, Lease: time.Second, Margin: 300 * time.Millisecond, Grace: 200 * time.Millisecond, Retry: 200 * time.Millisecond, Watch: 100 * time.Millisecond,
-		Recovery: s.recovery,
+		Recovery: s.recovery, Round: 200 * time.Millisecond, Relief: s.relief,
 		AgentURL: func(string) string { return "https://" + s.addr },
 	})
 	must(err)
@@ -425,6 +427,9 @@ type simAgent struct {
 
 	appAnswers chan *agentpb.AppAnswer
 
+	verdicts []*agentpb.TreeVerdict // that it has raised; guarded by world.mu
+	heard    uint64                 // the last that is stored
+
 	certificate *tls.Certificate
 	cancel      context.CancelFunc
 	done        chan struct{}
@@ -560,6 +565,11 @@ func (a *simAgent) connect(ctx context.Context) error {
 		}
 		if answer := message.GetAppAnswer(); answer != nil {
 			a.appAnswers <- answer
+		}
+		for _, p := range message.GetTreeAck().GetStored() {
+			a.mu.Lock()
+			a.heard = p.GetSeq()
+			a.mu.Unlock()
 		}
 		if command := message.GetCommand(); command != nil {
 			turn := a.turn(command)

@@ -5,7 +5,7 @@ import "fmt"
 // Schema is the version of the tables and of what is in them. A store that was
 // written by a newer schema is refused, never guessed at; an older one is brought
 // to this one before it is used.
-const Schema = 2
+const Schema = 3
 
 // The tables of schema 1.
 const (
@@ -25,12 +25,18 @@ const (
 	Audit        Table = "audit"         // who did what, by number, %016x
 )
 
+// The tables of schema 3.
+const (
+	Monitor Table = "monitor" // the monitoring tree, the last verdict of each node, what is to be posted
+)
+
 // Upgrades is the way from the first schema to the present one. A change of
 // tables, or of what is in them that an older dormouse would misread or a newer
 // one would miss, is one more step here, and one more Schema.
 func Upgrades() Plan {
 	return Plan{
 		{Tables: []Table{Receipts, AccessTokens, Audit}},
+		{Tables: []Table{Monitor}},
 	}
 }
 
