@@ -20,47 +20,59 @@ const (
 type diskWatch struct{ dir string }
 
 // look returns how many bytes it has, and how many of them are free for the agent.
-func (d diskWatch) look() (free, total uint64, err error) {
+func (d diskWatch) look() (free, total uint64, id unix.Fsid, err error) {
 	var s unix.Statfs_t
 	if err := unix.Statfs(d.dir, &s); err != nil {
-		return 0, 0, fmt.Errorf("look at the disk of %s: %w", d.dir, err)
+		return 0, 0, id, fmt.Errorf("look at the disk of %s: %w", d.dir, err)
 	}
-	return s.Bfree * uint64(s.Bsize), s.Blocks * uint64(s.Bsize), nil
+	return s.Bfree * uint64(s.Bsize), s.Blocks * uint64(s.Bsize), s.Fsid, nil
 }
 
-// judge says whether the disk is nearly full, knowing whether it was.
-func (d diskWatch) judge(free, total uint64, was bool) (f api.Finding, changed bool) {
+// judge says whether the disk is nearly full, knowing whether the node had one that was.
+func (d diskWatch) judge(free, total uint64, was bool) api.Finding {
 	limit := min(diskShare*float64(total), diskBytes)
 	if was {
 		limit *= 1.5
 	}
 	full := float64(free) < limit
-	f = api.Finding{Kind: api.FindingNode, Condition: api.ConditionHealthy}
+	f := api.Finding{Kind: api.FindingNode, Condition: api.ConditionHealthy}
 	f.Explanation = fmt.Sprintf("the disk of %s has %s of %s left", d.dir, gigabytes(free), gigabytes(total))
 	if full {
 		f.Condition = api.ConditionDiskFull
 		f.Explanation += ", which is little for checkpoints and logs"
 	}
-	return f, full != was
+	return f
 }
 
 func gigabytes(bytes uint64) string { return fmt.Sprintf("%.1f GB", float64(bytes)/1e9) }
 
-// diskKey is under what the node's disk is remembered.
+// diskKey is under what the node's disks are remembered.
 const diskKey = "disk"
 
-// lookAtDisk looks and says what has changed.
-func (m *monitor) lookAtDisk(now time.Time) {
-	free, total, err := m.disk.look()
-	if err != nil {
-		m.log.Debug("the disk is not looked at", "error", err)
-		return
+// lookAtDisks looks at each disk once, the one of the state first, and says what
+// has changed: whether any is nearly full.
+func (m *monitor) lookAtDisks(now time.Time) {
+	said := m.agent.tree.last(diskKey)
+	was := said.Condition == api.ConditionDiskFull
+	var found []api.Finding
+	seen := map[unix.Fsid]bool{}
+	for i, d := range m.disks {
+		free, total, id, err := d.look()
+		if err != nil {
+			m.log.Debug("a disk is not looked at", "error", err)
+			continue
+		}
+		if i == 0 {
+			m.mu.Lock()
+			m.node.DiskFree, m.node.DiskBytes = free, total
+			m.mu.Unlock()
+		}
+		if !seen[id] {
+			seen[id] = true
+			found = append(found, d.judge(free, total, was))
+		}
 	}
-	m.mu.Lock()
-	m.node.DiskFree, m.node.DiskBytes = free, total
-	m.mu.Unlock()
-	was := m.agent.tree.last(diskKey).Condition == api.ConditionDiskFull
-	f, changed := m.disk.judge(free, total, was)
+	f, changed := worstDisk(found, was)
 	if !changed {
 		return
 	}
@@ -69,4 +81,14 @@ func (m *monitor) lookAtDisk(now time.Time) {
 	if err := m.agent.tree.say(diskKey, f); err != nil {
 		m.log.Error("a finding is not told yet", "error", err)
 	}
+}
+
+// worstDisk joins what was found of the disks, and reports whether it is new.
+func worstDisk(found []api.Finding, was bool) (worst api.Finding, changed bool) {
+	for i, f := range found {
+		if i == 0 || f.Condition == api.ConditionDiskFull && worst.Condition != api.ConditionDiskFull {
+			worst = f
+		}
+	}
+	return worst, len(found) > 0 && (worst.Condition == api.ConditionDiskFull) != was
 }

@@ -38,7 +38,7 @@ type monitor struct {
 	agent *Agent
 	log   *slog.Logger
 	woken chan struct{} // capacity 1: a task began
-	disk  diskWatch
+	disks []diskWatch
 
 	// These are of run's goroutine only.
 	tasks    map[string]*watchedTask
@@ -65,7 +65,7 @@ type watchedTask struct {
 
 func newMonitor(a *Agent) *monitor {
 	return &monitor{
-		agent: a, log: a.log, woken: make(chan struct{}, 1), disk: diskWatch{dir: a.config.State},
+		agent: a, log: a.log, woken: make(chan struct{}, 1), disks: []diskWatch{{a.config.State}, {a.config.Spool}},
 		tasks: map[string]*watchedTask{}, tally: map[string]tally.Task{},
 	}
 }
@@ -163,20 +163,21 @@ func (m *monitor) drop(id string) {
 func (m *monitor) measure(ctx context.Context, now time.Time) time.Time {
 	var due []*watchedTask
 	for _, w := range m.tasks {
-		if !now.Before(w.due) {
+		if isDue(w.due, now, w.period) {
 			due = append(due, w)
 		}
 	}
-	if len(due) > 0 || !now.Before(m.hostDue) {
+	node := isDue(m.hostDue, now, sample.DefaultPeriod)
+	if node || len(due) > 0 {
 		m.lookAtHost(ctx, now)
 	}
 	for _, w := range due {
 		m.look(w, now)
 		w.due = now.Truncate(w.period).Add(w.period)
 	}
-	if !now.Before(m.hostDue) {
+	if node {
 		m.hostDue = now.Truncate(sample.DefaultPeriod).Add(sample.DefaultPeriod)
-		m.lookAtDisk(now)
+		m.lookAtDisks(now)
 	}
 	next := m.hostDue
 	for _, w := range m.tasks {
@@ -185,6 +186,12 @@ func (m *monitor) measure(ctx context.Context, now time.Time) time.Time {
 		}
 	}
 	return next
+}
+
+// isDue reports whether it is time for what comes once a period. What is due later
+// than that was due by a clock that has been set back since.
+func isDue(due, now time.Time, period time.Duration) bool {
+	return !now.Before(due) || due.Sub(now) > period
 }
 
 // lookAtHost measures the node.

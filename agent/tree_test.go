@@ -137,10 +137,20 @@ func TestADiskIsFullWithHysteresis(t *testing.T) {
 		{12 * gb, 10000 * gb, false, api.ConditionHealthy, false}, // enough for a large disk, too
 	} {
 		t.Run(fmt.Sprint(c.free/gb, c.total/gb, c.was), func(t *testing.T) {
-			f, changed := d.judge(c.free, c.total, c.was)
+			well := api.Finding{Condition: api.ConditionHealthy}
+			f, changed := worstDisk([]api.Finding{well, d.judge(c.free, c.total, c.was), well}, c.was)
 			if f.Condition != c.want || changed != c.changed {
 				t.Errorf("judged %s, changed %v: %s; want %s, %v", f.Condition, changed, f.Explanation, c.want, c.changed)
 			}
 		})
+	}
+}
+
+func TestAClockThatIsSetBackStopsNoMeasuring(t *testing.T) {
+	now := time.Unix(1000000, 0)
+	for due, want := range map[time.Duration]bool{0: true, -time.Second: true, time.Second: false, 10 * time.Second: false, time.Hour: true} {
+		if got := isDue(now.Add(due), now, 10*time.Second); got != want {
+			t.Errorf("what is due in %s: %v, want %v", due, got, want)
+		}
 	}
 }
