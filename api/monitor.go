@@ -11,6 +11,11 @@ const (
 	StarvationIgnore  = "ignore"  // tell by an event only
 )
 
+// StarvationPolicies lists them.
+func StarvationPolicies() []string {
+	return []string{StarvationSuspend, StarvationMigrate, StarvationNotify, StarvationIgnore}
+}
+
 // FindingKind says which part of the monitor found something.
 type FindingKind string
 

@@ -10,11 +10,13 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"time"
 
 	"gopkg.in/yaml.v3"
 
+	"dormouse/api"
 	"dormouse/controller/interval"
 	"dormouse/controller/pki"
 	"dormouse/drivers"
@@ -49,6 +51,9 @@ type Config struct {
 	// Auto bounds the interval of the checkpoint policy auto; 30 s and 6 h unless
 	// given.
 	Auto AutoConfig `yaml:"auto"`
+	// OnStarvation is what is done with a job that is kept from working, where its
+	// own policy does not say: suspend unless given; or migrate, notify, ignore.
+	OnStarvation string `yaml:"on_starvation"`
 }
 
 // AutoConfig bounds the interval of the checkpoint policy auto.
@@ -230,6 +235,12 @@ func (c *Config) complete() error {
 	setDefault(&c.Auto.Longest, interval.Usual.Max)
 	if c.Auto.Shortest < interval.Shortest || c.Auto.Longest < c.Auto.Shortest {
 		return fmt.Errorf("auto: the interval is from shortest to longest, and at least %s, not from %s to %s", interval.Shortest, c.Auto.Shortest, c.Auto.Longest)
+	}
+	if c.OnStarvation == "" {
+		c.OnStarvation = api.StarvationSuspend
+	}
+	if !slices.Contains(api.StarvationPolicies(), c.OnStarvation) {
+		return fmt.Errorf("on_starvation is one of %s, got %q", strings.Join(api.StarvationPolicies(), ", "), c.OnStarvation)
 	}
 	if err := c.Access.check(); err != nil {
 		return err

@@ -103,9 +103,9 @@ func (d *Daemon) start(ctx context.Context, env Env) error {
 		Store: d.store, PKI: d.keys, Repository: d.repository, RepositoryConfig: repositoryConfig,
 		AdminToken: d.token, Access: d.config.Access, JoinToken: joinToken, Logger: d.log, Version: env.Version,
 		Heartbeat: d.config.Heartbeat, Lease: d.config.Lease, AgentURL: d.agentURL, State: d.config.State,
-		AgentLife: d.config.AgentCertificates,
-		Bounds:    interval.Bounds{Min: d.config.Auto.Shortest, Max: d.config.Auto.Longest},
-		Cluster:   alone{api.Controller{Name: d.config.Name, URL: d.URL(), Version: env.Version, Leads: true}},
+		AgentLife: d.config.AgentCertificates, Relief: Relief{Policy: d.config.OnStarvation},
+		Bounds:  interval.Bounds{Min: d.config.Auto.Shortest, Max: d.config.Auto.Longest},
+		Cluster: alone{api.Controller{Name: d.config.Name, URL: d.URL(), Version: env.Version, Leads: true}},
 	}
 	if shared, several := d.store.(*etcd.Store); several {
 		return d.startMember(ctx, shared, parts)

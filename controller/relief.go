@@ -27,6 +27,7 @@ import (
 // Relief bounds what is done about jobs that are kept from working. A zero field
 // gets the value named beside it.
 type Relief struct {
+	Policy  string        // for jobs that name none; suspend
 	Gap     time.Duration // between two for one job, at first; 10 min
 	AtOnce  int           // jobs of a cloud; 2
 	Lull    time.Duration // after one on a node, before another there; 30 s, three periods
@@ -44,8 +45,12 @@ func (r Relief) filled() Relief {
 	if r.AtOnce <= 0 {
 		r.AtOnce = 2
 	}
+	r.Policy = cmp.Or(r.Policy, api.StarvationSuspend)
 	return r
 }
+
+// policy is what is done about a job.
+func (r Relief) policy(job *jobRecord) string { return cmp.Or(job.Spec.OnStarvation, r.Policy) }
 
 // relief is what was done last about a job that was kept from working.
 type relief struct {
@@ -101,7 +106,7 @@ func decideRelief(jobs []*jobRecord, bounds Relief, now time.Time) []reliefDecis
 	for _, j := range starving {
 		d := reliefDecision{job: j.ID}
 		last := lull[j.Starvation.Node]
-		switch policy := cmp.Or(j.Spec.OnStarvation, api.StarvationSuspend); {
+		switch policy := bounds.policy(j); {
 		case policy == api.StarvationNotify || policy == api.StarvationIgnore:
 			d.action = "nothing is done: its policy is " + policy
 		case now.Before(j.Relief.again(bounds)):
@@ -177,7 +182,7 @@ func (c *Controller) carryOutRelief(tx store.Tx, d reliefDecision) error {
 	if err != nil || job.Starvation == nil || !d.do && job.Starvation.Action == d.action {
 		return err
 	}
-	now := job.Spec.OnStarvation == api.StarvationMigrate
+	now := c.parts.Relief.policy(job) == api.StarvationMigrate
 	if d.do && now {
 		why, err := c.nowhereElse(tx, job)
 		if err != nil {
@@ -203,7 +208,7 @@ func (c *Controller) carryOutRelief(tx store.Tx, d reliefDecision) error {
 	job.Yield = &yield{Since: at, Starved: job.Starvation.Explanation, Nodes: nodes, Now: now, Patient: true}
 	job.Phase, job.Reason = api.PhaseSuspending, job.Yield.text()
 	c.logJob(job)
-	c.metrics.reliefs.WithLabelValues(cmp.Or(job.Spec.OnStarvation, api.StarvationSuspend)).Inc()
+	c.metrics.reliefs.WithLabelValues(c.parts.Relief.policy(job)).Inc()
 	message := d.action + ": " + job.Starvation.Explanation
 	if err := c.emit(tx, api.Event{Job: job.ID, Type: "starvation", Node: job.Starvation.Node, Message: message}); err != nil {
 		return err

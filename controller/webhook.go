@@ -46,7 +46,7 @@ func (p post) key() string { return fmt.Sprintf("%s%016x", postPrefix, p.Number)
 
 // postFinding has a finding posted to the job's webhook, if it has one.
 func (c *Controller) postFinding(tx store.Tx, job *jobRecord, kind string, f api.Finding, task *int) error {
-	if job.Spec.Webhook == "" || f.Kind == api.FindingStarvation && job.Spec.OnStarvation == api.StarvationIgnore {
+	if job.Spec.Webhook == "" || f.Kind == api.FindingStarvation && c.parts.Relief.policy(job) == api.StarvationIgnore {
 		return nil
 	}
 	n, err := tx.Sequence(store.Monitor)

@@ -61,7 +61,7 @@ func newSite(t *testing.T, number, n int, lease time.Duration) *site {
 	}
 	s := &site{platform: &platform{t: t}, number: number, dir: directory(t)}
 	s.build()
-	config := fmt.Sprintf("listen: %s:7117\nstate: %s\nlease: %s\nheartbeat: %s\nclouds:\n- name: rack\n  driver: static\n",
+	config := fmt.Sprintf("listen: %s:7117\nstate: %s\nlease: %s\nheartbeat: %s\non_starvation: ignore\nclouds:\n- name: rack\n  driver: static\n",
 		s.address(1), s.state(), lease, fencedHeartbeat)
 	file := filepath.Join(s.dir, "controller.yaml")
 	s.must(os.WriteFile(file, []byte(config), 0o600))

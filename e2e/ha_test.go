@@ -65,6 +65,7 @@ listen: %s
 state: %s
 repository: {path: %s}
 lease: 25s
+on_starvation: ignore
 store: {backend: etcd, endpoints: ["%s"], secret_file: %s}
 clouds: [{name: metal, driver: static}]
 `, name, address, filepath.Join(h.dir, name), filepath.Join(h.dir, "repository"), network.URL, secret))

@@ -8,11 +8,13 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
+	"dormouse/api"
 	"dormouse/e2e/cluster"
 	"dormouse/internal/ownnet"
 )
@@ -181,6 +183,10 @@ func startUp(bin, dir string, env []string, args ...string) (*cluster.Cluster, e
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
+	// Tests side by side starve each other's jobs; only some are about that.
+	if !slices.Contains(args, "--on-starvation") {
+		args = append(slices.Clone(args), "--on-starvation", api.StarvationIgnore)
+	}
 	return cluster.Start(ctx, cluster.Options{Binary: bin + "/dormouse", State: filepath.Join(dir, "state"), Args: args, Env: env, Log: logFile(filepath.Join(dir, "up.log"))})
 }
 

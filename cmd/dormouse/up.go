@@ -21,6 +21,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"dormouse/agent/criu"
+	"dormouse/api"
 	"dormouse/controller"
 )
 
@@ -49,6 +50,7 @@ type upOptions struct {
 	mem           int64
 	state, listen string
 	tunnel        string
+	onStarvation  string
 }
 
 func (c *cli) upCommand() *cobra.Command {
@@ -82,6 +84,7 @@ It needs root, as namespaces, cgroups and CRIU do.`,
 	set.StringVar(&options.listen, "listen", defaultListen, "`address` to listen on (default: any free port if that one is taken)")
 	set.StringVar(&options.tunnel, "tunnel", controller.TunnelAuto, "what carries a job's network between nodes: `auto|wireguard|vxlan`; vxlan trusts the network between them")
 	set.Lookup("cpus").DefValue = ""
+	set.StringVar(&options.onStarvation, "on-starvation", api.StarvationSuspend, "what is done with jobs that are kept from working and do not say it themselves: `suspend|migrate|notify|ignore`")
 	return command
 }
 
@@ -107,6 +110,9 @@ func (o *upOptions) parse(cpusGiven, memGiven bool) ([]controller.CloudConfig, e
 	}
 	if !slices.Contains(tunnels, o.tunnel) {
 		return nil, usagef("there is no tunnel %q: choose one of %s", o.tunnel, strings.Join(tunnels, ", "))
+	}
+	if !slices.Contains(api.StarvationPolicies(), o.onStarvation) {
+		return nil, usagef("nothing is known to be done about starvation that is called %q: choose one of %s", o.onStarvation, strings.Join(api.StarvationPolicies(), ", "))
 	}
 	if _, _, err := net.SplitHostPort(o.listen); err != nil {
 		return nil, usagef("the address %q is not HOST:PORT, as in %s", o.listen, defaultListen)
@@ -169,7 +175,7 @@ func (c *cli) up(ctx context.Context, options upOptions, clouds []controller.Clo
 	if before, ok := addressBefore(state); ok && anyPort {
 		options.listen = before
 	}
-	daemon, err := controller.Start(ctx, controller.Config{Listen: options.listen, AnyPort: anyPort, State: state, Clouds: clouds}, controller.Env{
+	daemon, err := controller.Start(ctx, controller.Config{Listen: options.listen, AnyPort: anyPort, State: state, Clouds: clouds, OnStarvation: options.onStarvation}, controller.Env{
 		Logger: upLogger(c.err, logFile), Version: version,
 		AgentCommand: func(config string) []string { return []string{program, "agent", "--config", config} },
 		HoldCommand:  holdCommand(program),

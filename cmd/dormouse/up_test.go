@@ -13,7 +13,7 @@ import (
 )
 
 func TestUpUnderstandsItsClouds(t *testing.T) {
-	options := upOptions{clouds: []string{"east=2", "west=3"}, listen: defaultListen, cpus: 2, mem: 1 << 30, tunnel: "vxlan"}
+	options := upOptions{clouds: []string{"east=2", "west=3"}, listen: defaultListen, cpus: 2, mem: 1 << 30, tunnel: "vxlan", onStarvation: "notify"}
 	clouds, err := options.parse(true, true)
 	if err != nil || len(clouds) != 2 {
 		t.Fatalf("got %v, %v", clouds, err)
@@ -21,7 +21,7 @@ func TestUpUnderstandsItsClouds(t *testing.T) {
 	if east := clouds[0]; east.Name != "east" || east.Driver != "local" || east.Tunnel != "vxlan" || east.Local.Nodes != 2 || east.Local.CPUs != 2 || east.Local.MemBytes != 1<<30 {
 		t.Errorf("the first cloud is %+v with %+v", east, east.Local)
 	}
-	options = upOptions{clouds: []string{"local=1"}, listen: defaultListen, tunnel: "auto"}
+	options = upOptions{clouds: []string{"local=1"}, listen: defaultListen, tunnel: "auto", onStarvation: "suspend"}
 	clouds, err = options.parse(false, false)
 	if err != nil || clouds[0].Local.CPUs != float64(runtime.NumCPU()) || clouds[0].Local.MemBytes < 64<<20 {
 		t.Errorf("by default a node offers %+v, %v; want all processors and most of the memory", clouds[0].Local, err)

@@ -126,7 +126,7 @@ func (b *parallelBench) with(ctx context.Context, args []string, do func(*cluste
 // pauses measures for how long the slowest of n tasks stands still: in one
 // coordinated checkpoint, and when n plain `criu dump` start at the same time.
 func (b *parallelBench) pauses(ctx context.Context) (rows []parallelRow, err error) {
-	args := []string{"--cloud", fmt.Sprintf("bench=%d", nodes), "--cpus", "8", "--mem", "8G"}
+	args := []string{"--cloud", fmt.Sprintf("bench=%d", nodes), "--cpus", "8", "--mem", "8G", "--on-starvation", "ignore"}
 	err = b.with(ctx, args, func(c *cluster.Cluster) error {
 		for _, tasks := range []int{1, 2, 4, 8} {
 			row := parallelRow{Name: fmt.Sprintf("pause of %d tasks of %d MiB", tasks, taskMiB), Unit: "ms"}
