@@ -427,3 +427,16 @@ func TestWhatIsDoneAboutStarvingJobs(t *testing.T) {
 		})
 	}
 }
+
+func TestWhatIsAskedOfTheMonitorIsCheckedAndFilledIn(t *testing.T) {
+	s := newSimulation(t)
+	refused := api.JobSpec{Command: []string{"x"}, OnStarvation: "panic"}
+	if detail := s.want(http.StatusUnprocessableEntity, "POST", "/v1/jobs", refused, nil); !strings.Contains(detail, "suspend, migrate, notify or ignore") {
+		t.Errorf("the refusal: %q", detail)
+	}
+	var job api.JobDetail
+	s.want(http.StatusCreated, "POST", "/v1/jobs", api.JobSpec{Command: []string{"x"}, Health: &api.HealthCheck{HTTP: "/"}}, &job)
+	if h := job.Spec.Health; h.PeriodMS != 10_000 || h.TimeoutMS != 5000 || h.Retries != 3 {
+		t.Errorf("the health check: %+v", h)
+	}
+}

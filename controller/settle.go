@@ -120,16 +120,9 @@ func (c *Controller) settleRunning(tx store.Tx, job *jobRecord) error {
 		if job.Operation != "" {
 			return nil // as above
 		}
-		return c.fail(tx, job, c.runFailed(job, failures.Program, describeIllness(job, task), task.Node))
+		return c.fail(tx, job, c.runFailed(job, failures.Program, "unhealthy: "+task.Health.Explanation, task.Node))
 	}
 	return nil
-}
-
-func describeIllness(job *jobRecord, task *api.TaskStatus) string {
-	if job.Tasks > 1 {
-		return fmt.Sprintf("task %d is unhealthy: %s", task.Index, task.Health.Explanation)
-	}
-	return "unhealthy: " + task.Health.Explanation
 }
 
 func describeExit(job *jobRecord, task *api.TaskStatus) string {

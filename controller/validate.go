@@ -14,6 +14,7 @@ import (
 
 	"dormouse/api"
 	"dormouse/controller/interval"
+	"dormouse/monitor/policy"
 )
 
 // What a spec leaves out.
@@ -50,7 +51,7 @@ func completeSpec(spec api.JobSpec, raw []byte) (api.JobSpec, error) {
 	if spec.MemBytes == 0 {
 		spec.MemBytes = defaultMem
 	}
-	for _, check := range []func(*api.JobSpec) error{checkCommand, checkResources, checkRoot, checkPlaces, checkNames, checkLaunch, checkNetwork, checkPolicies, checkPlacement} {
+	for _, check := range []func(*api.JobSpec) error{checkCommand, checkResources, checkRoot, checkPlaces, checkNames, checkLaunch, checkNetwork, checkPolicies, checkPlacement, checkMonitor} {
 		if err := check(&spec); err != nil {
 			return spec, err
 		}
@@ -147,6 +148,15 @@ func checkNames(s *api.JobSpec) error {
 	if !slices.Contains(baselines, s.CPUBaseline) {
 		return invalid("cpu_baseline must be native, x86-64-v2, x86-64-v3 or x86-64-v4, got %q", s.CPUBaseline)
 	}
+	return nil
+}
+
+// checkMonitor checks what is asked of the monitor, and fills in the rest.
+func checkMonitor(s *api.JobSpec) error {
+	if err := policy.Check(*s); err != nil {
+		return invalid("%v", err)
+	}
+	policy.Fill(s)
 	return nil
 }
 

@@ -190,6 +190,31 @@ func (c *cli) describeIncidents(incidents []api.Incident, line func(name, value 
 	}
 }
 
+// describeFindings tells what the monitor has found, with its figures.
+func (c *cli) describeFindings(job *api.JobDetail, line func(name, value string)) {
+	if s := job.Starvation; s != nil {
+		line("starving", fmt.Sprintf("%s for %s: %s", s.Condition, c.age(s.Since), s.Explanation))
+		line("action", s.Action)
+	}
+	for _, task := range job.TaskStatus {
+		for _, f := range []*api.Finding{task.Health, task.Starvation} {
+			if f != nil && (job.Starvation == nil || f.Explanation != job.Starvation.Explanation) {
+				line(fmt.Sprintf("task %d", task.Index), fmt.Sprintf("%s ago %s: %s", c.age(f.Time), f.Condition, f.Explanation))
+			}
+		}
+	}
+	if h := job.Spec.Health; h != nil {
+		asked := commandLine(h.Command)
+		if h.HTTP != "" {
+			asked = "GET " + h.HTTP
+		}
+		line("health check", fmt.Sprintf("%s, every %s, unhealthy after %d failures", asked, time.Duration(h.PeriodMS)*time.Millisecond, h.Retries))
+	}
+	if job.Spec.OnStarvation != "" {
+		line("on starvation", job.Spec.OnStarvation)
+	}
+}
+
 // kept says which checkpoints are kept; nothing when all are.
 func kept(spec api.JobSpec) string {
 	rules := []string{}
@@ -217,6 +242,7 @@ func (c *cli) printJob(job *api.JobDetail, addresses map[int]string) error {
 	line("restarts", strconv.Itoa(job.Restarts))
 	line("restored from", job.From)
 	c.describeIncidents(job.Incidents, line)
+	c.describeFindings(job, line)
 	line("operation", job.Operation)
 	c.describeAutomatic(job, line)
 	line("command", commandLine(job.Spec.Command))

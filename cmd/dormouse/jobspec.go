@@ -19,6 +19,7 @@ import (
 
 	"dormouse/api"
 	"dormouse/controller/interval"
+	"dormouse/monitor/policy"
 )
 
 // What a task may at least be given; less cannot hold a program.
@@ -71,8 +72,12 @@ func parseJobFile(content []byte) (spec api.JobSpec, publish []string, err error
 			return spec, nil, err
 		}
 	}
-	if text, ok := fields["walltime_ms"].(string); ok {
-		if fields["walltime_ms"], err = parseMilliseconds(text); err != nil {
+	health, _ := fields["health"].(map[string]any)
+	for _, in := range []struct {
+		fields map[string]any
+		names  []string
+	}{{fields, []string{"walltime_ms", "starvation_period_ms"}}, {health, []string{"period_ms", "timeout_ms", "start_delay_ms"}}} {
+		if err := parseDurations(in.fields, in.names); err != nil {
 			return spec, nil, err
 		}
 	}
@@ -96,6 +101,18 @@ func parseJobFile(content []byte) (spec api.JobSpec, publish []string, err error
 		return api.JobSpec{}, nil, fieldError(err)
 	}
 	return spec, publish, nil
+}
+
+// parseDurations replaces the durations that are texts by their milliseconds.
+func parseDurations(fields map[string]any, names []string) (err error) {
+	for _, name := range names {
+		if text, ok := fields[name].(string); ok {
+			if fields[name], err = parseMilliseconds(text); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
 // parseVolumes replaces the volumes that are texts by what they mean.
@@ -241,6 +258,9 @@ func checkSpec(spec api.JobSpec) error {
 	}
 	if err := checkParallel(spec); err != nil {
 		return err
+	}
+	if err := policy.Check(spec); err != nil {
+		return usagef("%v", err)
 	}
 	return checkVolumes(spec.Volumes)
 }

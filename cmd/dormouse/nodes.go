@@ -44,10 +44,18 @@ func (c *cli) printNodes(nodes []api.Node) error {
 	for _, node := range nodes {
 		rows = append(rows, []string{
 			node.Name, node.Cloud, string(node.State), fmt.Sprintf("%v of %v", node.CPUsUsed, node.CPUs),
-			fmt.Sprintf("%s of %s", humanSize(node.MemUsed), humanSize(node.MemBytes)), strconv.Itoa(node.Tasks), node.CRIUVersion, node.Underlay, labelsText(node.Labels), node.Reason,
+			fmt.Sprintf("%s of %s", humanSize(node.MemUsed), humanSize(node.MemBytes)), strconv.Itoa(node.Tasks), node.CRIUVersion, node.Underlay, labelsText(node.Labels), nodeReason(node),
 		})
 	}
 	return c.printTable([]string{"NAME", "CLOUD", "STATE", "CPUS", "MEMORY", "TASKS", "CRIU", "ADDRESS", "LABELS", "REASON"}, rows)
+}
+
+// nodeReason is why a node is in its state, or gets no jobs in spite of it.
+func nodeReason(node api.Node) string {
+	if node.Trouble == nil {
+		return node.Reason
+	}
+	return strings.TrimPrefix(node.Reason+"; gets no jobs: "+node.Trouble.Explanation, "; ")
 }
 
 // labelsText words labels as they are given.

@@ -9,6 +9,7 @@ import (
 
 	"dormouse/api"
 	"dormouse/client"
+	"dormouse/monitor/policy"
 )
 
 // What a task is given when nothing is said.
@@ -23,6 +24,8 @@ type submitFlags struct {
 	spec                  api.JobSpec
 	env, volumes, publish []string
 	constraints           []string
+	healthCommand         string
+	health                api.HealthCheck
 }
 
 func (c *cli) submitCommand() *cobra.Command {
@@ -48,6 +51,12 @@ A job is checkpointed by itself with --checkpoint-every; ` + "`dormouse inspect`
 and why. What --keep, --keep-hourly and --keep-daily do not keep is removed after each
 checkpoint; the newest and those with a label always stay.
 
+A job that is kept from working, by a lack of CPU, memory or I/O or because it is
+stopped, is suspended and comes back by itself, unless --on-starvation says otherwise.
+Tasks that report their progress (--progress-regex, or ` + "`dormouse-ctl progress N`" + ` inside)
+are judged by it. A task whose health check fails (--health-cmd, --health-http) has
+failed; --max-restarts recovers it.
+
 A job file (-f) is YAML or JSON with the fields that ` + "`dormouse inspect -o json`" + ` shows
 under "spec"; publish may list texts as for --publish. Flags override the file.`,
 		Example: `  dormouse submit -- sleep 600
@@ -58,6 +67,8 @@ under "spec"; publish may list texts as for --publish. Flags override the file.`
   dormouse submit --priority 10 --constraint disk=ssd -- ./urgent
   dormouse submit --publish 8080:80 --connections close -- ./webserver
   dormouse submit --checkpoint-every auto --keep 3 --keep-daily 7 --max-restarts 10 -- ./simulate
+  dormouse submit --health-http :8080/healthz --health-start-delay 30s --max-restarts 5 -- ./server
+  dormouse submit --progress-regex 'step ([0-9]+)' --on-starvation migrate -- ./train
   dormouse submit --root oci:./python.tar -- python3 -m http.server
   dormouse submit -f job.yaml`,
 		RunE: func(command *cobra.Command, args []string) error {
@@ -109,6 +120,16 @@ under "spec"; publish may list texts as for --publish. Flags override the file.`
 	set.IntVar(&flags.spec.DrillEvery, "drill-every", 0, "restore one in so many checkpoints on trial (`number`; 0: none)")
 	set.Var(durationFlag{&flags.spec.WalltimeMS}, "walltime", "checkpoint and suspend the job after running so long, such as 2h")
 	set.IntVar(&flags.spec.MaxRestarts, "max-restarts", 0, "`times` in a row the job is recovered by itself after it failed or its node was lost; 0: never")
+	set.StringVar(&flags.healthCommand, "health-cmd", "", "`command` that a shell in the sandbox runs to ask how a task is: status 0 is well")
+	set.StringVar(&flags.health.HTTP, "health-http", "", "HTTP request that asks a task how it is, `[:PORT]/PATH`: status 2xx or 3xx is well")
+	set.Var(durationFlag{&flags.health.PeriodMS}, "health-period", "how often that is asked (default 10s)")
+	set.Var(durationFlag{&flags.health.TimeoutMS}, "health-timeout", "how long an answer may take (default 5s)")
+	set.Var(durationFlag{&flags.health.StartDelayMS}, "health-start-delay", "how long after its start a task need not be well yet")
+	set.IntVar(&flags.health.Retries, "health-retries", 0, "`failures` in a row that make a task unhealthy, and the job failed (default 3)")
+	set.StringVar(&flags.spec.OnStarvation, "on-starvation", "", "what to do with the job when it is kept from working: `suspend|migrate|notify|ignore` (default suspend: it comes back by itself)")
+	set.Var(durationFlag{&flags.spec.StarvationPeriodMS}, "starvation-period", "how often each task is measured (default 10s); a verdict takes two or three")
+	set.StringVar(&flags.spec.ProgressRegex, "progress-regex", "", "`expression` that finds a task's progress in its output: the number that its first group matches, or else each match is one step")
+	set.StringVar(&flags.spec.Webhook, "webhook", "", "http or https `address` that findings about the job are posted to")
 	set.Lookup("workdir").Hidden = true
 	mustComplete(command, "cloud", c.clouds())
 	mustComplete(command, "cpu-baseline", fixed(cpuBaselines...))
@@ -116,6 +137,7 @@ under "spec"; publish may list texts as for --publish. Flags override the file.`
 	mustComplete(command, "placement", fixed(placements...))
 	mustComplete(command, "launch", fixed(launches...))
 	mustComplete(command, "connections", fixed(connections...))
+	mustComplete(command, "on-starvation", fixed(policy.Actions()...))
 	mustComplete(command, "root", fixed("host", "dir:", "oci:"))
 	return command
 }
@@ -134,6 +156,9 @@ func (c *cli) jobSpec(command *cobra.Command, flags submitFlags, args []string) 
 		spec.Command = args
 	}
 	overrideSpec(command, &spec, flags.spec)
+	if err := overrideHealth(command, &spec, flags); err != nil {
+		return spec, err
+	}
 	if err := c.addLists(&spec, flags); err != nil {
 		return spec, usagef("%v", err)
 	}
@@ -167,6 +192,43 @@ func overrideSpec(command *cobra.Command, spec *api.JobSpec, given api.JobSpec) 
 	override(changed("drill-every"), &spec.DrillEvery, given.DrillEvery)
 	override(changed("walltime"), &spec.WalltimeMS, given.WalltimeMS)
 	override(changed("max-restarts"), &spec.MaxRestarts, given.MaxRestarts)
+	override(changed("on-starvation"), &spec.OnStarvation, given.OnStarvation)
+	override(changed("starvation-period"), &spec.StarvationPeriodMS, given.StarvationPeriodMS)
+	override(changed("progress-regex"), &spec.ProgressRegex, given.ProgressRegex)
+	override(changed("webhook"), &spec.Webhook, given.Webhook)
+}
+
+// overrideHealth takes over what was given as flags. What is asked by flag takes
+// the place of what the file asks.
+func overrideHealth(command *cobra.Command, spec *api.JobSpec, flags submitFlags) error {
+	any := false
+	changed := func(name string) bool {
+		given := command.Flags().Changed("health-" + name)
+		any = any || given
+		return given
+	}
+	h := api.HealthCheck{}
+	if spec.Health != nil {
+		h = *spec.Health
+	}
+	byCommand, byHTTP := changed("cmd"), changed("http")
+	if byCommand || byHTTP {
+		h.Command, h.HTTP = nil, flags.health.HTTP
+	}
+	if byCommand && flags.healthCommand == "" || byHTTP && flags.health.HTTP == "" {
+		return usagef("the health check asks nothing: give --health-cmd a command, or --health-http a path")
+	}
+	if byCommand {
+		h.Command = []string{"/bin/sh", "-c", flags.healthCommand}
+	}
+	override(changed("period"), &h.PeriodMS, flags.health.PeriodMS)
+	override(changed("timeout"), &h.TimeoutMS, flags.health.TimeoutMS)
+	override(changed("start-delay"), &h.StartDelayMS, flags.health.StartDelayMS)
+	override(changed("retries"), &h.Retries, flags.health.Retries)
+	if any {
+		spec.Health = &h
+	}
+	return nil
 }
 
 func override[T any](changed bool, field *T, given T) {

@@ -19,6 +19,24 @@ import (
 	"dormouse/api"
 )
 
+func TestSubmitSaysWhatTheMonitorIsToDo(t *testing.T) {
+	f := newFake(t, map[string]any{"POST /v1/jobs": runningJob})
+	file := filepath.Join(t.TempDir(), "job.yaml")
+	yaml := "command: [serve]\nhealth: {http: /old, period_ms: 30s, retries: 5}\nstarvation_period_ms: 5s\nuser: nobody\n"
+	if err := os.WriteFile(file, []byte(yaml), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	got := dormouse(t, f.url, "submit", "-f", file, "--health-cmd", "curl -sf localhost", "--health-timeout", "2s", "--health-start-delay", "1m",
+		"--on-starvation", "notify", "--webhook", "https://example.org/hook", "--progress-regex", `step (\d+)`)
+	got.check(t, exitDone, "j-aaaaaaaa\n", "")
+	want := `POST /v1/jobs {"command":["serve"],"tasks":1,"cpus":1,"mem_bytes":536870912,"user":"nobody",` +
+		`"health":{"command":["/bin/sh","-c","curl -sf localhost"],"period_ms":30000,"timeout_ms":2000,"start_delay_ms":60000,"retries":5},` +
+		`"on_starvation":"notify","starvation_period_ms":5000,"progress_regex":"step (\\d+)","webhook":"https://example.org/hook"}`
+	if !f.called(want) {
+		t.Errorf("called\n%s\nwant\n%s", strings.Join(f.calls, "\n"), want)
+	}
+}
+
 func TestSubmitSendsWhatTheFlagsSay(t *testing.T) {
 	f := newFake(t, map[string]any{"POST /v1/jobs": runningJob})
 	got := dormouse(t, f.url, "submit", "--name", "counter", "--cpus", "0.5", "--mem", "1.5G", "--cloud", "east", "--env", "A=1=2", "-e", "PASSED",
@@ -128,6 +146,16 @@ func TestBadUsageIsRefusedBeforeTheControllerIsAsked(t *testing.T) {
 		{"submit --dir data -- true", "is not absolute"},
 		{"submit --keep -1 -- true", "cannot be kept"},
 		{"submit --max-restarts -1 -- true", "cannot be allowed"},
+		{"submit --on-starvation panic -- true", "must be suspend, migrate, notify or ignore"},
+		{"submit --starvation-period 1s -- true", "every 2.5s at most"},
+		{"submit --progress-regex ( -- true", "the expression for progress"},
+		{"submit --webhook file:///etc/passwd -- true", "must be an http or https address"},
+		{"submit --health-http 8080 -- true", "[:PORT]/PATH"},
+		{"submit --health-http /a --health-cmd b -- true", "not both"},
+		{"submit --health-retries 3 -- true", "asks nothing"},
+		{"submit --health-cmd= -- true", "asks nothing"},
+		{"submit --health-cmd true --health-retries -1 -- true", "from 1 to 1000 times in a row"},
+		{"submit --health-cmd true --health-timeout 1ms -- true", "timeout must be from 100ms"},
 		{"submit --cpu-baseline 386 -- true", "is not one of native"},
 		{"submit --launch last -- true", `the launch "last" is not one of auto, each, first`},
 		{"submit --connections drop -- true", `"drop" is not one of refuse, close, keep`},
