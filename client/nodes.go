@@ -12,6 +12,11 @@ func (c *Client) Nodes(ctx context.Context) ([]api.Node, error) {
 	return list[api.Node](ctx, c, "/v1/nodes", nil)
 }
 
+// Top is what the monitor has measured in its newest round.
+func (c *Client) Top(ctx context.Context) (*api.Top, error) {
+	return one[api.Top](ctx, c, http.MethodGet, "/v1/top", nil, nil)
+}
+
 // KillNode cuts the power of a virtual node: its agent and tasks are gone at once.
 func (c *Client) KillNode(ctx context.Context, node string) error {
 	return c.call(ctx, http.MethodPost, "/v1/nodes/"+segment(node)+"/kill", nil, nil, nil)

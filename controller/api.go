@@ -512,6 +512,9 @@ func (c *Controller) routePlatform(rest huma.API) {
 	route(rest, get("nodes", "/v1/nodes", "List the nodes"), func(ctx context.Context, in *struct{ Page }) ([]api.Node, error) {
 		return c.listNodes(ctx, in.Page)
 	})
+	route(rest, get("top", "/v1/top", "What the monitor has measured of nodes and jobs in its newest round"), func(ctx context.Context, _ *struct{}) (api.Top, error) {
+		return c.top(ctx)
+	})
 	routeEmpty(rest, huma.Operation{OperationID: "kill-node", Method: http.MethodPost, Path: "/v1/nodes/{id}/kill", Summary: "Cut the power of a virtual node"},
 		func(ctx context.Context, in *ByID) error { return c.cutPower(ctx, in.ID) })
 	routeEmpty(rest, huma.Operation{OperationID: "start-node", Method: http.MethodPost, Path: "/v1/nodes/{id}/start", Summary: "Start a virtual node again"},

@@ -66,7 +66,7 @@ func newMetrics(c *Controller) *metrics {
 		}),
 	}
 	m.registry.MustRegister(m.pause, m.durable, m.checkpoints, m.operations, m.requests, m.recoveries, m.down, m.findings, m.reliefs, m.posts,
-		&census{c: c},
+		&census{c: c}, &gauges{c: c},
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return m
 }

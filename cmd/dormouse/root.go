@@ -93,7 +93,7 @@ or a policy forbids it); 5 timed out. ` + "`dormouse exec`" + ` passes on that o
 		&cobra.Group{ID: groupPlatform, Title: "Platform:"},
 		&cobra.Group{ID: groupDaemons, Title: "Daemons and set-up:"},
 	)
-	addGrouped(root, groupJobs, c.submitCommand(), c.psCommand(), c.inspectCommand(), c.waitCommand(), c.logsCommand(), c.execCommand(), c.killCommand(), c.rmCommand())
+	addGrouped(root, groupJobs, c.submitCommand(), c.psCommand(), c.inspectCommand(), c.waitCommand(), c.logsCommand(), c.execCommand(), c.topCommand(), c.killCommand(), c.rmCommand())
 	addGrouped(root, groupSleep, c.checkpointCommand(), c.checkpointsCommand(), c.verifyCommand(), c.suspendCommand(), c.resumeCommand(), c.restartCommand(), c.cloneCommand(), c.preemptCommand(), c.swapCommand())
 	addGrouped(root, groupPlatform, c.nodesCommand(), c.nodeCommand(), c.drainCommand(), c.uncordonCommand(), c.cloudsCommand(), c.controllersCommand(), c.eventsCommand(), c.operationsCommand(), c.tokenCommand(), c.auditCommand())
 	addGrouped(root, groupDaemons, c.upCommand(), c.controllerCommand(), c.agentCommand(), c.doctorCommand(), c.envCommand(), c.versionCommand(), c.completionCommand())

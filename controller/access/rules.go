@@ -53,6 +53,7 @@ var Rules = map[string]Rule{
 	"swap":         Operator,
 	"verify":       Operator, // reads everything
 
+	"top":        Own,
 	"nodes":      Anyone,
 	"clouds":     Anyone,
 	"version":    Anyone,
