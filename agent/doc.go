@@ -10,6 +10,9 @@
 //	agent/criu       one dump or restore
 //	agent/plugins    what a checkpoint does beyond CRIU
 //	agent/capture    the files of one task
+//	agent/progress   how far a task says it has come
+//	agent/health     asking a task how it is
+//	monitor          what was measured of a task, and what it means
 //	repository       where what was captured is stored
 //
 // # The life of a task here
@@ -70,6 +73,28 @@
 // but the node's and not the agent's: as large as the images of the tasks that
 // are being captured, and bounded by spool_mem_bytes, or else by half of what the
 // node has free. A restore needs spool for small images only.
+//
+// # The monitor
+//
+// Every running task is measured once in its period, together with the node, and
+// judged by a detector of its own (monitor.go). What Dormouse itself does to a
+// task excuses it (excuse.go): from the pre-flight of a checkpoint to its thaw and
+// again while it is stored, while the task is frozen, stopped or signalled on the
+// user's behalf. Beside that the task is asked how it is, if its job says so
+// (health.go), but nothing is asked from the freeze of a checkpoint to its thaw: a
+// probe is ended first, with all it started, so that none is captured.
+//
+// Only what has changed is told: a finding. It is written to monitor.json together
+// with what was last said of its task, before anything of it is told, and stays
+// there until the controller has it (tree.go). An agent that comes up therefore
+// says nothing twice; and because its detectors begin anew, it withdraws what the
+// earlier one has found only after some periods.
+//
+// Findings and figures go up the monitoring tree, whose rules are in package
+// monitor/tree; treeNode carries out what that decides. Reports go to the
+// parent and come from the children by calls from agent to agent (treelinks.go),
+// or to the controller on the session's stream. Rounds begin by the controller's
+// clock, as its answers to heartbeats show it (clock.go).
 //
 // # The lease
 //
