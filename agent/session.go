@@ -251,10 +251,11 @@ func (s *session) receive(ctx context.Context, message *agentpb.ToAgent) {
 		}
 	case *agentpb.ToAgent_AppAnswer:
 		s.agent.answered(ctx, body.AppAnswer)
+	// The tree writes to the disk, for which acknowledgements of heartbeats must not wait.
 	case *agentpb.ToAgent_TreeAssignment:
-		s.agent.tree.assign(body.TreeAssignment)
+		s.agent.lanes.run(treeLane, func() { s.agent.tree.assign(body.TreeAssignment) })
 	case *agentpb.ToAgent_TreeAck:
-		s.agent.tree.answered(tree.Controller, tree.AckFrom(body.TreeAck))
+		s.agent.lanes.run(treeLane, func() { s.agent.tree.answered(tree.Controller, tree.AckFrom(body.TreeAck)) })
 	case *agentpb.ToAgent_Command:
 		s.agent.accept(ctx, body.Command)
 	case *agentpb.ToAgent_Welcome:

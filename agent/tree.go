@@ -18,6 +18,9 @@ import (
 // monitorFile holds what the monitor must remember.
 const monitorFile = "monitor.json"
 
+// treeLane is the lane on which the node hears from the controller.
+const treeLane = "monitoring tree"
+
 // maxOutbox bounds the findings that wait for a controller. What is found beyond
 // is told when there is room, if it is still so.
 const maxOutbox = 1000
