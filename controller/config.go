@@ -54,6 +54,33 @@ type Config struct {
 	// OnStarvation is what is done with a job that is kept from working, where its
 	// own policy does not say: suspend unless given; or migrate, notify, ignore.
 	OnStarvation string `yaml:"on_starvation"`
+	// Monitor tunes the monitoring tree, and what is done about starving jobs.
+	Monitor MonitorConfig `yaml:"monitor"`
+}
+
+// MonitorConfig tunes the monitor.
+type MonitorConfig struct {
+	// Round is how often nodes report, 5 s unless given, and Arity how many others
+	// report through one, 8.
+	Round time.Duration `yaml:"round"`
+	Arity int           `yaml:"arity"`
+	// Gap is how long a job that was moved for starvation is left alone, at first;
+	// 10 min unless given. AtOnce is how many jobs of a cloud are moved for it at
+	// once; 2.
+	Gap    time.Duration `yaml:"gap"`
+	AtOnce int           `yaml:"at_once"`
+}
+
+func (m *MonitorConfig) check() error {
+	switch {
+	case m.Round != 0 && (m.Round < time.Second || m.Round > time.Hour):
+		return fmt.Errorf("monitor.round is from 1s to 1h, got %s", m.Round)
+	case m.Arity < 0 || m.Arity > 1000:
+		return fmt.Errorf("monitor.arity is from 1 to 1000, got %d", m.Arity)
+	case m.Gap < 0 || m.AtOnce < 0:
+		return errors.New("monitor.gap and monitor.at_once must be more than 0")
+	}
+	return nil
 }
 
 // AutoConfig bounds the interval of the checkpoint policy auto.
@@ -243,6 +270,9 @@ func (c *Config) complete() error {
 		return fmt.Errorf("on_starvation is one of %s, got %q", strings.Join(api.StarvationPolicies(), ", "), c.OnStarvation)
 	}
 	if err := c.Access.check(); err != nil {
+		return err
+	}
+	if err := c.Monitor.check(); err != nil {
 		return err
 	}
 	seen := make(map[string]bool)

@@ -103,7 +103,8 @@ func (d *Daemon) start(ctx context.Context, env Env) error {
 		Store: d.store, PKI: d.keys, Repository: d.repository, RepositoryConfig: repositoryConfig,
 		AdminToken: d.token, Access: d.config.Access, JoinToken: joinToken, Logger: d.log, Version: env.Version,
 		Heartbeat: d.config.Heartbeat, Lease: d.config.Lease, AgentURL: d.agentURL, State: d.config.State,
-		AgentLife: d.config.AgentCertificates, Relief: Relief{Policy: d.config.OnStarvation},
+		AgentLife: d.config.AgentCertificates, Round: d.config.Monitor.Round, Arity: d.config.Monitor.Arity,
+		Relief:  Relief{Policy: d.config.OnStarvation, Gap: d.config.Monitor.Gap, AtOnce: d.config.Monitor.AtOnce},
 		Bounds:  interval.Bounds{Min: d.config.Auto.Shortest, Max: d.config.Auto.Longest},
 		Cluster: alone{api.Controller{Name: d.config.Name, URL: d.URL(), Version: env.Version, Leads: true}},
 	}

@@ -140,6 +140,7 @@ func TestReadConfig(t *testing.T) {
 		{"checkpoints", "state: /x\nclouds: [{name: a, driver: static, concurrent_checkpoints: -1}]\n", "concurrent_checkpoints must be greater than 0, got -1"},
 		{"bandwidth", "state: /x\nclouds: [{name: a, driver: static, upload_bytes_per_second: -5}]\n", "upload_bytes_per_second must be greater than 0, got -5"},
 		{"auto", "state: /x\nauto: {shortest: 2h, longest: 1h}\n", "not from 2h0m0s to 1h0m0s"},
+		{"short round", "state: /x\nmonitor: {round: 10ms}\n", "monitor.round is from 1s to 1h, got 10ms"},
 		{"short lease", "state: /x\nlease: 1s\n", "at least three heartbeats"},
 	} {
 		t.Run(c.name, func(t *testing.T) {

@@ -260,7 +260,7 @@ func (c *Controller) concludeRelief(tx store.Tx, op *opRecord, job *jobRecord) e
 	job.Phase, job.Reason = api.PhaseSuspended, job.Yield.text()+", comes back when there is healthy room"
 	if !job.Yield.Now {
 		job.Yield.NotBefore = now.Add(min(job.Relief.doubled(c.parts.Relief.Rest), c.parts.Relief.Gap))
-		job.Yield.Why = fmt.Sprintf("%s; sleeps until %s at least", job.Yield.text(), job.Yield.NotBefore.Format(time.TimeOnly))
+		job.Yield.Why = fmt.Sprintf("it sleeps until %s at least", job.Yield.NotBefore.Format(time.TimeOnly))
 	}
 	for i := range job.TaskStatus {
 		job.TaskStatus[i].Phase, job.TaskStatus[i].Pid = api.PhaseSuspended, 0

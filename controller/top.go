@@ -86,7 +86,7 @@ func topJob(j *jobRecord, round tally.Round) api.TopJob {
 	t := api.TopJob{ID: j.ID, Name: j.Name, Phase: j.Phase, Cloud: j.Cloud, Tasks: j.Tasks, Health: api.ConditionHealthy}
 	if i := slices.IndexFunc(j.TaskStatus, unhealthy); i >= 0 {
 		t.Health, t.Reason = api.ConditionUnhealthy, j.TaskStatus[i].Health.Explanation
-	} else if j.Starvation != nil {
+	} else if j.Starvation != nil && j.Phase == api.PhaseRunning {
 		t.Health, t.Reason = j.Starvation.Condition, j.Starvation.Explanation
 	} else if j.Phase != api.PhaseRunning {
 		t.Health, t.Reason = "", j.Reason

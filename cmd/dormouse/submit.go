@@ -9,7 +9,6 @@ import (
 
 	"dormouse/api"
 	"dormouse/client"
-	"dormouse/monitor/policy"
 )
 
 // What a task is given when nothing is said.
@@ -126,7 +125,7 @@ under "spec"; publish may list texts as for --publish. Flags override the file.`
 	set.Var(durationFlag{&flags.health.TimeoutMS}, "health-timeout", "how long an answer may take (default 5s)")
 	set.Var(durationFlag{&flags.health.StartDelayMS}, "health-start-delay", "how long after its start a task need not be well yet")
 	set.IntVar(&flags.health.Retries, "health-retries", 0, "`failures` in a row that make a task unhealthy, and the job failed (default 3)")
-	set.StringVar(&flags.spec.OnStarvation, "on-starvation", "", "what to do with the job when it is kept from working: `suspend|migrate|notify|ignore` (default suspend: it comes back by itself)")
+	set.StringVar(&flags.spec.OnStarvation, "on-starvation", "", "what to do with the job when it is kept from working: `suspend|migrate|notify|ignore` (default suspend, unless the platform has another: it comes back by itself)")
 	set.Var(durationFlag{&flags.spec.StarvationPeriodMS}, "starvation-period", "how often each task is measured (default 10s); a verdict takes two or three")
 	set.StringVar(&flags.spec.ProgressRegex, "progress-regex", "", "`expression` that finds a task's progress in its output: the number that its first group matches, or else each match is one step")
 	set.StringVar(&flags.spec.Webhook, "webhook", "", "http or https `address` that findings about the job are posted to")
@@ -137,7 +136,7 @@ under "spec"; publish may list texts as for --publish. Flags override the file.`
 	mustComplete(command, "placement", fixed(placements...))
 	mustComplete(command, "launch", fixed(launches...))
 	mustComplete(command, "connections", fixed(connections...))
-	mustComplete(command, "on-starvation", fixed(policy.Actions()...))
+	mustComplete(command, "on-starvation", fixed(api.StarvationPolicies()...))
 	mustComplete(command, "root", fixed("host", "dir:", "oci:"))
 	return command
 }

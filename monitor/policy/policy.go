@@ -29,19 +29,13 @@ const (
 	longestText = 4096 // of an expression, an address, a command's argument
 )
 
-// starvation are the values of JobSpec.OnStarvation, the default first.
-var starvation = []string{api.StarvationSuspend, api.StarvationMigrate, api.StarvationNotify, api.StarvationIgnore}
-
-// Actions are what can be done about a job that is kept from working.
-func Actions() []string { return slices.Clone(starvation) }
-
 // target is [:PORT]/PATH.
 var target = regexp.MustCompile(`^(?::([0-9]{1,5}))?(/[^\s#]*)$`)
 
 // Check refuses what a job cannot ask for, in one sentence.
 func Check(spec api.JobSpec) error {
 	switch period := milliseconds(spec.StarvationPeriodMS); {
-	case spec.OnStarvation != "" && !slices.Contains(starvation, spec.OnStarvation):
+	case spec.OnStarvation != "" && !slices.Contains(api.StarvationPolicies(), spec.OnStarvation):
 		return fmt.Errorf("what is done about starvation must be suspend, migrate, notify or ignore, got %q", spec.OnStarvation)
 	case spec.StarvationPeriodMS != 0 && (period < leastSample || period > longest):
 		return fmt.Errorf("tasks are measured every %s at most and every %s at least, got %s", leastSample, longest, period)
