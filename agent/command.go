@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
 
 	"dormouse/api/agentpb"
 )
@@ -68,7 +69,9 @@ func (a *Agent) perform(ctx context.Context, command *agentpb.Command, reply *ag
 	}
 	if why := excuseOf(command); why != "" {
 		if t, err := a.find(ref); err == nil {
-			defer t.excuses.begin(why)()
+			end := t.excuses.begin(why)
+			defer end()
+			defer time.AfterFunc(longestExcuse, end).Stop()
 		}
 	}
 	switch body := command.GetBody().(type) {

@@ -3,6 +3,7 @@ package agent
 import (
 	"slices"
 	"sync"
+	"time"
 
 	"dormouse/api/agentpb"
 )
@@ -16,6 +17,10 @@ const (
 	excuseEnding     = "it is being ended"
 )
 
+// longestExcuse bounds for how long one command excuses a task: what takes longer
+// is an upload that was given little bandwidth, and so takes little from the task.
+const longestExcuse = 5 * time.Minute
+
 // excuses are what Dormouse itself does to a task.
 type excuses struct {
 	mu    sync.Mutex
@@ -28,13 +33,13 @@ func (e *excuses) begin(why string) (end func()) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	e.now, e.since = append(e.now, why), append(e.since, why)
-	return func() {
+	return sync.OnceFunc(func() {
 		e.mu.Lock()
 		defer e.mu.Unlock()
 		if i := slices.Index(e.now, why); i >= 0 {
 			e.now = slices.Delete(e.now, i, i+1)
 		}
-	}
+	})
 }
 
 // take returns an excuse for the time since the last take; "" if there is none.

@@ -13,6 +13,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"dormouse/agent/progress"
 	"dormouse/agent/sandbox"
 	"dormouse/agent/sandbox/pid1"
@@ -212,7 +214,7 @@ func (m *monitor) lookAtHost(ctx context.Context, now time.Time) {
 func (m *monitor) look(w *watchedTask, now time.Time) {
 	excused := w.task.excuse()
 	s, err := w.collector.Collect(now)
-	if errors.Is(err, fs.ErrNotExist) {
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENODEV) {
 		return // it has just ended
 	}
 	if err != nil {

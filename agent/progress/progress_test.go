@@ -1,7 +1,6 @@
 package progress
 
 import (
-	"bytes"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -159,7 +158,7 @@ func FuzzRead(f *testing.F) {
 		}
 		// What is read in two pieces is what is read in one.
 		two := fmt.Sprint(w.reader.value, w.reader.known)
-		if len(log) < maxFirst && !bytes.Contains(log, bytes.Repeat([]byte("x"), maxLine)) {
+		if len(log) < maxFirst {
 			w.start(`(\d+)`)
 			w.look()
 			if one := fmt.Sprint(w.reader.value, w.reader.known); one != two {
