@@ -13,11 +13,12 @@ import (
 )
 
 // moody is a program that is sick from SIGUSR1 until SIGUSR2.
-const moody = `trap 'touch /tmp/sick' USR1; trap 'rm /tmp/sick' USR2; while :; do sleep 0.05; done`
+const moody = `trap 'touch /tmp/sick' USR1; trap 'rm /tmp/sick' USR2; echo ready; while :; do sleep 0.05; done`
 
 // moodyServer says so by HTTP.
 const moodyServer = `use IO::Socket::INET; $SIG{USR1} = sub { $sick = 1 }; $SIG{USR2} = sub { $sick = 0 };
 my $s = IO::Socket::INET->new(LocalPort => 8080, Listen => 5) or die "listen: $!";
+$| = 1; print "ready\n";
 while (1) { my $c = $s->accept or next; my $asked = <$c>; while (<$c> =~ /\S/) {}
 print $c $asked !~ m{^GET /well } ? "HTTP/1.0 404 no\r\n\r\n" : $sick ? "HTTP/1.0 500 sick\r\n\r\n" : "HTTP/1.0 200 ok\r\n\r\n"; close $c }`
 
@@ -36,9 +37,9 @@ func TestAnUnhealthyTaskIsFoundOnceAndFoundWellAgainOnce(t *testing.T) {
 			w := newController(t)
 			w.addNode("east-0")
 			w.place("east-0", alone)
-			c.check.PeriodMS, c.check.StartDelayMS, c.check.Retries = 200, 60000, 2
+			c.check.PeriodMS, c.check.TimeoutMS, c.check.StartDelayMS, c.check.Retries = 200, 30000, 5000, 3
 			ref := w.start("east-0", "j-sick", api.JobSpec{Command: c.command, CPUs: 1, MemBytes: 64 << 20, Health: &c.check, StarvationPeriodMS: 3600000})
-			time.Sleep(time.Second) // it would be found sick by now
+			w.awaitLog("east-0", ref, "that it is ready", says("ready"))
 			w.mustDo("east-0", ref, &agentpb.SignalTask{Signal: int32(syscall.SIGUSR1)})
 			f, next := w.awaitFinding(0, api.ConditionUnhealthy)
 			if f.Kind != api.FindingHealth || f.Job != "j-sick" || f.Run != 1 || f.Node != "east-0" || f.Since == nil || !strings.Contains(f.Explanation, c.says) {

@@ -225,7 +225,7 @@ func (x *session) end(reason error) {
 func (x *session) fail(reason error) { x.end(reason) }
 
 // killTime is how long pid 1 may take to kill a session.
-const killTime = 2 * time.Second
+const killTime = 5 * time.Second
 
 // kill asks pid 1 to kill the whole session, and waits until it has.
 func (x *session) kill() {
