@@ -30,6 +30,10 @@ const (
 	eventHealthy   = "healthy"
 )
 
+// longestExplanation is what is kept of one, in characters: the record of a job
+// has one for each task.
+const longestExplanation = 600
+
 // nodeTroubled is a node as the scheduler sees it that has found itself unfit for
 // more tasks.
 const nodeTroubled api.NodeState = "in trouble (`dormouse nodes` tells which)"
@@ -42,6 +46,9 @@ func (c *Controller) found(tx store.Tx, v tree.Verdict) error {
 		return nil
 	}
 	f.Node = v.Node
+	if runes := []rune(f.Explanation); len(runes) > longestExplanation {
+		f.Explanation = string(runes[:longestExplanation]) + "..."
+	}
 	if f.Job == "" {
 		return c.foundOfNode(tx, f)
 	}
@@ -140,7 +147,7 @@ func (c *Controller) breathesAgain(tx store.Tx, job *jobRecord, before *api.Star
 		return nil
 	}
 	node, explanation := before.Node, "its tasks work again"
-	if before.Task != nil {
+	if before.Task != nil && job.TaskStatus[*before.Task].Starvation != nil {
 		explanation = job.TaskStatus[*before.Task].Starvation.Explanation
 	}
 	message := fmt.Sprintf("%s; it was kept from working for %s", explanation, now.Sub(before.Since).Round(time.Second))

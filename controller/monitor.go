@@ -26,6 +26,7 @@ type monitor struct {
 
 	mu     sync.Mutex
 	latest measured
+	silent map[string]int // rounds in a row in which nothing was heard of a node
 }
 
 // measured is what the last round has brought.
@@ -224,11 +225,23 @@ func (m *monitor) write(ctx context.Context, w *tree.Write) error {
 // note remembers what a round has brought.
 func (m *monitor) note(r tree.Round) {
 	m.mu.Lock()
+	silent := make(map[string]int, len(r.Missing))
+	for _, node := range r.Missing {
+		silent[node] = m.silent[node] + 1
+	}
+	m.silent = silent
 	m.latest = measured{
 		number: r.Number, at: time.Unix(0, (r.Number+1)*int64(m.c.parts.Round)).UTC(), round: tally.Read(r.Summary),
 		missing: len(r.Missing), reports: r.Reports,
 	}
 	m.mu.Unlock()
+}
+
+// silentRounds is for how many rounds nothing was heard of a node.
+func (m *monitor) silentRounds(node string) int {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.silent[node]
 }
 
 // last is what the newest round has brought.

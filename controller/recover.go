@@ -66,6 +66,7 @@ func (c *Controller) runFailed(job *jobRecord, cause failures.Cause, reason, nod
 // fail ends a job that has failed, or begins to recover it.
 func (c *Controller) fail(tx store.Tx, job *jobRecord, b breakdown) error {
 	job.noteFailure(b, c.clock.Now().UTC())
+	job.Starvation = nil
 	candidates, err := restorable(tx, job)
 	if err != nil {
 		return err

@@ -150,7 +150,7 @@ func adviceFor(job, checkpoint string) string {
 // finish ends a job.
 func (c *Controller) finish(tx store.Tx, job *jobRecord, phase api.Phase, reason string, code *int) error {
 	now := c.clock.Now().UTC()
-	job.Phase, job.Reason, job.Finished, job.ExitCode, job.Yield = phase, reason, &now, code, nil
+	job.Phase, job.Reason, job.Finished, job.ExitCode, job.Yield, job.Starvation = phase, reason, &now, code, nil, nil
 	message := reason
 	if message == "" {
 		message = "every task exited with status 0"

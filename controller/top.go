@@ -2,6 +2,7 @@ package controller
 
 import (
 	"context"
+	"fmt"
 	"slices"
 	"strings"
 	"time"
@@ -27,7 +28,7 @@ func (c *Controller) top(ctx context.Context) (api.Top, error) {
 			return err
 		}
 		for _, n := range nodes {
-			top.Nodes = append(top.Nodes, topNode(n, last.round, pressed[n.ID]))
+			top.Nodes = append(top.Nodes, topNode(n, last.round, pressed[n.ID], c.monitor.silentRounds(n.ID)))
 		}
 		jobs, err := c.jobs.all(tx)
 		if err != nil {
@@ -58,13 +59,19 @@ func (c *Controller) top(ctx context.Context) (api.Top, error) {
 	return top, nil
 }
 
-func topNode(n *seenNode, round tally.Round, pressed string) api.TopNode {
+// longSilent are the rounds without a report after which the monitor of a node
+// whose heartbeats come must be stuck.
+const longSilent = 3
+
+func topNode(n *seenNode, round tally.Round, pressed string, silent int) api.TopNode {
 	t := api.TopNode{ID: n.ID, Cloud: n.Cloud, State: n.State, Health: "ok"}
 	switch {
 	case n.Trouble != nil:
 		t.Health = n.Trouble.Explanation
 	case n.State != api.NodeReady && n.Reason != "":
 		t.Health = n.Reason
+	case silent >= longSilent:
+		t.Health = fmt.Sprintf("its agent has not said what it measures for %d rounds", silent)
 	case pressed != "":
 		t.Health = pressed
 	}

@@ -67,6 +67,20 @@ func TestTopShowsWhatTheRoundHasBrought(t *testing.T) {
 	}
 }
 
+func TestANodeThatMeasuresNothingIsShown(t *testing.T) {
+	s := newSimulation(t, "east-0")
+	health := ""
+	for deadline := time.Now().Add(patience); !strings.Contains(health, "has not said what it measures for"); {
+		if time.Now().After(deadline) {
+			t.Fatalf("a node that is silent is %q", health)
+		}
+		time.Sleep(100 * time.Millisecond) // half a round
+		var top api.Top
+		s.want(http.StatusOK, "GET", "/v1/top", nil, &top)
+		health = top.Nodes[0].Health
+	}
+}
+
 func TestAUserSeesTheFiguresOfOwnJobsOnly(t *testing.T) {
 	s := newSimulation(t, "east-0")
 	id := s.running(api.JobSpec{})
