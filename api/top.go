@@ -20,11 +20,11 @@ type Top struct {
 
 // TopNode is one node.
 type TopNode struct {
-	ID     string       `json:"id"`
-	Cloud  string       `json:"cloud"`
-	State  NodeState    `json:"state"`
-	Health string       `json:"health"` // ok, or what it is short of
-	Figure *NodeFigures `json:"figures,omitempty"`
+	ID      string       `json:"id"`
+	Cloud   string       `json:"cloud"`
+	State   NodeState    `json:"state"`
+	Health  string       `json:"health"` // ok, or what it is short of
+	Figures *NodeFigures `json:"figures,omitempty"`
 }
 
 // NodeFigures are what was measured of a node in the round.
@@ -47,14 +47,14 @@ type NodeFigures struct {
 
 // TopJob is one job that is not over.
 type TopJob struct {
-	ID     string      `json:"id"`
-	Name   string      `json:"name"`
-	Phase  Phase       `json:"phase"`
-	Cloud  string      `json:"cloud"`
-	Tasks  int         `json:"tasks"`
-	Health string      `json:"health"`           // healthy, unhealthy, starved_cpu, ...
-	Reason string      `json:"reason,omitempty"` // the figures for that, or why it does not run
-	Figure *JobFigures `json:"figures,omitempty"`
+	ID      string      `json:"id"`
+	Name    string      `json:"name"`
+	Phase   Phase       `json:"phase"`
+	Cloud   string      `json:"cloud"`
+	Tasks   int         `json:"tasks"`
+	Health  string      `json:"health"`           // healthy, unhealthy, starved_cpu, ...
+	Reason  string      `json:"reason,omitempty"` // the figures for that, or why it does not run
+	Figures *JobFigures `json:"figures,omitempty"`
 }
 
 // JobFigures are what was measured of a job's tasks in the round.

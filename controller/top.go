@@ -76,7 +76,7 @@ func topNode(n *seenNode, round tally.Round, pressed string, silent int) api.Top
 		t.Health = pressed
 	}
 	if measured, ok := round.Nodes[n.ID]; ok {
-		t.Figure = nodeFigures(measured)
+		t.Figures = nodeFigures(measured)
 	}
 	return t
 }
@@ -99,7 +99,7 @@ func topJob(j *jobRecord, round tally.Round) api.TopJob {
 		t.Health, t.Reason = "", j.Reason
 	}
 	if measured, ok := round.Jobs[j.ID]; ok && j.Phase.Placed() {
-		t.Figure = jobFigures(measured)
+		t.Figures = jobFigures(measured)
 	}
 	return t
 }

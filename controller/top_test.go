@@ -20,7 +20,7 @@ func (s *simulation) measured(id string) (top api.Top) {
 			Job: id, CPUs: 0.5, CPUsDue: 1, MemUsed: 1 << 20, MemBytes: 1 << 29, Waited: 0.4, IOStall: 0.1, Progress: &progress, NormalProgress: 95,
 		}})
 		s.want(http.StatusOK, "GET", "/v1/top", nil, &top)
-		if len(top.Jobs) > 0 && top.Jobs[0].Figure != nil {
+		if len(top.Jobs) > 0 && top.Jobs[0].Figures != nil {
 			return top
 		}
 		if time.Now().After(deadline) {
@@ -39,11 +39,11 @@ func TestTopShowsWhatTheRoundHasBrought(t *testing.T) {
 	if top.Time == nil || time.Since(*top.Time) > time.Minute || top.PeriodMS != 200 || top.Reports < 1 {
 		t.Errorf("the round: %+v", top)
 	}
-	if n := top.Nodes[0]; n.ID != "east-0" || n.Health != "ok" || n.Figure.CPUsBusy != 3 || n.Figure.DiskFree != 5 || n.Figure.CPUStall != 0.5 {
-		t.Errorf("the node: %+v, %+v", n, n.Figure)
+	if n := top.Nodes[0]; n.ID != "east-0" || n.Health != "ok" || n.Figures.CPUsBusy != 3 || n.Figures.DiskFree != 5 || n.Figures.CPUStall != 0.5 {
+		t.Errorf("the node: %+v, %+v", n, n.Figures)
 	}
 	j := top.Jobs[0]
-	if f := j.Figure; j.Health != "starved_cpu" || !strings.Contains(j.Reason, "81 %") || f.CPUs != 0.5 || f.Waited != 0.4 || f.Stalled != 0.1 || *f.Progress != 12 || f.NormalProgress != 95 {
+	if f := j.Figures; j.Health != "starved_cpu" || !strings.Contains(j.Reason, "81 %") || f.CPUs != 0.5 || f.Waited != 0.4 || f.Stalled != 0.1 || *f.Progress != 12 || f.NormalProgress != 95 {
 		t.Errorf("the job: %+v, %+v", j, f)
 	}
 	_, raw, err := s.send("GET", "/metrics", nil)

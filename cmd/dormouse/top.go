@@ -151,7 +151,7 @@ func (c *cli) printTop(top *api.Top) error {
 func (c *cli) printTopNodes(top *api.Top) error {
 	rows := [][]string{}
 	for _, node := range top.Nodes {
-		rows = append(rows, nodeFigures([]string{node.ID, node.Cloud, string(node.State)}, node.Figure, node.Health))
+		rows = append(rows, nodeFigures([]string{node.ID, node.Cloud, string(node.State)}, node.Figures, node.Health))
 	}
 	if top.OtherNodes != nil {
 		rows = append(rows, nodeFigures([]string{"(others)", "", ""}, top.OtherNodes, ""))
@@ -179,8 +179,8 @@ func (c *cli) printTopJobs(top *api.Top) error {
 		if j.Health == "" || j.Health == api.ConditionHealthy {
 			ill = 1
 		}
-		if j.Figure != nil {
-			cpus = j.Figure.CPUs
+		if j.Figures != nil {
+			cpus = j.Figures.CPUs
 		}
 		return ill, cpus
 	}
@@ -191,7 +191,7 @@ func (c *cli) printTopJobs(top *api.Top) error {
 	})
 	rows := [][]string{}
 	for _, job := range jobs {
-		rows = append(rows, jobFigures([]string{job.ID, job.Name, string(job.Phase), strconv.Itoa(job.Tasks)}, job.Figure, job.Health, job.Reason))
+		rows = append(rows, jobFigures([]string{job.ID, job.Name, string(job.Phase), strconv.Itoa(job.Tasks)}, job.Figures, job.Health, job.Reason))
 	}
 	if top.OtherJobs != nil {
 		rows = append(rows, jobFigures([]string{"(others)", "", "", strconv.FormatUint(top.OtherJobs.Tasks, 10)}, top.OtherJobs, "", ""))

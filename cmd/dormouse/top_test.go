@@ -14,14 +14,14 @@ func someTop() api.Top {
 	return api.Top{
 		Time: &at, PeriodMS: 5000, Reports: 1, Missing: 1,
 		Nodes: []api.TopNode{
-			{ID: "east-0", Cloud: "east", State: api.NodeReady, Health: "ok", Figure: &api.NodeFigures{
+			{ID: "east-0", Cloud: "east", State: api.NodeReady, Health: "ok", Figures: &api.NodeFigures{
 				CPUs: 4, CPUsBusy: 3.5, MemBytes: 8 << 30, MemBusy: 2 << 30, DiskBytes: 100 << 30, DiskFree: 40 << 30, Tasks: 3, Troubled: 1, CPUStall: 0.81, IOStall: 0.02,
 			}},
 			{ID: "east-1", Cloud: "east", State: api.NodeUnreachable, Health: "its agent has been silent"},
 		},
 		Jobs: []api.TopJob{
-			{ID: "j-1", Name: "busy", Phase: api.PhaseRunning, Tasks: 1, Health: "healthy", Figure: &api.JobFigures{Tasks: 1, CPUs: 2, CPUsDue: 2, MemUsed: 1 << 20, MemBytes: 1 << 30}},
-			{ID: "j-2", Name: "squeezed", Phase: api.PhaseRunning, Tasks: 1, Health: "starved_cpu", Reason: "task 0 waited 81 %", Figure: &api.JobFigures{
+			{ID: "j-1", Name: "busy", Phase: api.PhaseRunning, Tasks: 1, Health: "healthy", Figures: &api.JobFigures{Tasks: 1, CPUs: 2, CPUsDue: 2, MemUsed: 1 << 20, MemBytes: 1 << 30}},
+			{ID: "j-2", Name: "squeezed", Phase: api.PhaseRunning, Tasks: 1, Health: "starved_cpu", Reason: "task 0 waited 81 %", Figures: &api.JobFigures{
 				Tasks: 1, CPUs: 0.2, CPUsDue: 1, MemUsed: 64 << 20, MemBytes: 512 << 20, Waited: 0.81, Progress: &progress, NormalProgress: 95,
 			}},
 			{ID: "j-3", Name: "waits", Phase: api.PhasePending, Tasks: 4, Reason: "waits for room"},
