@@ -316,11 +316,12 @@ func (s *survey) breathe(w *scheduler.Waiting, y *yield, now time.Time) {
 }
 
 // What is measured of a node makes it pressed from these shares of the time on.
+// That something waits for a CPU does not: on a machine with more to do than
+// processors something always does, and each task may still have its due.
 const (
-	pressedCPU    = 0.8 // something waits for a CPU
 	pressedMemory = 0.2 // everything stands still for memory
 	pressedIO     = 0.4 // or for I/O
-	pressedBusy   = 0.95
+	pressedBusy   = 0.95 // of the CPUs
 )
 
 // pressed says of nodes what the last round has shown them to be short of.
@@ -336,8 +337,6 @@ func (m *monitor) pressed(now time.Time) map[string]string {
 			pressed[id] = fmt.Sprintf("on node %s everything stands still for memory %.0f %% of the time", id, 100*n.MemoryStall)
 		case n.IOStall >= pressedIO:
 			pressed[id] = fmt.Sprintf("on node %s everything stands still for I/O %.0f %% of the time", id, 100*n.IOStall)
-		case n.CPUStall >= pressedCPU:
-			pressed[id] = fmt.Sprintf("on node %s something waits for a CPU %.0f %% of the time", id, 100*n.CPUStall)
 		case n.CPUs > 0 && n.CPUsBusy >= pressedBusy*n.CPUs:
 			pressed[id] = fmt.Sprintf("the CPUs of node %s are %.0f %% busy", id, 100*n.CPUsBusy/n.CPUs)
 		}
