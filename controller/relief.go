@@ -319,8 +319,8 @@ func (s *survey) breathe(w *scheduler.Waiting, y *yield, now time.Time) {
 // That something waits for a CPU does not: on a machine with more to do than
 // processors something always does, and each task may still have its due.
 const (
-	pressedMemory = 0.2 // everything stands still for memory
-	pressedIO     = 0.4 // or for I/O
+	pressedMemory = 0.2  // everything stands still for memory
+	pressedIO     = 0.4  // or for I/O
 	pressedBusy   = 0.95 // of the CPUs
 )
 
