@@ -54,10 +54,10 @@ func scenarios() []*scenario {
 	some := func(n int) string { return fmt.Sprintf("i=0; while [ $i -lt %d ]; do i=$((i+1)); done", n) }
 	return []*scenario{
 		{name: "squeezed by a hog outside", command: on(0, "sh", "-c", burn), harm: (*watched).hog, want: starvation.StarvedCPU},
-		{name: "throttled", flags: []string{"--cpus", "0.4"}, command: on(1, "sh", "-c", burn), harm: (*watched).throttle, want: starvation.StarvedCPU},
+		{name: "throttled", flags: []string{"--cpus", "0.3"}, command: on(1, "sh", "-c", burn), harm: (*watched).throttle, want: starvation.StarvedCPU},
 		{name: "short of memory", flags: []string{"--mem", "256M"}, command: on(1, "python3", program("thrash.py"), "/mapped"), harm: (*watched).shrink, want: starvation.StarvedMemory},
-		{name: "live-locked", flags: []string{"--cpus", "0.3", "--progress-regex", "^step ([0-9]+)"},
-			command: on(1, "bash", "-c", "trap 'go=no' USR1; n=0; while [ -z $go ]; do "+some(2000)+"; n=$((n+1)); echo step $n; done; "+burn),
+		{name: "live-locked", flags: []string{"--cpus", "0.2", "--progress-regex", "^step ([0-9]+)"},
+			command: on(1, "bash", "-c", "trap 'go=no' USR1; n=0; while [ -z $go ]; do "+some(1000)+"; n=$((n+1)); echo step $n; done; "+burn),
 			harm:    func(w *watched) { w.run("kill", w.job, "--signal", "USR1") }, want: starvation.NoProgress},
 		{name: "stopped", command: on(1, "sh", "-c", "while :; do sleep 0.1; done"),
 			harm: func(w *watched) { w.run("kill", w.job, "--signal", "STOP") }, want: starvation.NoProgress},
@@ -192,7 +192,7 @@ func (w *watched) limit(controller, v1, v2, value string) {
 	}
 }
 
-// favour gives the groups above a job, and so all jobs of its `up`, much of the
+// favour gives the group above all jobs of this `up` much of the
 // processors: whatever else this machine does must not make a healthy job starve.
 func (w *watched) favour() {
 	w.t.Helper()
@@ -201,10 +201,11 @@ func (w *watched) favour() {
 	if group.V1["cpu"] != "" {
 		dir, file, weight = group.V1["cpu"], "cpu.shares", "8192"
 	}
-	for dir = filepath.Dir(dir); !isMountPoint(w.t, dir); dir = filepath.Dir(dir) {
-		if err := os.WriteFile(filepath.Join(dir, file), []byte(weight), 0); err != nil {
-			w.t.Fatal(err)
-		}
+	for !isMountPoint(w.t, filepath.Dir(dir)) {
+		dir = filepath.Dir(dir)
+	}
+	if err := os.WriteFile(filepath.Join(dir, file), []byte(weight), 0); err != nil {
+		w.t.Fatal(err)
 	}
 }
 
@@ -217,7 +218,7 @@ func isMountPoint(t *testing.T, dir string) bool {
 	return here.Dev != above.Dev
 }
 
-func (w *watched) throttle() { w.limit("cpu", "cpu.cfs_quota_us", "cpu.max", "10000") }
+func (w *watched) throttle() { w.limit("cpu", "cpu.cfs_quota_us", "cpu.max", "7500") }
 func (w *watched) shrink() {
 	w.limit("memory", "memory.limit_in_bytes", "memory.max", fmt.Sprint(24<<20))
 }

@@ -1,4 +1,4 @@
-"""thrash.py FILE: reads 64 MiB at random through its memory, 400,000 pages a second at most, and prints a line for each 20,000. With less memory than the file takes
+"""thrash.py FILE: reads 64 MiB at random through its memory, 100,000 pages a second at most, and prints a line for each 20,000. With less memory than the file takes
 it waits for the disk instead.
 """
 
@@ -23,4 +23,4 @@ while True:
     done += 2000
     if done % 20000 == 0:
         print("read", done, flush=True)
-    time.sleep(0.005)
+    time.sleep(0.02)
