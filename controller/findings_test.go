@@ -387,6 +387,7 @@ func TestWhatIsDoneAboutStarvingJobs(t *testing.T) {
 		jobs []*jobRecord
 		do   []string
 		why  string // of the first that nothing is done about
+		full bool   // there is no other node with room
 	}{
 		"one is suspended":    {jobs: []*jobRecord{starving("a", "n", nil)}, do: []string{"a"}},
 		"a policy may forbid": {jobs: []*jobRecord{starving("a", "n", func(j *jobRecord) { j.Spec.OnStarvation = api.StarvationNotify })}, why: "its policy is notify"},
@@ -404,6 +405,11 @@ func TestWhatIsDoneAboutStarvingJobs(t *testing.T) {
 		"and later still the second time": {
 			jobs: []*jobRecord{starving("a", "n", func(j *jobRecord) { j.Relief = relief{At: now.Add(-11 * time.Minute), Count: 2} })}, why: "nothing is done before 12:09:00",
 		},
+		"one is moved": {jobs: []*jobRecord{starving("a", "n", func(j *jobRecord) { j.Spec.OnStarvation = api.StarvationMigrate })}, do: []string{"a"}},
+		"one that cannot be moved is in nobody's way": {
+			jobs: []*jobRecord{starving("a", "n", func(j *jobRecord) { j.Spec.OnStarvation = api.StarvationMigrate }), starving("b", "n", nil)},
+			do:   []string{"b"}, why: "no other node can have it: no room", full: true,
+		},
 		"not during an operation": {jobs: []*jobRecord{starving("a", "n", func(j *jobRecord) { j.Operation = "o-1" })}, why: "waits until operation o-1"},
 		"nor right after another left": {
 			jobs: []*jobRecord{starving("a", "n", nil), {Relief: relief{At: now.Add(-20 * time.Second), Count: 1, Nodes: []string{"n"}}, JobDetail: api.JobDetail{Job: api.Job{ID: "b"}}}},
@@ -413,7 +419,13 @@ func TestWhatIsDoneAboutStarvingJobs(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			var do []string
 			why := ""
-			for _, d := range decideRelief(c.jobs, bounds, now) {
+			stuck := func(*jobRecord) string {
+				if c.full {
+					return "no room"
+				}
+				return ""
+			}
+			for _, d := range decideRelief(c.jobs, bounds, stuck, now) {
 				if d.do {
 					do = append(do, d.job)
 				} else if why == "" {

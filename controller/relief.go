@@ -3,6 +3,7 @@ package controller
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"time"
@@ -80,9 +81,10 @@ type reliefDecision struct {
 	action string
 }
 
-// decideRelief decides about all jobs that starve. It is a pure function: the
-// same records at the same time have the same answer.
-func decideRelief(jobs []*jobRecord, bounds Relief, now time.Time) []reliefDecision {
+// decideRelief decides about all jobs that starve. stuck says why a job cannot be
+// moved to another node; empty: it can. It is a pure function: the same records at
+// the same time have the same answer.
+func decideRelief(jobs []*jobRecord, bounds Relief, stuck func(*jobRecord) string, now time.Time) []reliefDecision {
 	var starving []*jobRecord
 	busy := make(map[string]int)      // jobs that are being relieved, by cloud
 	lull := make(map[string]relieved) // what was done last on a node
@@ -122,6 +124,10 @@ func decideRelief(jobs []*jobRecord, bounds Relief, now time.Time) []reliefDecis
 			d.do, d.action = true, "is suspended, and comes back by itself"
 			if policy == api.StarvationMigrate {
 				d.action = "is moved to another node"
+				if why := stuck(j); why != "" {
+					d.do, d.action = false, "is not moved, no other node can have it: "+why
+					break // and is in nobody's way
+				}
 			}
 			busy[j.Cloud]++
 			lull[j.Starvation.Node] = relieved{j.ID, now}
@@ -154,10 +160,11 @@ func (c *Controller) relieve(ctx context.Context) error {
 		if len(byID) == 0 {
 			return nil
 		}
-		due = slices.ContainsFunc(decideRelief(jobs, c.parts.Relief, c.clock.Now().UTC()), func(d reliefDecision) bool {
+		decisions, err := c.decideRelief(tx, jobs)
+		due = slices.ContainsFunc(decisions, func(d reliefDecision) bool {
 			return d.do || byID[d.job].Starvation.Action != d.action
 		})
-		return nil
+		return err
 	})
 	if err != nil || !due {
 		return err
@@ -167,13 +174,27 @@ func (c *Controller) relieve(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		for _, d := range decideRelief(jobs, c.parts.Relief, c.clock.Now().UTC()) {
+		decisions, err := c.decideRelief(tx, jobs)
+		if err != nil {
+			return err
+		}
+		for _, d := range decisions {
 			if err := c.carryOutRelief(tx, d); err != nil {
 				return err
 			}
 		}
 		return nil
 	})
+}
+
+func (c *Controller) decideRelief(tx store.Tx, jobs []*jobRecord) (decisions []reliefDecision, err error) {
+	stuck := func(job *jobRecord) string {
+		why, failed := c.nowhereElse(tx, job)
+		err = errors.Join(err, failed)
+		return why
+	}
+	decisions = decideRelief(jobs, c.parts.Relief, stuck, c.clock.Now().UTC())
+	return decisions, err
 }
 
 // carryOutRelief writes what was decided about a job, and begins what follows.
@@ -183,18 +204,6 @@ func (c *Controller) carryOutRelief(tx store.Tx, d reliefDecision) error {
 		return err
 	}
 	now := c.parts.Relief.policy(job) == api.StarvationMigrate
-	if d.do && now {
-		why, err := c.nowhereElse(tx, job)
-		if err != nil {
-			return err
-		}
-		if why != "" {
-			d.do, d.action = false, "is not moved, no other node can have it: "+why
-		}
-		if !d.do && job.Starvation.Action == d.action {
-			return nil
-		}
-	}
 	job.Starvation.Action = d.action
 	if !d.do {
 		return putJob(tx, job)
