@@ -2,7 +2,6 @@ package e2e
 
 import (
 	"bytes"
-	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -10,12 +9,15 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
 
 	"dormouse/api"
+	"dormouse/internal/child"
 	"dormouse/monitor/sample"
 	"dormouse/monitor/starvation"
 )
@@ -60,7 +62,7 @@ func scenarios() []*scenario {
 			command: on(1, "bash", "-c", "trap 'go=no' USR1; n=0; while [ -z $go ]; do "+some(1000)+"; n=$((n+1)); echo step $n; done; "+burn),
 			harm:    func(w *watched) { w.run("kill", w.job, "--signal", "USR1") }, want: starvation.NoProgress},
 		{name: "stopped", command: on(1, "sh", "-c", "while :; do sleep 0.1; done"),
-			harm: func(w *watched) { w.run("kill", w.job, "--signal", "STOP") }, want: starvation.NoProgress},
+			harm: (*watched).stop, want: starvation.NoProgress},
 		{name: "peer of a stopped rank", flags: []string{"--tasks", "2", "--cpus", "0.2"},
 			command: []string{openMPI, program("stencil" + suffix[openMPI]), "64", forever, "10", "50", stopFile},
 			harm:    func(w *watched) { w.run("exec", w.job, "--task", "1", "--", "pkill", "-STOP", "stencil") }, want: starvation.NoProgress, task: 1},
@@ -156,17 +158,54 @@ func (s *scenario) mustBeFound(p *platform) {
 }
 
 // hog takes the processor of a job, from outside of it.
-func (w *watched) hog() {
+func (w *watched) hog() { w.t.Cleanup(hogs(w.t)) }
+
+// hogs burn all they get of processor 0 until they are called off. They are
+// sessions of their own, as what the kernel weighs may be sessions (sched(7),
+// "The autogroup feature").
+func hogs(t *testing.T) (off func()) {
+	t.Helper()
+	var all []*exec.Cmd
+	for range 8 {
+		hog := exec.Command("taskset", "-c", "0", "nice", "-n", "-20", "sh", "-c", burn)
+		hog.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+		if err := child.Start(hog, syscall.SIGKILL); err != nil {
+			t.Fatal(err)
+		}
+		all = append(all, hog)
+	}
+	return sync.OnceFunc(func() {
+		for _, hog := range all {
+			hog.Process.Kill()
+			hog.Wait()
+		}
+	})
+}
+
+// stop stops a job's program from outside, where Dormouse has no part in it.
+func (w *watched) stop() {
 	w.t.Helper()
-	hog := exec.Command("taskset", "-c", "0", "nice", "-n", "-20", "sh", "-c", burn)
-	hog.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	if err := hog.Start(); err != nil {
+	threads, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", w.inspect(w.job).TaskStatus[0].Pid))
+	if err != nil {
 		w.t.Fatal(err)
 	}
-	w.t.Cleanup(func() {
-		hog.Process.Kill()
-		hog.Wait()
-	})
+	stopped := 0
+	for _, thread := range threads {
+		children, err := os.ReadFile(thread)
+		if err != nil {
+			w.t.Fatal(err)
+		}
+		for child := range strings.FieldsSeq(string(children)) {
+			pid, err := strconv.Atoi(child)
+			if err := errors.Join(err, syscall.Kill(pid, syscall.SIGSTOP)); err != nil {
+				w.t.Fatal(err)
+			}
+			stopped++
+		}
+	}
+	if stopped == 0 {
+		w.t.Fatal("the task's first process has no child")
+	}
 }
 
 // group is where the limits of a job's only task are.
@@ -230,15 +269,10 @@ func TestAStarvingJobSleepsAndComesBack(t *testing.T) {
 	job := p.submit("--starvation-period", watchedEvery.String(), "--",
 		"taskset", "-c", "0", "sh", "-c", "n=0; while :; do n=$((n+1)); i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done; echo $n; done")
 	p.waitLines(job, 10)
-	ctx, release := context.WithCancel(t.Context())
-	defer release()
-	hog := exec.CommandContext(ctx, "taskset", "-c", "0", "nice", "-n", "-15", "sh", "-c", burn)
-	if err := hog.Start(); err != nil {
-		t.Fatal(err)
-	}
+	off := hogs(t)
+	t.Cleanup(off)
 	p.waitFor(job, api.PhaseSuspended)
-	release()
-	hog.Wait()
+	off()
 	detail := p.inspect(job)
 	if !detail.Queued || !strings.Contains(detail.Reason, "CPU") {
 		t.Errorf("it is suspended, queued %v: %q, expected it to wait for room and to say why", detail.Queued, detail.Reason)
