@@ -14,12 +14,12 @@ import (
 	"dormouse/controller/store/etcd"
 )
 
-// onlyTheLeader can answer these: they need streams to agents, or the leader's
-// view of what it is about to do.
-var onlyTheLeader = map[string]bool{"logs": true, "plan-preempt": true, "plan-swap": true}
+// onlyTheLeader can answer these: they need streams to agents, what those measure,
+// or the leader's view of what it is about to do.
+var onlyTheLeader = map[string]bool{"logs": true, "top": true, "plan-preempt": true, "plan-swap": true}
 
 // ownToEach are answers that two controllers, or two moments, do not have in common.
-var ownToEach = map[string]bool{"metrics": true, "backup": true, "nodes": true, "audit": true}
+var ownToEach = map[string]bool{"metrics": true, "backup": true, "nodes": true, "audit": true, "top": true}
 
 // readOnly is the store of a follower that must not even try to write.
 type readOnly struct {
