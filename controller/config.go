@@ -191,6 +191,11 @@ const (
 // LocalCloud is a cloud of virtual nodes on this machine.
 type LocalCloud struct {
 	Nodes int `yaml:"nodes"`
+	// MaxNodes is how many there may be while jobs wait for room, as many as Nodes
+	// unless given; the further ones are given back when nothing was on them for
+	// IdleFor, 5 minutes unless given.
+	MaxNodes int           `yaml:"max_nodes"`
+	IdleFor  time.Duration `yaml:"idle_for"`
 	// CPUs and MemBytes are each node's capacity; the whole machine's unless given.
 	CPUs     float64 `yaml:"cpus"`
 	MemBytes int64   `yaml:"mem_bytes"`
@@ -386,6 +391,10 @@ func (c *CloudConfig) check() error {
 	switch l := c.Local; {
 	case l.Nodes < 1:
 		return fmt.Errorf("cloud %s: nodes must be greater than 0, got %d", c.Name, l.Nodes)
+	case l.MaxNodes != 0 && l.MaxNodes < l.Nodes:
+		return fmt.Errorf("cloud %s: max_nodes must be no less than nodes, which is %d, got %d", c.Name, l.Nodes, l.MaxNodes)
+	case l.IdleFor < 0:
+		return fmt.Errorf("cloud %s: idle_for must be greater than 0, got %s", c.Name, l.IdleFor)
 	case l.CPUs < 0:
 		return fmt.Errorf("cloud %s: cpus must be greater than 0, got %g", c.Name, l.CPUs)
 	case l.MemBytes < 0:

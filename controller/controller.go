@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/http"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -42,6 +43,10 @@ type Cloud struct {
 	Driver     drivers.Driver
 	Tunnel     string             // TunnelVXLAN where the network between the nodes is trusted
 	Nodes      []drivers.NodeSpec // to provision at the start
+	// Most is how many nodes the cloud may have while jobs wait for room; those
+	// beyond Nodes are given back when nothing was on them for Idle.
+	Most int
+	Idle time.Duration // idleLong if it is 0
 	// Dumps is how many checkpoints the cloud makes at once before automatic ones
 	// wait; 0: as many as it has nodes.
 	Dumps int
@@ -146,8 +151,9 @@ type Controller struct {
 	clouds    map[string]Cloud
 	order     []string // of clouds
 	booted    time.Time
-	operating map[string]bool // operations that have a goroutine
-	loads     chan struct{}   // held while one of them reads what it is to do
+	operating map[string]bool      // operations that have a goroutine
+	resting   map[string]time.Time // until when a cloud gets no further nodes
+	loads     chan struct{}        // held while one of them reads what it is to do
 	turns     *turns
 	// interrupts end the steps that operations are taking.
 	interrupts map[string]context.CancelCauseFunc
@@ -195,7 +201,7 @@ func New(parts Parts) (*Controller, error) {
 		operations: newImage(store.Operations, func(op *opRecord) (time.Time, string) { return op.Started, op.ID }),
 		nodes:      newImage(store.Nodes, func(n *seenNode) (time.Time, string) { return time.Time{}, n.ID }),
 		placed:     &whereabouts{jobs: make(map[string]map[string]bool)},
-		clouds:     make(map[string]Cloud), operating: make(map[string]bool), loads: make(chan struct{}, mostLoads), interrupts: make(map[string]context.CancelCauseFunc),
+		clouds:     make(map[string]Cloud), resting: make(map[string]time.Time), operating: make(map[string]bool), loads: make(chan struct{}, mostLoads), interrupts: make(map[string]context.CancelCauseFunc),
 		turns: newTurns(),
 	}
 	c.run, c.stop = context.WithCancel(context.Background())
@@ -242,6 +248,7 @@ func (c *Controller) Start(ctx context.Context) error {
 	c.work.Go(func() { c.tidy(c.run) })
 	c.work.Go(func() { c.auditRefusals(c.run) })
 	c.work.Go(func() { c.placeJobs(c.run) })
+	c.work.Go(func() { c.shrink(c.run) })
 	c.work.Go(func() { c.automatic(c.run) })
 	c.work.Go(func() { c.collectGarbage(c.run) })
 	return nil
@@ -277,7 +284,11 @@ func (c *Controller) AddCloud(ctx context.Context, cloud Cloud) error {
 		return fmt.Errorf("follow the nodes of cloud %s: %w", cloud.Name, err)
 	}
 	c.work.Go(func() { c.followDriver(cloud, events) })
-	if _, err := cloud.Driver.Provision(ctx, cloud.Nodes); err != nil {
+	further, err := c.furtherSpecs(ctx, cloud)
+	if err != nil {
+		return err
+	}
+	if _, err := cloud.Driver.Provision(ctx, slices.Concat(cloud.Nodes, further)); err != nil {
 		return fmt.Errorf("provision the nodes of cloud %s: %w", cloud.Name, err)
 	}
 	return nil

@@ -291,7 +291,7 @@ func (d *Daemon) addClouds(ctx context.Context, env Env) error {
 	for _, config := range d.config.Clouds {
 		cloud := config.cloud()
 		if config.Driver == driverLocal {
-			cloud.Nodes = config.nodes()
+			cloud.Nodes, cloud.Most, cloud.Idle = config.nodes(), config.Local.MaxNodes, config.Local.IdleFor
 			cloud.Driver, err = local.New(local.Options{
 				Cloud: config.Name, Dir: d.path("nodes"), Group: "dormouse-" + strings.ToLower(id[:8]),
 				Bootstrap: d.controller.Bootstrap(config.Name), Command: env.AgentCommand, Logger: d.log,

@@ -162,6 +162,10 @@ type nodeRecord struct {
 	TreeAddress string `json:"tree_address,omitempty"`
 	// Certificates are those that its agent may show.
 	Certificates certificates `json:"certificates,omitzero"`
+	// Further nodes are beyond those that the cloud begins with; GivenBack is set
+	// once one is being taken away.
+	Further   bool `json:"further,omitempty"`
+	GivenBack bool `json:"given_back,omitempty"`
 }
 
 // cleanup is a task that its node must destroy or, with Checkpoint, what was

@@ -330,6 +330,9 @@ func (c *Controller) schedule(ctx context.Context) (next time.Time, err error) {
 		return next, err
 	}
 	c.turns.announce(decisions)
+	if err := c.grow(ctx, seen, decisions); err != nil {
+		return next, err
+	}
 	if !slices.ContainsFunc(decisions, seen.changes) {
 		return next, nil
 	}

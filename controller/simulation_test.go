@@ -371,12 +371,12 @@ func (w *world) stopAgents() {
 }
 
 // join makes a node whose agent joins.
-func (s *simulation) join(node string) *simAgent {
+func (w *world) join(node string) *simAgent {
 	cloud, _, _ := strings.Cut(node, "-")
-	a := &simAgent{world: s.world, node: node, cloud: cloud, tasks: make(map[taskRef]*simTask), answers: make(map[string]*agentpb.Reply), lanes: make(map[string]chan struct{}), appAnswers: make(chan *agentpb.AppAnswer, 16)}
-	s.mu.Lock()
-	s.agents[node] = a
-	s.mu.Unlock()
+	a := &simAgent{world: w, node: node, cloud: cloud, tasks: make(map[taskRef]*simTask), answers: make(map[string]*agentpb.Reply), lanes: make(map[string]chan struct{}), appAnswers: make(chan *agentpb.AppAnswer, 16)}
+	w.mu.Lock()
+	w.agents[node] = a
+	w.mu.Unlock()
 	a.start()
 	return a
 }
@@ -1045,15 +1045,47 @@ func (w *world) faultOnce(step string, f func(a *simAgent) fault) (hit <-chan st
 	return happened
 }
 
-// simDriver cuts and restores the power of simulated nodes.
-type simDriver struct{ world *world }
-
-func (d *simDriver) Provision(context.Context, []drivers.NodeSpec) ([]drivers.Node, error) {
-	return nil, nil
+// simDriver makes simulated nodes, and cuts and restores their power.
+type simDriver struct {
+	world *world
+	// make, when it is given, is called before a node is made, and may refuse to.
+	make func(ctx context.Context, node string) error
 }
-func (d *simDriver) Nodes(context.Context) ([]drivers.Node, error) { return nil, nil }
-func (d *simDriver) Release(context.Context, string) error         { return nil }
-func (d *simDriver) Close(context.Context) error                   { return nil }
+
+func (d *simDriver) Provision(ctx context.Context, specs []drivers.NodeSpec) (made []drivers.Node, err error) {
+	for _, spec := range specs {
+		if d.world.agent(spec.Name) == nil {
+			if d.make != nil {
+				if err := d.make(ctx, spec.Name); err != nil {
+					return made, err
+				}
+			}
+			d.world.join(spec.Name)
+		}
+		made = append(made, drivers.Node{Name: spec.Name, Power: drivers.PowerOn})
+	}
+	return made, nil
+}
+func (d *simDriver) Nodes(context.Context) (nodes []drivers.Node, err error) {
+	d.world.mu.Lock()
+	defer d.world.mu.Unlock()
+	for name := range d.world.agents {
+		nodes = append(nodes, drivers.Node{Name: name, Power: drivers.PowerOn})
+	}
+	return nodes, nil
+}
+func (d *simDriver) Release(_ context.Context, node string) error {
+	a := d.world.agent(node)
+	if a == nil {
+		return nil
+	}
+	a.cutPower()
+	d.world.mu.Lock()
+	defer d.world.mu.Unlock()
+	delete(d.world.agents, node)
+	return nil
+}
+func (d *simDriver) Close(context.Context) error { return nil }
 func (d *simDriver) PowerOff(_ context.Context, node string) error {
 	d.world.agent(node).cutPower()
 	return nil

@@ -45,6 +45,7 @@ type site struct {
 // machine is a network namespace with an agent.
 type machine struct {
 	name   string
+	number int          // of its address
 	cable  netlink.Link // our end
 	anchor *exec.Cmd    // keeps the namespace
 	agent  *exec.Cmd
@@ -53,30 +54,24 @@ type machine struct {
 
 const fencedHeartbeat = 300 * time.Millisecond
 
-// newSite starts a controller with n machines, whose leases last so long.
-func newSite(t *testing.T, number, n int, lease time.Duration) *site {
+// newSite starts a controller with n machines, whose leases last so long, and
+// which treats starving jobs so.
+func newSite(t *testing.T, number, n int, lease time.Duration, starvation string) *site {
 	t.Helper()
 	if unavailable != "" {
 		t.Skip(unavailable)
 	}
 	s := &site{platform: &platform{t: t}, number: number, dir: directory(t)}
 	s.build()
-	config := fmt.Sprintf("listen: %s:7117\nstate: %s\nlease: %s\nheartbeat: %s\non_starvation: ignore\nclouds:\n- name: rack\n  driver: static\n",
-		s.address(1), s.state(), lease, fencedHeartbeat)
-	file := filepath.Join(s.dir, "controller.yaml")
-	s.must(os.WriteFile(file, []byte(config), 0o600))
+	config := fmt.Sprintf("listen: %s:7117\nstate: %s\nlease: %s\nheartbeat: %s\non_starvation: %s\nclouds:\n- name: rack\n  driver: static\n",
+		s.address(1), s.state(), lease, fencedHeartbeat, starvation)
+	s.must(os.WriteFile(s.config(), []byte(config), 0o600))
 	s.must(os.Mkdir(s.state(), 0o755))
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
-	defer cancel()
-	c, err := cluster.Start(ctx, cluster.Options{
-		Binary: built.bin + "/dormouse", State: s.state(), Config: file, Log: logFile(filepath.Join(s.dir, "controller.log")),
-	})
-	s.must(err)
-	s.c = c
+	s.startController()
 	t.Cleanup(func() {
 		ending, cancel := context.WithTimeout(context.Background(), time.Minute)
 		defer cancel()
-		if err := c.Stop(ending); err != nil {
+		if err := s.c.Stop(ending); err != nil {
 			t.Error(err)
 		}
 	})
@@ -89,6 +84,20 @@ func newSite(t *testing.T, number, n int, lease time.Duration) *site {
 		return len(nodes) == n && !slices.ContainsFunc(nodes, func(n api.Node) bool { return n.State != api.NodeReady })
 	})
 	return s
+}
+
+func (s *site) config() string { return filepath.Join(s.dir, "controller.yaml") }
+
+// startController may be called again when it was killed.
+func (s *site) startController() {
+	s.t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	c, err := cluster.Start(ctx, cluster.Options{
+		Binary: built.bin + "/dormouse", State: s.state(), Config: s.config(), Log: logFile(filepath.Join(s.dir, "controller.log")),
+	})
+	s.must(err)
+	s.c = c
 }
 
 func (s *site) must(err error) {
@@ -176,29 +185,40 @@ func (s *site) build() {
 // addMachine makes a machine and starts its agent.
 func (s *site) addMachine(i int) {
 	s.t.Helper()
-	m := &machine{name: fmt.Sprintf("fence%d-%d-%d", s.number, i, os.Getpid())}
-	m.anchor = exec.Command("sleep", "infinity")
-	m.anchor.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET}
-	s.must(child.Start(m.anchor, syscall.SIGKILL))
+	m := &machine{name: fmt.Sprintf("fence%d-%d-%d", s.number, i, os.Getpid()), number: i}
+	s.powerOn(m)
 	s.t.Cleanup(func() {
+		m.agent.Process.Signal(syscall.SIGTERM)
+		<-m.ended
+		if err := m.clear(); err != nil {
+			s.t.Error(err)
+		}
+		netlink.LinkDel(m.cable)
 		m.anchor.Process.Kill()
 		m.anchor.Wait()
 	})
-	s.plug(m, i)
-	s.startAgent(m)
 	s.machines = append(s.machines, m)
 }
 
+// powerOn starts a machine, which has its disk and nothing else from before.
+func (s *site) powerOn(m *machine) {
+	s.t.Helper()
+	m.anchor = exec.Command("sleep", "infinity")
+	m.anchor.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET}
+	s.must(child.Start(m.anchor, syscall.SIGKILL))
+	s.plug(m)
+	s.startAgent(m)
+}
+
 // plug lays the cable between the bridge and the machine.
-func (s *site) plug(m *machine, i int) {
+func (s *site) plug(m *machine) {
 	s.t.Helper()
 	cable := &netlink.Veth{
-		LinkAttrs: netlink.LinkAttrs{Name: fmt.Sprintf("fence%d.%d", s.number, i), MasterIndex: s.bridge.Index},
+		LinkAttrs: netlink.LinkAttrs{Name: fmt.Sprintf("fence%d.%d", s.number, m.number), MasterIndex: s.bridge.Index},
 		PeerName:  "eth0", PeerNamespace: netlink.NsPid(m.anchor.Process.Pid),
 	}
 	s.must(netlink.LinkAdd(cable))
 	m.cable = cable
-	s.t.Cleanup(func() { netlink.LinkDel(cable) })
 	s.must(netlink.LinkSetUp(cable))
 	namespace, err := netns.GetFromPid(m.anchor.Process.Pid)
 	s.must(err)
@@ -210,7 +230,7 @@ func (s *site) plug(m *machine, i int) {
 		link, err := inside.LinkByName(name)
 		s.must(err)
 		if name == "eth0" {
-			address, err := netlink.ParseAddr(s.address(10+i) + "/24")
+			address, err := netlink.ParseAddr(s.address(10+m.number) + "/24")
 			s.must(err)
 			s.must(inside.AddrAdd(link, address))
 		}
@@ -218,11 +238,10 @@ func (s *site) plug(m *machine, i int) {
 	}
 }
 
-// startAgent runs the agent in the machine's namespace until the test ends. What
-// it has left in its cgroup then is ended, too.
+// startAgent runs the agent in the machine's namespace.
 func (s *site) startAgent(m *machine) {
 	s.t.Helper()
-	out, err := os.Create(filepath.Join(s.dir, m.name+".log"))
+	out, err := os.OpenFile(filepath.Join(s.dir, m.name+".log"), os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
 	s.must(err)
 	defer out.Close()
 	m.agent = exec.Command("nsenter", "--net=/proc/"+strconv.Itoa(m.anchor.Process.Pid)+"/ns/net", built.bin+"/dormouse", "agent",
@@ -230,18 +249,12 @@ func (s *site) startAgent(m *machine) {
 		"--cloud", "rack", "--node", m.name, "--state", filepath.Join(s.dir, m.name), "--cpus", "2", "--mem", "2G")
 	m.agent.Stdout, m.agent.Stderr = out, out
 	s.must(child.Start(m.agent, syscall.SIGTERM))
-	m.ended = make(chan struct{})
+	agent, ended := m.agent, make(chan struct{})
+	m.ended = ended
 	go func() {
-		defer close(m.ended)
-		m.agent.Wait()
+		defer close(ended)
+		agent.Wait()
 	}()
-	s.t.Cleanup(func() {
-		m.agent.Process.Signal(syscall.SIGTERM)
-		<-m.ended
-		if err := m.clear(); err != nil {
-			s.t.Error(err)
-		}
-	})
 }
 
 // clear ends what is left in the node's cgroup, the guard of its lease as well, and
@@ -365,7 +378,7 @@ func (s *site) submitWitness(lines int) (job string, seen func() []int) {
 // the copy on it is destroyed without having run again.
 func TestNodeThatIsCutOffIsFencedBeforeItsJobGoesOnElsewhere(t *testing.T) {
 	const lines = 300
-	s := newSite(t, 1, 2, 4*time.Second)
+	s := newSite(t, 1, 2, 4*time.Second, api.StarvationIgnore)
 	job, seen := s.submitWitness(lines)
 	s.until(job, "it writes", func() bool { return len(seen()) >= 5 })
 	s.checkpoint(job)
@@ -431,7 +444,7 @@ func goesBackOnce(t *testing.T, seen []int, safe, lines int) {
 // TestCutShorterThanTheLeaseChangesNothing: the job does not even stop.
 func TestCutShorterThanTheLeaseChangesNothing(t *testing.T) {
 	const lines = 150
-	s := newSite(t, 2, 2, 30*time.Second)
+	s := newSite(t, 2, 2, 30*time.Second, api.StarvationIgnore)
 	job, seen := s.submitWitness(lines)
 	s.until(job, "it writes", func() bool { return len(seen()) >= 5 })
 	left := s.machine(s.node(job))
@@ -467,7 +480,7 @@ func TestCutShorterThanTheLeaseChangesNothing(t *testing.T) {
 // copy too many, or a message lost or repeated, ends the job with an error.
 func TestParallelJobOfACutOffNodeGoesOnOnce(t *testing.T) {
 	const steps = 250
-	s := newSite(t, 3, 3, 4*time.Second)
+	s := newSite(t, 3, 3, 4*time.Second, api.StarvationIgnore)
 	job := s.submit("--tasks", "2", "--cpus", "2", "--max-restarts", "3", "--mem", "64M", "--", "python3", program("pair.py"), strconv.Itoa(steps), "60")
 	s.until(job, "its tasks talk", func() bool { return strings.Count(s.outputOf(job, 1), "\n") >= 5 })
 	s.checkpoint(job)

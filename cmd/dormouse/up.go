@@ -77,7 +77,7 @@ It needs root, as namespaces, cgroups and CRIU do.`,
 		},
 	}
 	set := command.Flags()
-	set.StringArrayVar(&options.clouds, "cloud", []string{"local=1"}, "a cloud and its number of virtual nodes, `NAME=N` (may be repeated)")
+	set.StringArrayVar(&options.clouds, "cloud", []string{"local=1"}, "a cloud and its number of virtual nodes, `NAME=N`, or NAME=N..MAX for one that gets further nodes while jobs wait for room (may be repeated)")
 	set.Float64Var(&options.cpus, "cpus", 0, "processors that each node offers (default: all of this machine)")
 	set.Var(sizeFlag{&options.mem}, "mem", "memory that each node offers (default: an equal share of three quarters of this machine's)")
 	set.StringVar(&options.state, "state", defaultState, "`directory` for everything that must be remembered")
@@ -93,20 +93,27 @@ func (o *upOptions) parse(cpusGiven, memGiven bool) ([]controller.CloudConfig, e
 	clouds, total, seen := []controller.CloudConfig{}, 0, map[string]bool{}
 	for _, text := range o.clouds {
 		name, count, found := strings.Cut(text, "=")
+		count, greatest, elastic := strings.Cut(count, "..")
 		nodes, err := strconv.Atoi(count)
+		most := nodes
+		if elastic && err == nil {
+			most, err = strconv.Atoi(greatest)
+		}
 		switch {
 		case !found || err != nil:
-			return nil, usagef("the cloud %q is not NAME=N, as in east=2", text)
+			return nil, usagef("the cloud %q is not NAME=N, as in east=2, nor NAME=N..MAX", text)
 		case !cloudName.MatchString(name):
 			return nil, usagef("the cloud's name %q is not made of at most 32 small letters, digits and inner dashes", name)
 		case seen[name]:
 			return nil, usagef("the cloud %s is given twice", name)
 		case nodes < 1 || nodes > maxNodes:
 			return nil, usagef("the cloud %s cannot have %d nodes: give it 1 to %d", name, nodes, maxNodes)
+		case most < nodes || most > maxNodes:
+			return nil, usagef("the cloud %s cannot have %d nodes at most: give it %d to %d", name, most, nodes, maxNodes)
 		}
 		seen[name] = true
-		total += nodes
-		clouds = append(clouds, controller.CloudConfig{Name: name, Driver: "local", Tunnel: o.tunnel, Local: &controller.LocalCloud{Nodes: nodes}})
+		total += most
+		clouds = append(clouds, controller.CloudConfig{Name: name, Driver: "local", Tunnel: o.tunnel, Local: &controller.LocalCloud{Nodes: nodes, MaxNodes: most}})
 	}
 	if !slices.Contains(tunnels, o.tunnel) {
 		return nil, usagef("there is no tunnel %q: choose one of %s", o.tunnel, strings.Join(tunnels, ", "))

@@ -21,6 +21,11 @@ func TestUpUnderstandsItsClouds(t *testing.T) {
 	if east := clouds[0]; east.Name != "east" || east.Driver != "local" || east.Tunnel != "vxlan" || east.Local.Nodes != 2 || east.Local.CPUs != 2 || east.Local.MemBytes != 1<<30 {
 		t.Errorf("the first cloud is %+v with %+v", east, east.Local)
 	}
+	options = upOptions{clouds: []string{"east=2..5"}, listen: defaultListen, cpus: 2, mem: 1 << 30, tunnel: "auto", onStarvation: "suspend"}
+	clouds, err = options.parse(true, true)
+	if err != nil || clouds[0].Local.Nodes != 2 || clouds[0].Local.MaxNodes != 5 {
+		t.Errorf("east=2..5 is %+v, %v; want 2 nodes, and 5 at most", clouds[0].Local, err)
+	}
 	options = upOptions{clouds: []string{"local=1"}, listen: defaultListen, tunnel: "auto", onStarvation: "suspend"}
 	clouds, err = options.parse(false, false)
 	if err != nil || clouds[0].Local.CPUs != float64(runtime.NumCPU()) || clouds[0].Local.MemBytes < 64<<20 {
@@ -38,6 +43,8 @@ func TestUpRefusesBadUsage(t *testing.T) {
 		"up --cloud east=0":           "cannot have 0 nodes",
 		"up --cloud east=-1":          "cannot have -1 nodes",
 		"up --cloud east=100000":      "cannot have 100000 nodes",
+		"up --cloud east=2..1":        "cannot have 1 nodes at most",
+		"up --cloud east=2..":         "nor NAME=N..MAX",
 		"up --cloud a=1 --cloud a=2":  "given twice",
 		"up --tunnel string":          "there is no tunnel \"string\": choose one of auto, wireguard, vxlan",
 		"up --cpus 0":                 "cannot offer 0 processors",

@@ -43,6 +43,8 @@ const (
 type fleetRow struct {
 	Agents int `json:"agents"`
 	Jobs   int `json:"jobs"`
+	// Rate is how many submissions a second there were to be; 0: as many as are taken.
+	Rate int `json:"rate"`
 	// JoinMS is from the fleet's start until all agents were welcomed.
 	JoinMS float64 `json:"join_ms"`
 	// Submissions per second, sustained over all jobs.
@@ -91,7 +93,7 @@ func latencyOf(samples []time.Duration) latency {
 
 func ms(d time.Duration) float64 { return float64(d) / float64(time.Millisecond) }
 
-func runFleet(ctx context.Context, sizes, file, binary string) error {
+func runFleet(ctx context.Context, sizes string, rate int, file, binary string) error {
 	var rows []fleetRow
 	for _, size := range strings.Split(sizes, ",") {
 		agents, err := strconv.Atoi(size)
@@ -99,7 +101,7 @@ func runFleet(ctx context.Context, sizes, file, binary string) error {
 			return fmt.Errorf("-agents: %q is not a number of agents", size)
 		}
 		fmt.Fprintf(os.Stderr, "%d agents, %d jobs\n", agents, agents*jobsPerAgent)
-		row, err := measureFleet(ctx, binary, agents)
+		row, err := measureFleet(ctx, binary, agents, rate)
 		if err != nil {
 			return fmt.Errorf("%d agents: %w", agents, err)
 		}
@@ -114,7 +116,7 @@ func runFleet(ctx context.Context, sizes, file, binary string) error {
 }
 
 // measureFleet measures one size, with a controller and a store of its own.
-func measureFleet(ctx context.Context, binary string, agents int) (row fleetRow, err error) {
+func measureFleet(ctx context.Context, binary string, agents, rate int) (row fleetRow, err error) {
 	dir, err := os.MkdirTemp("/var/tmp", "dormouse-fleet-")
 	if err != nil {
 		return row, err
@@ -129,7 +131,7 @@ func measureFleet(ctx context.Context, binary string, agents int) (row fleetRow,
 	if err := b.trust(); err != nil {
 		return row, err
 	}
-	row.Agents, row.Jobs = agents, agents*jobsPerAgent
+	row.Agents, row.Jobs, row.Rate = agents, agents*jobsPerAgent, rate
 	begin := time.Now()
 	f, err := b.join(ctx, agents)
 	if err != nil {
@@ -189,8 +191,7 @@ func (b *fleetBench) started(job string, at time.Time) {
 	b.starts[job] = at
 }
 
-// load submits all jobs as fast as they are taken, while others read, and waits
-// until all have started.
+// load submits all jobs while others read, and waits until all have started.
 func (b *fleetBench) load(ctx context.Context, row *fleetRow) error {
 	ctx, cancel := context.WithTimeout(ctx, 15*time.Minute)
 	defer cancel()
@@ -203,7 +204,7 @@ func (b *fleetBench) load(ctx context.Context, row *fleetRow) error {
 		return err
 	}
 	begin := time.Now()
-	asked, waits, err := b.submit(ctx, row.Jobs, reading)
+	asked, waits, err := b.submit(ctx, row.Jobs, row.Rate, reading)
 	row.Submissions = float64(row.Jobs) / time.Since(begin).Seconds()
 	waited, readers, readErr := reading.end()
 	if err := errors.Join(err, readErr); err != nil {
@@ -243,27 +244,53 @@ func (b *fleetBench) cpu() (controller, simulator time.Duration, err error) {
 	return controller, time.Duration(own.Utime.Nano() + own.Stime.Nano()), err
 }
 
+// due are the moments at which n jobs are to be submitted: rate in a second, or the
+// zero time of all.
+func due(ctx context.Context, n, rate int) <-chan time.Time {
+	moments := make(chan time.Time, n)
+	if rate == 0 {
+		for range n {
+			moments <- time.Time{}
+		}
+		close(moments)
+		return moments
+	}
+	begin := time.Now()
+	go func() {
+		defer close(moments)
+		for i := range n {
+			at := begin.Add(time.Duration(i) * time.Second / time.Duration(rate))
+			select {
+			case <-time.After(time.Until(at)):
+				moments <- at
+			case <-ctx.Done():
+				return
+			}
+		}
+	}()
+	return moments
+}
+
 // submit submits n jobs, tells those who read of them, and returns when each was
-// asked for and how long it took.
-func (b *fleetBench) submit(ctx context.Context, n int, reading *reading) (asked map[string]time.Time, waits []time.Duration, err error) {
+// asked for and how long it took. One that was due before a client was free for it
+// is counted from when it was due.
+func (b *fleetBench) submit(ctx context.Context, n, rate int, reading *reading) (asked map[string]time.Time, waits []time.Duration, err error) {
 	spec, err := json.Marshal(api.JobSpec{Command: []string{"sleep", "3600"}, Tasks: 1, CPUs: 1, MemBytes: 1 << 30})
 	if err != nil {
 		return nil, nil, err
 	}
 	asked = make(map[string]time.Time, n)
-	todo := make(chan struct{}, n)
-	for range n {
-		todo <- struct{}{}
-	}
-	close(todo)
 	var mu sync.Mutex
 	var clients sync.WaitGroup
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
+	moments := due(ctx, n, rate)
 	for range submitters {
 		clients.Go(func() {
-			for range todo {
-				at := time.Now()
+			for at := range moments {
+				if at.IsZero() {
+					at = time.Now()
+				}
 				text, err := b.call(ctx, http.MethodPost, "/v1/jobs", spec)
 				took := time.Since(at)
 				var job api.Job
@@ -422,6 +449,7 @@ func printFleet(rows []fleetRow) {
 	}
 	number("agents", "%.0f", func(r fleetRow) float64 { return float64(r.Agents) })
 	number("jobs", "%.0f", func(r fleetRow) float64 { return float64(r.Jobs) })
+	number("submissions/s wanted (0: all that are taken)", "%.0f", func(r fleetRow) float64 { return float64(r.Rate) })
 	number("all agents joined, s", "%.2f", func(r fleetRow) float64 { return r.JoinMS / 1000 })
 	number("submissions/s", "%.0f", func(r fleetRow) float64 { return r.Submissions })
 	number("controller CPU, ms per job", "%.2f", func(r fleetRow) float64 { return r.ControllerMS })

@@ -75,6 +75,7 @@ func main() {
 	parallel := flag.Bool("parallel", false, "measure jobs of several tasks")
 	many := flag.Bool("fleet", false, "measure one controller with many simulated agents")
 	agents := flag.String("agents", "10,100,1000", "sizes of the fleet, in agents")
+	rate := flag.Int("rate", 0, "submissions a second to the fleet; 0: as fast as they are taken")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
@@ -83,7 +84,7 @@ func main() {
 		measure = func() error { return runParallel(ctx, *rounds, cmp.Or(*file, "bench-parallel.json"), *binary, *criu) }
 	}
 	if *many {
-		measure = func() error { return runFleet(ctx, *agents, cmp.Or(*file, "bench-fleet.json"), *binary) }
+		measure = func() error { return runFleet(ctx, *agents, *rate, cmp.Or(*file, "bench-fleet.json"), *binary) }
 	}
 	if err := measure(); err != nil {
 		fmt.Fprintln(os.Stderr, "bench: "+err.Error())
