@@ -32,6 +32,7 @@ const (
 	ConditionHealthy   = "healthy"
 	ConditionUnhealthy = "unhealthy" // the health check failed as often as it may
 	ConditionDiskFull  = "disk_full"
+	ConditionAgentHung = "agent_hung" // of a node: its agent is there and measures nothing any more
 )
 
 // Finding is something a node found out about one of its tasks, or about

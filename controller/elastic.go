@@ -321,6 +321,7 @@ func (c *Controller) giveBack(ctx context.Context, cloud Cloud, node, why string
 		return err
 	}
 	c.fleet.lose(node)
+	c.monitor.forget(ctx, node)
 	return c.store.Update(ctx, func(tx store.Tx) error {
 		return errors.Join(dropTokens(tx, node), ignoreNotFound(tx.Delete(store.Monitor, inboxPrefix+node)), ignoreNotFound(tx.Delete(store.Nodes, node)))
 	})

@@ -1,6 +1,7 @@
 package controller
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -92,6 +93,44 @@ func (c *Controller) foundOfNode(tx store.Tx, f api.Finding) error {
 		return err
 	}
 	return c.emit(tx, api.Event{Type: "node", Node: n.ID, Message: fmt.Sprintf("node %s %s: %s", n.ID, what, f.Explanation)})
+}
+
+// hungRounds are the rounds without a word of a monitor after which its agent must
+// hang although its heartbeats come: no loss of a message or of an inner node of
+// the tree lasts for so long.
+const hungRounds = 12
+
+// judgeAgents notes which agents hang, and which do not any more. What a node has
+// found about itself goes before that.
+func (c *Controller) judgeAgents(ctx context.Context) error {
+	var changed []api.Finding
+	err := c.store.View(ctx, func(tx store.Tx) error {
+		nodes, err := c.nodes.all(tx)
+		for _, n := range nodes {
+			hangs, was := c.monitor.hangs(n.ID), n.Trouble != nil && n.Trouble.Condition == api.ConditionAgentHung
+			if hangs == was || n.State != api.NodeReady && n.State != api.NodeCordoned || hangs && n.Trouble != nil {
+				continue
+			}
+			f := api.Finding{Time: c.clock.Now().UTC(), Kind: api.FindingNode, Node: n.ID, Condition: api.ConditionHealthy, Explanation: "its agent measures again"}
+			if hangs {
+				f.Condition = api.ConditionAgentHung
+				f.Explanation = fmt.Sprintf("its agent has measured nothing for %s, although its heartbeats come", hungRounds*c.parts.Round)
+			}
+			changed = append(changed, f)
+		}
+		return err
+	})
+	if err != nil || len(changed) == 0 {
+		return err
+	}
+	return c.store.Update(ctx, func(tx store.Tx) error {
+		for _, f := range changed {
+			if err := c.foundOfNode(tx, f); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
 }
 
 // tellHealth tells when a task has fallen ill, or recovered.

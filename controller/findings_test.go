@@ -278,6 +278,42 @@ func TestANodeWithAFullDiskGetsNoJobs(t *testing.T) {
 	s.awaitPhase(id, api.PhaseRunning)
 }
 
+func TestANodeWhoseAgentMeasuresNothingAnyMoreGetsNoJobs(t *testing.T) {
+	s := newSimulation(t, "east-0")
+	trouble := func() string {
+		var nodes []api.Node
+		s.want(http.StatusOK, "GET", "/v1/nodes", nil, &nodes)
+		if nodes[0].Trouble == nil {
+			return ""
+		}
+		return nodes[0].Trouble.Condition
+	}
+	awaitTrouble := func(want string, meanwhile func()) {
+		t.Helper()
+		for begun := time.Now(); trouble() != want; time.Sleep(20 * time.Millisecond) {
+			if meanwhile(); time.Since(begun) > patience {
+				t.Fatalf("the node's trouble is %q, want %q", trouble(), want)
+			}
+		}
+	}
+	speaks := func() { s.agent("east-0").report(tally.Node{CPUs: 4}, nil) }
+	heard := func() bool {
+		s.c.monitor.mu.Lock()
+		defer s.c.monitor.mu.Unlock()
+		return s.c.monitor.silent["east-0"].heard
+	}
+	for begun := time.Now(); !heard(); time.Sleep(20 * time.Millisecond) {
+		if speaks(); time.Since(begun) > patience {
+			t.Fatal("nothing was heard of the node")
+		}
+	}
+	awaitTrouble(api.ConditionAgentHung, func() {})
+	id := s.submit(api.JobSpec{})
+	s.awaitReason(id, "waits for room: ")
+	awaitTrouble("", speaks)
+	s.awaitPhase(id, api.PhaseRunning)
+}
+
 // What was found is told once, also by a controller that takes over.
 func TestAFindingIsToldOnce(t *testing.T) {
 	s := newSimulation(t, "east-0")

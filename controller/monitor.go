@@ -26,7 +26,14 @@ type monitor struct {
 
 	mu     sync.Mutex
 	latest measured
-	silent map[string]int // rounds in a row in which nothing was heard of a node
+	silent map[string]silentFor // by node
+}
+
+// silentFor is for how many rounds in a row nothing was heard of a node's monitor,
+// and whether it ever was before.
+type silentFor struct {
+	rounds int
+	heard  bool
 }
 
 // measured is what the last round has brought.
@@ -168,6 +175,9 @@ func (m *monitor) carryOut(ctx context.Context, out tree.CollectorOutput) time.T
 			m.note(r)
 		}
 		if len(out.Rounds) > 0 {
+			if err := m.c.judgeAgents(ctx); err != nil && ctx.Err() == nil {
+				m.c.log.Error("agents that hang cannot be told of", "error", err)
+			}
 			if err := m.c.relieve(ctx); err != nil && ctx.Err() == nil {
 				m.c.log.Error("jobs that starve cannot be helped", "error", err)
 			}
@@ -225,9 +235,12 @@ func (m *monitor) write(ctx context.Context, w *tree.Write) error {
 // note remembers what a round has brought.
 func (m *monitor) note(r tree.Round) {
 	m.mu.Lock()
-	silent := make(map[string]int, len(r.Missing))
+	silent := make(map[string]silentFor, len(r.Heard)+len(r.Missing))
+	for _, node := range r.Heard {
+		silent[node] = silentFor{heard: true}
+	}
 	for _, node := range r.Missing {
-		silent[node] = m.silent[node] + 1
+		silent[node] = silentFor{m.silent[node].rounds + 1, m.silent[node].heard}
 	}
 	m.silent = silent
 	m.latest = measured{
@@ -241,7 +254,23 @@ func (m *monitor) note(r tree.Round) {
 func (m *monitor) silentRounds(node string) int {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return m.silent[node]
+	return m.silent[node].rounds
+}
+
+// hangs reports whether the monitor of a node has ceased to tell anything.
+func (m *monitor) hangs(node string) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	s := m.silent[node]
+	return s.heard && s.rounds >= hungRounds
+}
+
+// forget drops what is remembered of a node that is gone for good.
+func (m *monitor) forget(ctx context.Context, node string) {
+	m.hand(ctx, func(now time.Time) tree.CollectorOutput {
+		m.collector.Forget(node)
+		return m.collector.Tick(now)
+	})
 }
 
 // last is what the newest round has brought.

@@ -86,7 +86,8 @@ type Assigned struct {
 type Round struct {
 	Number  int64
 	Summary Summary
-	Missing []string // nodes in the tree of which nothing was heard
+	Heard   []string // nodes in the tree of which something was heard
+	Missing []string // and those of which nothing was
 	Reports int      // how many came
 	Orphans int      // of these, from nodes whose parent should have told it
 }
@@ -326,7 +327,9 @@ func (c *Collector) close(out *CollectorOutput) {
 	maps.DeleteFunc(c.rounds, func(n int64, _ *gathering) bool { return n <= c.closed })
 	r := Round{Number: c.closed, Summary: Gather(g.summaries), Reports: g.reports, Orphans: len(g.complaints)}
 	for _, id := range slices.Sorted(maps.Keys(c.state.Tree.Places)) {
-		if !r.Summary.Nodes.Has(c.state.Tree.Places[id].Number) {
+		if r.Summary.Nodes.Has(c.state.Tree.Places[id].Number) {
+			r.Heard = append(r.Heard, id)
+		} else {
 			r.Missing = append(r.Missing, id)
 		}
 	}
