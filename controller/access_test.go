@@ -319,6 +319,26 @@ func TestAuditLogTellsWhoDidWhat(t *testing.T) {
 	}
 }
 
+func TestOldEventsAreForgotten(t *testing.T) {
+	s := newSimulation(t, "east-0")
+	s.running(api.JobSpec{})
+	before := s.count(store.Events)
+	if before <= 2 {
+		t.Fatalf("there are %d events, want more than are kept", before)
+	}
+	if err := s.c.forgetEvents(t.Context()); err != nil || s.count(store.Events) < before {
+		t.Errorf("%d of %d events are kept (%v), want all: they are few", s.count(store.Events), before, err)
+	}
+	newest := s.c.newestEvent.Load()
+	if err := s.c.forgetOldest(t.Context(), store.Events, newest, 2); err != nil {
+		t.Fatal(err)
+	}
+	kept, _, err := s.c.events(t.Context(), "", 0, 100)
+	if err != nil || len(kept) < 2 || kept[0].ID != newest-1 {
+		t.Errorf("kept are %+v (%v), want the newest two before %d", kept, err, newest+1)
+	}
+}
+
 func TestTokenThatAsksTooOftenIsToldWhenToAskAgain(t *testing.T) {
 	s := newSimulation(t)
 	s.c.limiter = access.NewLimiter(0.1, 3)

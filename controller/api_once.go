@@ -340,9 +340,9 @@ const tidyEvery = 10 * time.Minute
 // tidy forgets what is kept for a time only.
 func (c *Controller) tidy(ctx context.Context) {
 	for {
-		err := errors.Join(c.forgetReceipts(ctx), c.forgetAudit(ctx), c.forgetTokens(ctx), c.prune(ctx))
+		err := errors.Join(c.forgetReceipts(ctx), c.forgetAudit(ctx), c.forgetEvents(ctx), c.forgetTokens(ctx), c.prune(ctx))
 		if err != nil && ctx.Err() == nil {
-			c.log.Warn("old answers, tokens, operations and audit entries were not forgotten: they are at the next time", "error", err)
+			c.log.Warn("old answers, tokens, operations, events and audit entries were not forgotten: they are at the next time", "error", err)
 		}
 		if c.pause(ctx, tidyEvery) != nil {
 			return

@@ -19,9 +19,9 @@ import (
 // much even for that is counted.
 
 const (
-	auditQueue = 1024 // refusals that wait to be written
-	auditAtA   = 1000 // time are removed, so that no transaction is long
-	auditMost  = 10_000
+	auditQueue   = 1024 // refusals that wait to be written
+	forgottenAtA = 1000 // time are removed, so that no transaction is long
+	auditMost    = 10_000
 )
 
 func auditEntry(r *http.Request, who access.Identity) api.AuditEntry {
@@ -112,7 +112,20 @@ func (c *Controller) listAudit(ctx context.Context, since time.Time, limit int) 
 // forgetAudit removes the oldest entries beyond those that are kept. A controller
 // that has not added any has none to remove.
 func (c *Controller) forgetAudit(ctx context.Context) error {
-	newest, keep := c.newestAudit.Load(), uint64(c.parts.Access.AuditKeep)
+	return c.forgetOldest(ctx, store.Audit, c.newestAudit.Load(), uint64(c.parts.Access.AuditKeep))
+}
+
+// keptEvents are the newest ones.
+const keptEvents = 100_000
+
+// forgetEvents removes the oldest events, as forgetAudit does entries.
+func (c *Controller) forgetEvents(ctx context.Context) error {
+	return c.forgetOldest(ctx, store.Events, c.newestEvent.Load(), keptEvents)
+}
+
+// forgetOldest removes from a table whose keys are eventKeys, up to that of newest,
+// what is older than the newest ones to keep.
+func (c *Controller) forgetOldest(ctx context.Context, table store.Table, newest, keep uint64) error {
 	if newest <= keep {
 		return nil
 	}
@@ -121,19 +134,19 @@ func (c *Controller) forgetAudit(ctx context.Context) error {
 		var old []string
 		err := c.store.Update(ctx, func(tx store.Tx) error {
 			old = old[:0]
-			err := tx.Scan(store.Audit, "", func(key string, _ []byte) error {
-				if key > last || len(old) == auditAtA {
+			err := tx.Scan(table, "", func(key string, _ []byte) error {
+				if key > last || len(old) == forgottenAtA {
 					return store.ErrStop
 				}
 				old = append(old, key)
 				return nil
 			})
 			for _, key := range old {
-				err = errors.Join(err, tx.Delete(store.Audit, key))
+				err = errors.Join(err, tx.Delete(table, key))
 			}
 			return err
 		})
-		if err != nil || len(old) < auditAtA {
+		if err != nil || len(old) < forgottenAtA {
 			return err
 		}
 	}

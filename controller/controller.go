@@ -139,6 +139,7 @@ type Controller struct {
 	refusals         chan api.AuditEntry // to be written into the audit log
 	unaudited        atomic.Int64        // that were too many to be
 	newestAudit      atomic.Uint64       // number of the newest entry written
+	newestEvent      atomic.Uint64       // and of the newest event
 	grpc             *grpc.Server
 
 	// What was decoded of the store last, and where jobs are: see image.go.

@@ -219,6 +219,7 @@ func (c *Controller) emit(tx store.Tx, e api.Event) error {
 	if err != nil {
 		return err
 	}
+	c.newestEvent.Store(n)
 	e.ID, e.Time = n, c.clock.Now().UTC()
 	if e.Job != "" {
 		job, err := c.jobs.get(tx, e.Job)
