@@ -71,6 +71,10 @@ type Agent struct {
 	manifest   ed25519.PublicKey
 }
 
+// forgetFiles is after how long without a checkpoint of it the content of a file
+// that has not changed is forgotten.
+const forgetFiles = 30 * 24 * time.Hour
+
 // New prepares an agent: it checks the configuration, takes the lock of the
 // state directory and looks for CRIU. Close, or the end of Run, releases it.
 func New(config Config) (_ *Agent, err error) {
@@ -105,6 +109,9 @@ func New(config Config) (_ *Agent, err error) {
 		return nil, err
 	}
 	if a.known, err = repository.OpenFileCache(filepath.Join(config.State, "files.cache")); err != nil {
+		return nil, err
+	}
+	if err := a.known.Prune(forgetFiles); err != nil {
 		return nil, err
 	}
 	if a.tree, err = openTreeNode(config.State, config.Node, &a.clock, a.log); err != nil {

@@ -136,9 +136,9 @@ func (c *cli) printTop(top *api.Top) error {
 			starving++
 		}
 	}
-	fmt.Fprintf(c.out, "%d nodes, %d jobs, %d not healthy; %s", len(top.Nodes), len(top.Jobs), starving, when)
+	fmt.Fprintf(c.out, "%s, %s, %d not healthy; %s", numbered(len(top.Nodes), "node"), numbered(len(top.Jobs), "job"), starving, when)
 	if top.Missing > 0 {
-		fmt.Fprintf(c.out, ", nothing heard of %d nodes", top.Missing)
+		fmt.Fprintf(c.out, ", nothing heard of %s", numbered(top.Missing, "node"))
 	}
 	fmt.Fprint(c.out, "\n\n")
 	if err := c.printTopNodes(top); err != nil {
@@ -146,6 +146,14 @@ func (c *cli) printTop(top *api.Top) error {
 	}
 	fmt.Fprintln(c.out)
 	return c.printTopJobs(top)
+}
+
+// numbered is a number of things, whose plural is regular.
+func numbered(n int, thing string) string {
+	if n == 1 {
+		return "1 " + thing
+	}
+	return fmt.Sprintf("%d %ss", n, thing)
 }
 
 func (c *cli) printTopNodes(top *api.Top) error {
@@ -160,7 +168,7 @@ func (c *cli) printTopNodes(top *api.Top) error {
 }
 
 func nodeFigures(row []string, f *api.NodeFigures, health string) []string {
-	if f == nil {
+	if f == nil || f.CPUs == 0 { // not measured, or not yet
 		return append(row, "", "", "", "", "", "", "", health)
 	}
 	tasks := strconv.FormatUint(f.Tasks, 10)

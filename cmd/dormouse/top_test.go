@@ -32,7 +32,7 @@ func someTop() api.Top {
 func TestTopShowsTheIllFirst(t *testing.T) {
 	f := newFake(t, map[string]any{"GET /v1/top": someTop()})
 	got := dormouse(t, f.url, "top")
-	want := `2 nodes, 3 jobs, 1 not healthy; measured 3s ago, nothing heard of 1 nodes
+	want := `2 nodes, 3 jobs, 1 not healthy; measured 3s ago, nothing heard of 1 node
 
 NODE    CLOUD  STATE        CPUS BUSY  MEMORY                DISK FREE  TASKS      CPU WAIT  MEM STALL  IO STALL  HEALTH
 east-0  east   ready        3.5 of 4   2.00 GiB of 8.00 GiB  40.0 GiB   3 (1 ill)  81%       0%         2%        ok
@@ -49,6 +49,14 @@ j-3  waits     pending  4      -          -                     -       -       
 	}
 	if n := len(f.calls); n != 1 {
 		t.Errorf("where there is no terminal it asked %d times", n)
+	}
+}
+
+func TestTopShowsNoFiguresOfANodeThatWasNotMeasuredYet(t *testing.T) {
+	top := api.Top{Nodes: []api.TopNode{{ID: "east-0", Cloud: "east", State: api.NodeReady, Health: "ok", Figures: &api.NodeFigures{}}}, Jobs: []api.TopJob{{ID: "j-1"}}}
+	got := dormouse(t, newFake(t, map[string]any{"GET /v1/top": top}).url, "top")
+	if !strings.HasPrefix(got.out, "1 node, 1 job, ") || strings.Contains(got.out, "0.0 of 0") {
+		t.Errorf("printed\n%s", got.out)
 	}
 }
 
