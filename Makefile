@@ -8,7 +8,8 @@
 #   make setup   only the setting up
 #   make build   bin/dormouse, bin/dormouse-init, bin/libdormouse-criu.so
 #   make lint    formatting, go vet, staticcheck
-#   make nightly the longest end-to-end test, ten rounds of it
+#   make nightly the longest end-to-end tests: ten rounds of twenty checkpoints, half
+#                an hour of healthy jobs, twenty minutes of chaos
 #   make bench   measure checkpoints and restores against plain CRIU, jobs of
 #                several tasks, their network, and MPI against plain mpirun,
 #                and one controller with a thousand simulated agents
@@ -58,7 +59,7 @@ test: setup
 
 nightly: setup
 	@$(MAKE) --no-print-directory build
-	DORMOUSE_E2E_ROUNDS=10 setup/gotest.sh -count=1 -timeout 60m -run TestTwentyCheckpoints ./e2e
+	DORMOUSE_E2E_ROUNDS=10 setup/gotest.sh -count=1 -timeout 3h -tags nightly -run 'TestTwentyCheckpoints|TestHealthyJobsAreLeftAlone|TestChaos' ./e2e
 
 lint:
 	@unformatted=$$(gofmt -l .); \
@@ -66,7 +67,9 @@ lint:
 	@for script in setup/*.sh .ci/run; do bash -n $$script; done
 	go vet ./...
 	go vet -tags failpoint ./agent/... ./internal/...
+	go vet -tags nightly ./e2e
 	go run $(STATICCHECK) ./...
+	go run $(STATICCHECK) -tags nightly ./e2e
 
 bench: setup
 	@$(MAKE) --no-print-directory build

@@ -16,6 +16,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"dormouse/api"
 	"dormouse/internal/child"
 	"dormouse/monitor/sample"
@@ -58,6 +60,7 @@ func scenarios() []*scenario {
 		{name: "squeezed by a hog outside", command: on(0, "sh", "-c", burn), harm: (*watched).hog, want: starvation.StarvedCPU},
 		{name: "throttled", flags: []string{"--cpus", "0.3"}, command: on(1, "sh", "-c", burn), harm: (*watched).throttle, want: starvation.StarvedCPU},
 		{name: "short of memory", flags: []string{"--mem", "256M"}, command: on(1, "python3", program("thrash.py"), "/mapped"), harm: (*watched).shrink, want: starvation.StarvedMemory},
+		{name: "slow disk", flags: []string{"--cpus", "0.2"}, command: on(1, "python3", program("direct.py"), "/var/tmp/direct"), harm: (*watched).slowDisk, want: starvation.StarvedIO},
 		{name: "live-locked", flags: []string{"--cpus", "0.2", "--progress-regex", "^step ([0-9]+)"},
 			command: on(1, "bash", "-c", "trap 'go=no' USR1; n=0; while [ -z $go ]; do "+some(1000)+"; n=$((n+1)); echo step $n; done; "+burn),
 			harm:    func(w *watched) { w.run("kill", w.job, "--signal", "USR1") }, want: starvation.NoProgress},
@@ -261,6 +264,44 @@ func isMountPoint(t *testing.T, dir string) bool {
 func (w *watched) throttle() { w.limit("cpu", "cpu.cfs_quota_us", "cpu.max", "7500") }
 func (w *watched) shrink() {
 	w.limit("memory", "memory.limit_in_bytes", "memory.max", fmt.Sprint(24<<20))
+}
+
+// slowDisk lets a job write so many bytes a second to the disk that its files are
+// on. Its task is in no group of blkio's (cgroup v1), so it is put into one.
+func (w *watched) slowDisk() {
+	w.t.Helper()
+	var disk syscall.Stat_t
+	if err := syscall.Stat(w.c.State(), &disk); err != nil {
+		w.t.Fatal(err)
+	}
+	device, bytes := fmt.Sprintf("%d:%d", unix.Major(disk.Dev), unix.Minor(disk.Dev)), 100_000
+	const all = "/sys/fs/cgroup/blkio"
+	if _, err := os.Stat(all); err != nil {
+		w.limit("io", "", "io.max", fmt.Sprintf("%s wbps=%d", device, bytes))
+		return
+	}
+	slow := filepath.Join(all, fmt.Sprintf("dormouse-e2e-%d", os.Getpid()))
+	if err := errors.Join(os.Mkdir(slow, 0o755), os.WriteFile(filepath.Join(slow, "blkio.throttle.write_bps_device"), fmt.Appendf(nil, "%s %d", device, bytes), 0)); err != nil {
+		w.t.Fatal(err)
+	}
+	move := func(from, to string) {
+		pids, err := os.ReadFile(filepath.Join(from, "cgroup.procs"))
+		if err != nil {
+			w.t.Error(err)
+		}
+		for pid := range strings.FieldsSeq(string(pids)) {
+			if err := os.WriteFile(filepath.Join(to, "cgroup.procs"), []byte(pid), 0); err != nil && !errors.Is(err, syscall.ESRCH) {
+				w.t.Error(err)
+			}
+		}
+	}
+	w.t.Cleanup(func() {
+		move(slow, all)
+		if err := os.Remove(slow); err != nil {
+			w.t.Error(err)
+		}
+	})
+	move(w.group().Unified, slow)
 }
 
 // TestAStarvingJobSleepsAndComesBack: by the usual policy it is checkpointed and
