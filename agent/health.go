@@ -16,6 +16,7 @@ import (
 	"dormouse/agent/network"
 	"dormouse/agent/sandbox"
 	"dormouse/api"
+	"dormouse/monitor/policy"
 )
 
 // Reasons for which nobody may ask a task how it is.
@@ -77,7 +78,7 @@ func probeOf(r *record, box *sandbox.Sandbox) (health.Probe, error) {
 	if len(check.Command) > 0 {
 		return func(ctx context.Context) error { return runProbe(ctx, box, check.Command) }, nil
 	}
-	target, err := health.ParseTarget(check.HTTP)
+	target, err := policy.ParseTarget(check.HTTP)
 	if err != nil {
 		return nil, err
 	}

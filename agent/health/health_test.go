@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"dormouse/api"
+	"dormouse/monitor/policy"
 )
 
 var errSick = errors.New("sick")
@@ -169,19 +170,6 @@ func TestATaskThatStandsStillIsExcused(t *testing.T) {
 	})
 }
 
-func TestTargets(t *testing.T) {
-	for text, want := range map[string]Target{"/": {80, "/"}, "": {80, "/"}, ":8080/healthz?deep=1": {8080, "/healthz?deep=1"}, ":1": {1, "/"}, "/a/b": {80, "/a/b"}} {
-		if got, err := ParseTarget(text); err != nil || got != want {
-			t.Errorf("%q is %+v, %v; want %+v", text, got, err, want)
-		}
-	}
-	for _, text := range []string{"8080/x", ":0/", ":65536/", "http://host/", ":80/a b", ":80/a\r\nX: y", "host:80/"} {
-		if got, err := ParseTarget(text); err == nil {
-			t.Errorf("%q is taken for %+v", text, got)
-		}
-	}
-}
-
 func TestHTTPIsHealthyByItsStatus(t *testing.T) {
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
@@ -206,7 +194,7 @@ func TestHTTPIsHealthyByItsStatus(t *testing.T) {
 	}
 	for path, want := range map[string]string{"/": "", "/moved": "", "/endless": "", "/bad": "status 503", "/hang": "timeout"} {
 		ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
-		err := HTTP(dial, at.Addr(), Target{at.Port(), path})(ctx)
+		err := HTTP(dial, at.Addr(), policy.Target{Port: at.Port(), Path: path})(ctx)
 		cancel()
 		if got := fmt.Sprint(err); want == "" && err != nil || !strings.Contains(got, want) {
 			t.Errorf("%s: %v, want %q", path, err, want)
@@ -228,7 +216,7 @@ func TestHTTPIsHealthyByItsStatus(t *testing.T) {
 		}
 	}()
 	at = netip.MustParseAddrPort(garbage.Addr().String())
-	if err := HTTP(dial, at.Addr(), Target{at.Port(), "/"})(t.Context()); err == nil {
+	if err := HTTP(dial, at.Addr(), policy.Target{Port: at.Port(), Path: "/"})(t.Context()); err == nil {
 		t.Error("garbage is healthy")
 	}
 }

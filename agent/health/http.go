@@ -8,39 +8,16 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
-	"strconv"
-	"strings"
 	"time"
+
+	"dormouse/monitor/policy"
 )
 
 // maxAnswer bounds what is read of an answer, in bytes.
 const maxAnswer = 64 << 10
 
-// Target is what an HTTP check asks: a port of the task and a path.
-type Target struct {
-	Port uint16
-	Path string
-}
-
-// ParseTarget reads [:PORT]/PATH.
-func ParseTarget(text string) (Target, error) {
-	port, path, _ := strings.Cut(text, "/")
-	t := Target{Port: 80, Path: "/" + path}
-	if port != "" {
-		n, err := strconv.ParseUint(strings.TrimPrefix(port, ":"), 10, 16)
-		if err != nil || n == 0 || !strings.HasPrefix(port, ":") {
-			return Target{}, fmt.Errorf("the health check %q is not [:PORT]/PATH, as in :8080/healthz", text)
-		}
-		t.Port = uint16(n)
-	}
-	if strings.ContainsFunc(t.Path, func(r rune) bool { return r <= ' ' || r == 0x7f }) {
-		return Target{}, fmt.Errorf("the health check %q has a space or a control character in its path: write %%20 for a space", text)
-	}
-	return t, nil
-}
-
 // HTTP asks the target at address by connections that dial makes.
-func HTTP(dial func(context.Context, netip.AddrPort) (net.Conn, error), address netip.Addr, target Target) Probe {
+func HTTP(dial func(context.Context, netip.AddrPort) (net.Conn, error), address netip.Addr, target policy.Target) Probe {
 	to := netip.AddrPortFrom(address, target.Port)
 	return func(ctx context.Context) error {
 		conn, err := dial(ctx, to)

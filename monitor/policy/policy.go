@@ -90,7 +90,7 @@ func checkHealth(h *api.HealthCheck) error {
 		}
 	}
 	if h.HTTP != "" {
-		if _, _, err := HTTPTarget(h.HTTP); err != nil {
+		if _, err := ParseTarget(h.HTTP); err != nil {
 			return err
 		}
 	}
@@ -106,17 +106,23 @@ func checkHealth(h *api.HealthCheck) error {
 	return nil
 }
 
-// HTTPTarget reads [:PORT]/PATH; without a port it is 80.
-func HTTPTarget(text string) (port int, path string, err error) {
-	parts := target.FindStringSubmatch(text)
-	port = 80
+// Target is what a health check by HTTP asks: a port of the task and a path.
+type Target struct {
+	Port uint16
+	Path string
+}
+
+// ParseTarget reads [:PORT]/PATH; without a port it is 80.
+func ParseTarget(text string) (Target, error) {
+	parts, port := target.FindStringSubmatch(text), uint64(80)
+	var err error
 	if parts != nil && parts[1] != "" {
-		port, err = strconv.Atoi(parts[1])
+		port, err = strconv.ParseUint(parts[1], 10, 16)
 	}
-	if parts == nil || err != nil || port < 1 || port > 65535 || len(text) > longestText {
-		return 0, "", fmt.Errorf("a health check's HTTP request is [:PORT]/PATH, such as :8080/healthz, got %q", text)
+	if parts == nil || err != nil || port == 0 || len(text) > longestText {
+		return Target{}, fmt.Errorf("a health check's HTTP request is [:PORT]/PATH, such as :8080/healthz, got %q", text)
 	}
-	return port, parts[2], nil
+	return Target{uint16(port), parts[2]}, nil
 }
 
 // Fill writes into a job's spec what holds where it says nothing.

@@ -63,13 +63,26 @@ func TestFillLeavesWhatWasAskedAndTheCallersCopyAlone(t *testing.T) {
 	}
 }
 
-func FuzzHTTPTarget(f *testing.F) {
+func TestTargets(t *testing.T) {
+	for text, want := range map[string]Target{"/": {80, "/"}, ":8080/healthz?deep=1": {8080, "/healthz?deep=1"}, "/a/b": {80, "/a/b"}} {
+		if got, err := ParseTarget(text); err != nil || got != want {
+			t.Errorf("%q is %+v, %v; want %+v", text, got, err, want)
+		}
+	}
+	for _, text := range []string{"", ":1", "8080/x", ":0/", ":65536/", "http://host/", ":80/a b", ":80/a\r\nX: y", "host:80/"} {
+		if got, err := ParseTarget(text); err == nil {
+			t.Errorf("%q is taken for %+v", text, got)
+		}
+	}
+}
+
+func FuzzParseTarget(f *testing.F) {
 	f.Add(":8080/healthz")
 	f.Add("//")
 	f.Fuzz(func(t *testing.T, text string) {
-		port, path, err := HTTPTarget(text)
-		if err == nil && (port < 1 || port > 65535 || !strings.HasPrefix(path, "/") || strings.ContainsAny(path, " \r\n\t")) {
-			t.Errorf("%q is port %d and path %q", text, port, path)
+		got, err := ParseTarget(text)
+		if err == nil && (got.Port == 0 || !strings.HasPrefix(got.Path, "/") || strings.ContainsAny(got.Path, " \r\n\t")) {
+			t.Errorf("%q is %+v", text, got)
 		}
 	})
 }
