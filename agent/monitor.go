@@ -134,7 +134,7 @@ func (m *monitor) take(t *task, r record, box *sandbox.Sandbox, now time.Time) {
 	}
 	m.tasks[t.id()] = &watchedTask{
 		progress: m.progressOf(t, &r, box), task: t, period: period, due: now, collector: sample.NewCollector(group),
-		detector: starvation.NewDetector(starvation.Config{Name: fmt.Sprintf("task %d", r.Index), CPUs: r.Spec.CPUs, Period: period}),
+		detector: starvation.NewDetector(starvation.Config{Name: fmt.Sprintf("task %d", r.Index), CPUs: r.Spec.CPUs, Period: period, Restored: r.From != ""}),
 	}
 }
 

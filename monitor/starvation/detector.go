@@ -30,6 +30,9 @@ type Config struct {
 	Name   string        // of the task, for explanations; "the task"
 	CPUs   float64       // the task is due; 0: its greatest quota so far, or the whole machine
 	Period time.Duration // between samples; sample.DefaultPeriod
+	// Restored is set for a task that was restored: one that was stopped in its
+	// checkpoint is so still, which is judged only once it has run.
+	Restored bool
 
 	StartUp int // periods after the first sample that are not judged; 1
 	Confirm int // suspect periods in a row that make a verdict; 2
@@ -99,6 +102,7 @@ type Detector struct {
 	excused string    // why the period now running is, from samples that came too early to end it
 	quota   float64   // the greatest seen; 0: none yet
 	free    bool      // the task was once without quota
+	asleep  bool      // it was restored as one that is stopped, and has not run since
 
 	used                                            series // CPUs
 	missed, waited, stalled, faults, waits, latency history
@@ -150,6 +154,7 @@ func (d *Detector) Feed(task sample.Task, host sample.Host) Verdict {
 // its past stays, what is under way does not.
 func (d *Detector) begin(now point, why string) Verdict {
 	d.began, d.excused = now.task.Time, ""
+	d.asleep = d.config.Restored && stopped(now.task)
 	d.bad = 0
 	d.verdict = Verdict{Condition: Healthy, Suspected: Healthy}
 	d.entitle(now.task.Quota)
@@ -159,9 +164,12 @@ func (d *Detector) begin(now point, why string) Verdict {
 // unjudged says why the period that ends now counts neither way; "" if it does.
 func (d *Detector) unjudged(now point) string {
 	startUp := time.Duration(d.config.StartUp) * d.config.Period
+	d.asleep = d.asleep && stopped(now.task)
 	switch {
 	case d.excused != "":
 		return "is not judged: " + d.excused
+	case d.asleep:
+		return "is stopped, as it was in its checkpoint"
 	case now.task.Processes == 0:
 		return "has ended"
 	case now.task.Time.Sub(d.began) < startUp+d.config.Period/2:
