@@ -12,6 +12,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
 	"dormouse/agent/criu"
@@ -249,23 +250,30 @@ func (a *Agent) lapse() {
 		return // a welcome came first
 	}
 	a.log.Warn("the lease ran out: all tasks stand still")
-	a.holdAll(a.life)
+	err := a.holdAll(a.life)
+	if err == nil {
+		err = a.lease.hold()
+	}
+	if err != nil {
+		a.log.Error("not all tasks stand still: the guard of the lease freezes them", "error", err)
+	}
 	a.endSession(errors.New("the lease ran out"))
 }
 
-func (a *Agent) holdAll(ctx context.Context) {
-	var freezing sync.WaitGroup
+func (a *Agent) holdAll(ctx context.Context) error {
+	var freezing errgroup.Group
 	for _, t := range a.allTasks() {
-		freezing.Go(func() {
+		freezing.Go(func() error {
 			if r, _ := t.snapshot(); r.Stage == stageEnded || r.Stage == stageDestroyed {
-				return
+				return nil
 			}
 			if err := t.hold(ctx, holdLease); err != nil {
-				a.log.Error("cannot freeze a task without a lease", "task", t.id(), "error", err)
+				return fmt.Errorf("freeze task %s without a lease: %w", t.id(), err)
 			}
+			return nil
 		})
 	}
-	freezing.Wait()
+	return freezing.Wait()
 }
 
 // welcome does what the controller's first message says. asked is when the

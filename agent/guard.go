@@ -14,9 +14,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// An agent that is dead cannot freeze its tasks when the lease runs out, and
-// the controller starts them elsewhere then. So a second, very small process
-// watches the lease: when it runs out, the cgroup above all tasks is frozen.
+// An agent that is dead, or hangs, cannot freeze its tasks when the lease runs out,
+// and the controller starts them elsewhere then. So a second, very small process
+// watches the lease: when it runs out, the cgroup above all tasks is frozen; at once
+// where there is no agent, and where there is one that does not say in time that it
+// has frozen them itself.
 // The guard outlives the agent; it ends when there is neither an agent nor a
 // task. Whoever is newly started finds the guard of its predecessor.
 //
@@ -27,6 +29,10 @@ const (
 	guardLock = "guard.lock" // held by the guard
 	// recheck is how soon a guard that has frozen the tasks sees a new lease.
 	recheck = 100 * time.Millisecond
+	// agentsShare of the lease's term is what a living agent has for freezing its
+	// tasks. The controller waits for a third of the term before it starts them
+	// elsewhere.
+	agentsShare = 0.1
 )
 
 // guardDuty is what a guard must know, as JSON in guardVariable.
@@ -96,13 +102,11 @@ func (d *guardDuty) keep() error {
 		return err
 	}
 	for !d.over() {
-		left, err := d.left()
+		left, fails, err := d.look()
 		if err != nil {
 			return err
 		}
-		// A living agent freezes its tasks itself, and better: it knows where
-		// CRIU is at work.
-		if left > 0 || !d.agentLives() {
+		if left > 0 || fails {
 			if err := d.freeze(left <= 0); err != nil {
 				return err
 			}
@@ -112,14 +116,19 @@ func (d *guardDuty) keep() error {
 	return nil
 }
 
-// left is how long the lease lasts; without one there is nothing to guard yet.
-func (d *guardDuty) left() (time.Duration, error) {
+// look returns how long the lease lasts, and whether the agent has failed to do what
+// is to be done when it is over. A living agent freezes its tasks itself, and
+// better: it knows where CRIU is at work. Without a lease there is nothing to guard
+// yet.
+func (d *guardDuty) look() (left time.Duration, fails bool, err error) {
 	var stored storedLease
-	err := readJSON(filepath.Join(d.State, leaseFile), &stored)
+	err = readJSON(filepath.Join(d.State, leaseFile), &stored)
 	if notExist(err) || err == nil && stored.Boot != bootID() {
-		return time.Second, nil
+		return time.Second, false, nil
 	}
-	return stored.Until - bootTime(), err
+	left = stored.Until - bootTime()
+	late := -left >= time.Duration(agentsShare*float64(stored.Term))
+	return left, !d.agentLives() || late && !stored.Held, err
 }
 
 // freeze sets the state of the cgroup above all tasks: cgroups(7), v2.

@@ -28,6 +28,7 @@ type lease struct {
 	term    time.Duration
 	until   time.Duration // boot time
 	lapsed  bool
+	held    bool          // all tasks stand still since then
 	changed chan struct{} // capacity 1: the end moved
 }
 
@@ -36,6 +37,9 @@ type lease struct {
 type storedLease struct {
 	Boot  string        `json:"boot"`
 	Until time.Duration `json:"until_ns"`
+	Term  time.Duration `json:"term_ns,omitempty"`
+	// Held is set when the agent has frozen all tasks since the lease ran out.
+	Held bool `json:"held,omitempty"`
 }
 
 // openLease reads the lease that an earlier agent process held. Without one it
@@ -51,7 +55,7 @@ func openLease(dir string) (*lease, error) {
 		return nil, err
 	}
 	if stored.Boot == bootID() {
-		l.until = stored.Until
+		l.until, l.term = stored.Until, stored.Term
 		l.lapsed = bootTime() >= stored.Until
 	}
 	return l, nil
@@ -75,7 +79,7 @@ func (l *lease) renew(sent time.Duration) error {
 	if l.lapsed || sent+l.term <= l.until {
 		return nil
 	}
-	l.until = sent + l.term
+	l.until, l.held = sent+l.term, false
 	select {
 	case l.changed <- struct{}{}:
 	default:
@@ -85,7 +89,18 @@ func (l *lease) renew(sent time.Duration) error {
 
 // store needs no fsync: the lease matters only while the machine stays up.
 func (l *lease) store() error {
-	return writeJSONQuickly(l.path, storedLease{Boot: bootID(), Until: l.until})
+	return writeJSONQuickly(l.path, storedLease{Boot: bootID(), Until: l.until, Term: l.term, Held: l.held})
+}
+
+// hold tells the guard that all tasks stand still for want of a lease.
+func (l *lease) hold() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if !l.lapsed {
+		return nil // it was granted anew meanwhile
+	}
+	l.held = true
+	return l.store()
 }
 
 // hasLapsed reports whether tasks must stand still.

@@ -53,6 +53,11 @@ func (a *Agent) recover(ctx context.Context) error {
 	}
 	// What the lease guard froze is now frozen task by task, but for tasks in
 	// which an interrupted CRIU needs to run to undo its work.
+	if a.lease.hasLapsed() {
+		if err := a.lease.hold(); err != nil {
+			return err
+		}
+	}
 	if err := freezeCgroup(a.boxes.Cgroup(), false); err != nil && !notExist(err) {
 		return err
 	}

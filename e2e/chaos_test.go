@@ -43,10 +43,8 @@ type harm struct {
 var harms = []harm{
 	{"loses its power", (*site).powerOff, (*site).powerOn},
 	{"is cut off", (*site).cut, (*site).heal},
-	{"is slowed", func(s *site, m *machine) { s.allow(m, "10000") }, func(s *site, m *machine) { s.allow(m, "-1") }},
-	{"has an agent that hangs",
-		func(_ *site, m *machine) { m.agent.Process.Signal(syscall.SIGSTOP) },
-		func(_ *site, m *machine) { m.agent.Process.Signal(syscall.SIGCONT) }},
+	{"is slowed", (*site).slow, (*site).quicken},
+	{"has an agent that hangs", (*site).hang, (*site).unhang},
 	{"has an agent that dies", func(_ *site, m *machine) { m.agent.Process.Kill(); <-m.ended }, (*site).startAgent},
 }
 
@@ -90,7 +88,7 @@ func (s *site) submitForChaos(random *rand.Rand, long time.Duration) []*chaosJob
 		work := time.Duration((0.2 + 0.5*random.Float64()) * float64(long))
 		return int(work / pace), []string{
 			"--priority", strconv.Itoa(random.IntN(3)), "--cpus", "0.7", "--mem", "128M",
-			"--checkpoint-every", "30s", "--keep", "3", "--max-restarts", "-1", "--env", "MARK=" + s.dir,
+			"--checkpoint-every", "30s", "--keep", "3", "--max-restarts", "1000", "--env", "MARK=" + s.dir,
 		}
 	}
 	for i := range 20 {
@@ -168,25 +166,39 @@ func (s *site) powerOff(m *machine) {
 	m.anchor.Wait()
 }
 
-// allow lets the tasks of a machine have so many microseconds of processor time
-// in each tenth of a second; -1 is as many as there are.
-func (s *site) allow(m *machine, quota string) {
+// slow leaves each task of a machine a tenth of its processor time.
+func (s *site) slow(m *machine) {
 	s.t.Helper()
-	for _, dir := range m.cgroups() {
-		err := os.WriteFile(filepath.Join(dir, "cpu.cfs_quota_us"), []byte(quota), 0)
-		if err == nil {
-			return
-		}
-		if !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, fs.ErrPermission) {
-			s.t.Fatal(err)
-		}
+	m.quotas = map[string]string{}
+	for _, top := range m.cgroups() {
+		filepath.WalkDir(top, func(path string, entry fs.DirEntry, err error) error {
+			if err != nil || entry.Name() != "cpu.cfs_quota_us" && entry.Name() != "cpu.max" {
+				return nil
+			}
+			text, _ := os.ReadFile(path) // it may be gone already
+			quota, period, _ := strings.Cut(strings.TrimSpace(string(text)), " ")
+			if n, err := strconv.Atoi(quota); err == nil && n > 0 { // a task's own, not that of those above
+				m.quotas[path] = string(text)
+				s.writeThere(path, strings.TrimSpace(fmt.Sprintf("%d %s", max(1000, n/10), period)))
+			}
+			return nil
+		})
 	}
-	dirs := m.cgroups()
-	if len(dirs) == 0 {
-		return // no task was ever there
+}
+
+func (s *site) quicken(m *machine) {
+	s.t.Helper()
+	for path, quota := range m.quotas {
+		s.writeThere(path, quota)
 	}
-	quota = strings.Replace(quota, "-1", "max", 1)
-	s.must(os.WriteFile(filepath.Join(dirs[0], "cpu.max"), []byte(quota+" 100000"), 0))
+}
+
+// writeThere writes to a file of a cgroup that may be gone.
+func (s *site) writeThere(path, value string) {
+	s.t.Helper()
+	if err := os.WriteFile(path, []byte(value), 0); err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, syscall.ENODEV) && !errors.Is(err, fs.ErrPermission) {
+		s.t.Fatal(err)
+	}
 }
 
 // awaitAll waits until all jobs have completed.

@@ -49,7 +49,8 @@ type machine struct {
 	cable  netlink.Link // our end
 	anchor *exec.Cmd    // keeps the namespace
 	agent  *exec.Cmd
-	ended  chan struct{} // closed when the agent was waited for
+	ended  chan struct{}     // closed when the agent was waited for
+	quotas map[string]string // of its tasks before it was slowed, by file
 }
 
 const fencedHeartbeat = 300 * time.Millisecond
@@ -262,10 +263,12 @@ func (s *site) startAgent(m *machine) {
 func (m *machine) clear() error {
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
-	for _, top := range m.cgroups() {
+	for _, top := range m.cgroups() { // only those of cgroup v2 have that file
 		if err := os.WriteFile(filepath.Join(top, "cgroup.kill"), []byte("1"), 0); err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, fs.ErrPermission) {
 			return err
 		}
+	}
+	for _, top := range m.cgroups() {
 		err := cluster.WaitFor(ctx, "the cgroup "+top+" is removed", func() (bool, error) {
 			var dirs []string
 			filepath.WalkDir(top, func(path string, entry fs.DirEntry, err error) error {
@@ -377,8 +380,21 @@ func (s *site) submitWitness(lines int) (job string, seen func() []int) {
 // TestNodeThatIsCutOffIsFencedBeforeItsJobGoesOnElsewhere, and when the cut heals
 // the copy on it is destroyed without having run again.
 func TestNodeThatIsCutOffIsFencedBeforeItsJobGoesOnElsewhere(t *testing.T) {
+	fencedFirst(t, 1, (*site).cut, (*site).heal)
+}
+
+// TestNodeWhoseAgentHangsIsFencedBeforeItsJobGoesOnElsewhere: such an agent cannot
+// freeze anything, and seems to live.
+func TestNodeWhoseAgentHangsIsFencedBeforeItsJobGoesOnElsewhere(t *testing.T) {
+	fencedFirst(t, 5, (*site).hang, (*site).unhang)
+}
+
+func (s *site) hang(m *machine)   { s.t.Helper(); s.must(m.agent.Process.Signal(syscall.SIGSTOP)) }
+func (s *site) unhang(m *machine) { s.t.Helper(); s.must(m.agent.Process.Signal(syscall.SIGCONT)) }
+
+func fencedFirst(t *testing.T, number int, away, back func(*site, *machine)) {
 	const lines = 300
-	s := newSite(t, 1, 2, 4*time.Second, api.StarvationIgnore)
+	s := newSite(t, number, 2, 4*time.Second, api.StarvationIgnore)
 	job, seen := s.submitWitness(lines)
 	s.until(job, "it writes", func() bool { return len(seen()) >= 5 })
 	s.checkpoint(job)
@@ -387,7 +403,7 @@ func TestNodeThatIsCutOffIsFencedBeforeItsJobGoesOnElsewhere(t *testing.T) {
 	s.until(job, "it is beyond its checkpoint", func() bool { return len(seen()) >= written+3 })
 	left := s.machine(s.node(job))
 
-	s.cut(left)
+	away(s, left)
 	atCut := len(seen())
 	s.until(job, "it runs on without the controller", func() bool { return len(seen()) >= atCut+3 })
 	s.until(job, "its tasks are frozen", func() bool {
@@ -402,7 +418,7 @@ func TestNodeThatIsCutOffIsFencedBeforeItsJobGoesOnElsewhere(t *testing.T) {
 		t.Errorf("the tasks on the node that is cut off: populated %v, frozen %v; want them to stand still, not to be gone", populated, frozen)
 	}
 
-	s.heal(left)
+	back(s, left)
 	s.until(job, "the node is ready again", func() bool { return s.nodeState(left.name) == api.NodeReady })
 	s.until(job, "the old copy is destroyed", func() bool { populated, _ := left.tasks(); return !populated })
 	counts(t, s.completes(job))
