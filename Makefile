@@ -59,7 +59,7 @@ test: setup
 
 nightly: setup
 	@$(MAKE) --no-print-directory build
-	DORMOUSE_E2E_ROUNDS=10 setup/gotest.sh -count=1 -timeout 3h -tags nightly -run 'TestTwentyCheckpoints|TestHealthyJobsAreLeftAlone|TestChaos' ./e2e
+	DORMOUSE_E2E_ROUNDS=10 setup/gotest.sh -count=1 -timeout 3h -tags nightly -run 'TestTwentyCheckpoints|TestStarvingJobsAreFound|TestHealthyJobsAreLeftAlone|TestChaos' ./e2e
 
 lint:
 	@unformatted=$$(gofmt -l .); \
@@ -76,6 +76,7 @@ bench: setup
 	go run ./e2e/bench
 	go run ./e2e/bench -parallel
 	go run ./e2e/bench -fleet
+	go run ./e2e/bench -monitor
 
 fuzz:
 	@grep -rl '^func Fuzz' --include='*_test.go' . | xargs -r -n 1 dirname | sort -u | while read -r dir; do \

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"dormouse/api"
+	"dormouse/monitor/sample"
 )
 
 // What takes too long for every run of the tests: `make nightly`.
@@ -25,6 +26,12 @@ func lasts(t *testing.T, usual time.Duration) time.Duration {
 		t.Fatal(err)
 	}
 	return d
+}
+
+// TestStarvingJobsAreFoundWithinThreePeriodsOfTheDefault: the way up the tree
+// included.
+func TestStarvingJobsAreFoundWithinThreePeriodsOfTheDefault(t *testing.T) {
+	starvingAreFound(t, sample.DefaultPeriod, 3*sample.DefaultPeriod)
 }
 
 // well is what never starves: it is idle, waits, computes with a processor of its

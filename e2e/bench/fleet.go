@@ -541,9 +541,12 @@ func (s *server) kill() {
 	s.process = nil
 }
 
-// cpu is the processor time that the controller has used, proc(5).
-func (s *server) cpu() (time.Duration, error) {
-	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", s.process.Process.Pid))
+// cpu is the processor time that the controller has used.
+func (s *server) cpu() (time.Duration, error) { return cpuOf(s.process.Process.Pid) }
+
+// cpuOf is the processor time that a process has used, proc(5).
+func cpuOf(pid int) (time.Duration, error) {
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	if err != nil {
 		return 0, err
 	}

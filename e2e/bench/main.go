@@ -69,11 +69,12 @@ func main() {
 	}
 	sizes := flag.String("sizes", "64,1024,4096", "sizes of the program's memory in MiB")
 	rounds := flag.Int("rounds", 5, "rounds per size; three at most above 2 GiB")
-	file := flag.String("json", "", "file for every figure (default bench.json, bench-parallel.json or bench-fleet.json)")
+	file := flag.String("json", "", "file for every figure (default bench.json, bench-parallel.json, bench-fleet.json or bench-monitor.json)")
 	binary := flag.String("binary", "bin/dormouse", "the dormouse to measure")
 	criu := flag.String("criu", cmp.Or(os.Getenv("DORMOUSE_CRIU"), "/opt/dormouse/criu/sbin/criu"), "the CRIU to compare with")
 	parallel := flag.Bool("parallel", false, "measure jobs of several tasks")
 	many := flag.Bool("fleet", false, "measure one controller with many simulated agents")
+	watching := flag.Bool("monitor", false, "measure what it costs to watch tasks")
 	agents := flag.String("agents", "10,100,1000", "sizes of the fleet, in agents")
 	rate := flag.Int("rate", 0, "submissions a second to the fleet; 0: as fast as they are taken")
 	flag.Parse()
@@ -82,6 +83,9 @@ func main() {
 	measure := func() error { return run(ctx, *sizes, *rounds, cmp.Or(*file, "bench.json"), *binary, *criu) }
 	if *parallel {
 		measure = func() error { return runParallel(ctx, *rounds, cmp.Or(*file, "bench-parallel.json"), *binary, *criu) }
+	}
+	if *watching {
+		measure = func() error { return runWatching(ctx, cmp.Or(*file, "bench-monitor.json"), *binary) }
 	}
 	if *many {
 		measure = func() error { return runFleet(ctx, *agents, *rate, cmp.Or(*file, "bench-fleet.json"), *binary) }
