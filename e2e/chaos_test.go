@@ -37,16 +37,22 @@ const (
 // harm is something done to a machine, which can be undone.
 type harm struct {
 	name     string
-	do, undo func(*site, *machine)
+	do, undo func(*machine)
 }
 
-var harms = []harm{
-	{"loses its power", (*site).powerOff, (*site).powerOn},
-	{"is cut off", (*site).cut, (*site).heal},
-	{"is slowed", (*site).slow, (*site).quicken},
-	{"has an agent that hangs", (*site).hang, (*site).unhang},
-	{"has an agent that dies", func(_ *site, m *machine) { m.agent.Process.Kill(); <-m.ended }, (*site).startAgent},
+func (s *site) harms() []harm {
+	slowed := slowed{}
+	return []harm{
+		{"loses its power", s.powerOff, s.powerOn},
+		{"is cut off", s.cut, s.heal},
+		{"is slowed", func(m *machine) { s.slow(m, slowed) }, func(m *machine) { s.quicken(m, slowed) }},
+		{"has an agent that hangs", s.hang, s.unhang},
+		{"has an agent that dies", func(m *machine) { m.agent.Process.Kill(); <-m.ended }, s.startAgent},
+	}
 }
+
+// slowed are the quotas that tasks had before they were slowed, by machine and file.
+type slowed map[*machine]map[string]string
 
 // chaosJob is a job and what must have come of it.
 type chaosJob struct {
@@ -124,6 +130,7 @@ func (s *site) wreak(random *rand.Rand, end time.Time) {
 		heal time.Time
 	}
 	var ill []patient
+	harms := s.harms()
 	counted := map[string]int{}
 	for time.Now().Before(end) {
 		time.Sleep(time.Duration(1+random.IntN(5)) * time.Second)
@@ -133,7 +140,7 @@ func (s *site) wreak(random *rand.Rand, end time.Time) {
 			if time.Now().Before(p.heal) {
 				return false
 			}
-			p.harm.undo(s, p.m)
+			p.harm.undo(p.m)
 			return true
 		})
 		if random.IntN(30) == 0 {
@@ -146,11 +153,11 @@ func (s *site) wreak(random *rand.Rand, end time.Time) {
 			continue
 		}
 		counted[h.name]++
-		h.do(s, m)
+		h.do(m)
 		ill = append(ill, patient{m, h, time.Now().Add(lasting)})
 	}
 	for _, p := range ill {
-		p.harm.undo(s, p.m)
+		p.harm.undo(p.m)
 	}
 	s.t.Logf("done: %v", counted)
 }
@@ -167,9 +174,9 @@ func (s *site) powerOff(m *machine) {
 }
 
 // slow leaves each task of a machine a tenth of its processor time.
-func (s *site) slow(m *machine) {
+func (s *site) slow(m *machine, before slowed) {
 	s.t.Helper()
-	m.quotas = map[string]string{}
+	before[m] = map[string]string{}
 	for _, top := range m.cgroups() {
 		filepath.WalkDir(top, func(path string, entry fs.DirEntry, err error) error {
 			if err != nil || entry.Name() != "cpu.cfs_quota_us" && entry.Name() != "cpu.max" {
@@ -178,7 +185,7 @@ func (s *site) slow(m *machine) {
 			text, _ := os.ReadFile(path) // it may be gone already
 			quota, period, _ := strings.Cut(strings.TrimSpace(string(text)), " ")
 			if n, err := strconv.Atoi(quota); err == nil && n > 0 { // a task's own, not that of those above
-				m.quotas[path] = string(text)
+				before[m][path] = string(text)
 				s.writeThere(path, strings.TrimSpace(fmt.Sprintf("%d %s", max(1000, n/10), period)))
 			}
 			return nil
@@ -186,9 +193,9 @@ func (s *site) slow(m *machine) {
 	}
 }
 
-func (s *site) quicken(m *machine) {
+func (s *site) quicken(m *machine, before slowed) {
 	s.t.Helper()
-	for path, quota := range m.quotas {
+	for path, quota := range before[m] {
 		s.writeThere(path, quota)
 	}
 }

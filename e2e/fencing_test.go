@@ -49,8 +49,7 @@ type machine struct {
 	cable  netlink.Link // our end
 	anchor *exec.Cmd    // keeps the namespace
 	agent  *exec.Cmd
-	ended  chan struct{}     // closed when the agent was waited for
-	quotas map[string]string // of its tasks before it was slowed, by file
+	ended  chan struct{} // closed when the agent was waited for
 }
 
 const fencedHeartbeat = 300 * time.Millisecond
