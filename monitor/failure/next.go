@@ -105,8 +105,9 @@ func Next(policy Policy, runs []Run, checkpoints []string) Decision {
 			"crash loop: from each of its %d checkpoints and from nothing it failed %s in a row within %v of its start",
 			len(checkpoints), times(policy.QuickLimit), policy.Quick)}
 	}
-	delay := policy.Delay(row)
-	if row == 1 && runs[len(runs)-1].Cause == Node {
+	stuck := min(row, sinceAdvance(runs, from))
+	delay := policy.Delay(stuck)
+	if stuck == 0 || stuck == 1 && runs[len(runs)-1].Cause == Node {
 		delay = 0 // nothing speaks for another node being lost, too
 	}
 	return Decision{
@@ -126,6 +127,20 @@ func inRow(p Policy, runs []Run) int {
 		}
 	}
 	return len(runs)
+}
+
+// sinceAdvance counts the failures since the last run that got further and was then
+// lost with its node: what followed went on from another checkpoint than it did.
+// from is what follows the last one. Such a run speaks neither against the job nor
+// for waiting.
+func sinceAdvance(runs []Run, from string) (n int) {
+	for i := len(runs) - 1; i >= 0; i-- {
+		if runs[i].Cause == Node && runs[i].From != from {
+			return n
+		}
+		n, from = n+1, runs[i].From
+	}
+	return n
 }
 
 // source picks the newest checkpoint that is not poisoned, in the end the start

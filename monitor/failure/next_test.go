@@ -33,7 +33,13 @@ func TestNext(t *testing.T) {
 		"the first loss of a node is no reason to wait": {
 			policy, []Run{run("", fair, Node)}, []string{"c1"}, true, "c1", 0},
 		"the second in a row is": {
-			policy, []Run{run("", fair, Node), run("c1", fair, Node)}, []string{"c1"}, true, "c1", 2 * time.Second},
+			policy, []Run{run("c1", fair, Node), run("c1", fair, Node)}, []string{"c1"}, true, "c1", 2 * time.Second},
+		"unless it got further in between": {
+			policy, []Run{run("c1", fair, Node), run("c1", fair, Node)}, []string{"c2", "c1"}, true, "c2", 0},
+		"what was before that is forgotten": {
+			policy, []Run{run("c1", fair, Node), run("c1", fair, Node), run("c2", fair, Node)}, []string{"c2", "c1"}, true, "c2", 0},
+		"a program that gets further and fails waits all the same": {
+			policy, []Run{run("c1", fair, Program), run("c2", fair, Program)}, []string{"c3", "c2", "c1"}, true, "c3", 2 * time.Second},
 		"no restarts allowed": {
 			Policy{}, []Run{run("", fair, Node)}, []string{"c1"}, false, "", 0},
 		"the attempts are used up": {
