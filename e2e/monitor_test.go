@@ -272,42 +272,18 @@ func (w *watched) shrink() {
 	w.limit("memory", "memory.limit_in_bytes", "memory.max", fmt.Sprint(24<<20))
 }
 
-// slowDisk lets a job write so many bytes a second to the disk that its files are
-// on. Its task is in no group of blkio's (cgroup v1), so it is put into one.
+// slowDisk lets a job write 100 kB a second to the disk that its files are on.
 func (w *watched) slowDisk() {
 	w.t.Helper()
 	var disk syscall.Stat_t
 	if err := syscall.Stat(w.c.State(), &disk); err != nil {
 		w.t.Fatal(err)
 	}
-	device, bytes := fmt.Sprintf("%d:%d", unix.Major(disk.Dev), unix.Minor(disk.Dev)), 100_000
-	const all = "/sys/fs/cgroup/blkio"
-	if _, err := os.Stat(all); err != nil {
-		w.limit("io", "", "io.max", fmt.Sprintf("%s wbps=%d", device, bytes))
-		return
+	limit := fmt.Sprintf("%d:%d wbps=100000", unix.Major(disk.Dev), unix.Minor(disk.Dev))
+	if w.group().V1["blkio"] != "" {
+		limit = strings.Replace(limit, "wbps=", "", 1)
 	}
-	slow := filepath.Join(all, fmt.Sprintf("dormouse-e2e-%d", os.Getpid()))
-	if err := errors.Join(os.Mkdir(slow, 0o755), os.WriteFile(filepath.Join(slow, "blkio.throttle.write_bps_device"), fmt.Appendf(nil, "%s %d", device, bytes), 0)); err != nil {
-		w.t.Fatal(err)
-	}
-	move := func(from, to string) {
-		pids, err := os.ReadFile(filepath.Join(from, "cgroup.procs"))
-		if err != nil {
-			w.t.Error(err)
-		}
-		for pid := range strings.FieldsSeq(string(pids)) {
-			if err := os.WriteFile(filepath.Join(to, "cgroup.procs"), []byte(pid), 0); err != nil && !errors.Is(err, syscall.ESRCH) {
-				w.t.Error(err)
-			}
-		}
-	}
-	w.t.Cleanup(func() {
-		move(slow, all)
-		if err := os.Remove(slow); err != nil {
-			w.t.Error(err)
-		}
-	})
-	move(w.group().Unified, slow)
+	w.limit("blkio", "blkio.throttle.write_bps_device", "io.max", limit)
 }
 
 // TestAStarvingJobSleepsAndComesBack: by the usual policy it is checkpointed and

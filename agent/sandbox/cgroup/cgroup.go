@@ -82,7 +82,7 @@ func parse(mountinfo io.Reader) (*Hierarchies, error) {
 
 // isController tells the v1 controllers we use from mount options.
 func isController(option string) bool {
-	return option == "cpu" || option == "memory" || option == "devices"
+	return option == "cpu" || option == "memory" || option == "devices" || option == "blkio"
 }
 
 // unescape undoes the octal escapes of mountinfo.
@@ -155,10 +155,23 @@ func (g *Group) build(h *Hierarchies, path string, limits Limits) error {
 			return err
 		}
 	}
-	return g.limitDevices(h, path)
+	if err := g.limitDevices(h, path); err != nil {
+		return err
+	}
+	return g.accountIO(h, path)
 }
 
-// enable switches the cpu and memory controllers on for the children of parent,
+// accountIO has the group's I/O counted: with v2 that is all of the io controller's
+// being on.
+func (g *Group) accountIO(h *Hierarchies, path string) error {
+	if _, ok := h.V1["blkio"]; !ok {
+		return nil
+	}
+	_, err := g.addV1(h, "blkio", path)
+	return err
+}
+
+// enable switches the cpu, memory and io controllers on for the children of parent,
 // level by level, and returns those that are on. A level that holds processes
 // cannot delegate (cgroups(7), "no internal processes"): such a controller is
 // simply not among the result.
@@ -170,7 +183,7 @@ func (h *Hierarchies) enable(parent string) []string {
 		levels = append(levels, dir)
 	}
 	for _, level := range levels {
-		for _, controller := range []string{"cpu", "memory"} {
+		for _, controller := range []string{"cpu", "memory", "io"} {
 			// The outcome is read below.
 			_ = write(level, "cgroup.subtree_control", "+"+controller)
 		}
