@@ -175,10 +175,10 @@ func (m *monitor) measure(ctx context.Context, now time.Time) time.Time {
 	}
 	for _, w := range due {
 		m.look(w, now)
-		w.due = now.Truncate(w.period).Add(w.period)
+		w.due = nextSample(now, w.period)
 	}
 	if node {
-		m.hostDue = now.Truncate(sample.DefaultPeriod).Add(sample.DefaultPeriod)
+		m.hostDue = nextSample(now, sample.DefaultPeriod)
 		m.lookAtDisks(now)
 	}
 	next := m.hostDue
@@ -188,6 +188,16 @@ func (m *monitor) measure(ctx context.Context, now time.Time) time.Time {
 		}
 	}
 	return next
+}
+
+// ahead is how long before the end of a period its sample is taken: rounds of the
+// monitoring tree end at the same moments, and what is found then shall go up with
+// the one that ends.
+const ahead = 500 * time.Millisecond
+
+// nextSample is when the next one of a period is taken.
+func nextSample(now time.Time, period time.Duration) time.Time {
+	return now.Add(ahead).Truncate(period).Add(period - ahead)
 }
 
 // isDue reports whether it is time for what comes once a period. What is due later

@@ -191,3 +191,22 @@ func TestProgressIsHeardAlsoAfterARestore(t *testing.T) {
 	c.restore("east-0", ref, "c-step", spec)
 	c.awaitRound("the progress of the restored task", heard)
 }
+
+// A sample comes half a second before each round of the tree that its period ends
+// with, and once a period, whenever the last one was taken.
+func TestSamplesAreTakenAheadOfTheRound(t *testing.T) {
+	at := func(seconds float64) time.Time {
+		return time.Unix(1_800_000_000, 0).Add(time.Duration(seconds * float64(time.Second)))
+	}
+	for _, c := range []struct {
+		now, want float64
+		period    time.Duration
+	}{
+		{0, 9.5, 10 * time.Second}, {9.4, 9.5, 10 * time.Second}, {9.5, 19.5, 10 * time.Second}, {9.9, 19.5, 10 * time.Second}, {10.1, 19.5, 10 * time.Second},
+		{2.5, 5.5, 3 * time.Second}, {2, 4.5, 2500 * time.Millisecond},
+	} {
+		if got := nextSample(at(c.now), c.period); !got.Equal(at(c.want)) {
+			t.Errorf("after %v every %v: at %v, want %v", c.now, c.period, got.Sub(at(0)).Seconds(), c.want)
+		}
+	}
+}

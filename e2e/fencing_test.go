@@ -267,7 +267,25 @@ func (m *machine) clear() error {
 			return err
 		}
 	}
-	for _, top := range m.cgroups() {
+	return removeCgroups(ctx, m.name)
+}
+
+// cgroups are the node's directories in all hierarchies.
+func (m *machine) cgroups() []string { return nodeCgroups(m.name) }
+
+func nodeCgroups(node string) []string {
+	var found []string
+	for _, pattern := range []string{"/sys/fs/cgroup/dormouse/", "/sys/fs/cgroup/*/dormouse/"} {
+		dirs, _ := filepath.Glob(pattern + node) // the pattern is well-formed
+		found = append(found, dirs...)
+	}
+	return found
+}
+
+// removeCgroups removes a node's cgroups once nothing is in them, and the one above
+// all nodes' if it was the last.
+func removeCgroups(ctx context.Context, node string) error {
+	for _, top := range nodeCgroups(node) {
 		err := cluster.WaitFor(ctx, "the cgroup "+top+" is removed", func() (bool, error) {
 			var dirs []string
 			filepath.WalkDir(top, func(path string, entry fs.DirEntry, err error) error {
@@ -285,18 +303,9 @@ func (m *machine) clear() error {
 		if err != nil {
 			return err
 		}
+		os.Remove(filepath.Dir(top)) // fails while others use it
 	}
 	return nil
-}
-
-// cgroups are the node's directories in all hierarchies.
-func (m *machine) cgroups() []string {
-	var found []string
-	for _, pattern := range []string{"/sys/fs/cgroup/dormouse/", "/sys/fs/cgroup/*/dormouse/"} {
-		dirs, _ := filepath.Glob(pattern + m.name) // the pattern is well-formed
-		found = append(found, dirs...)
-	}
-	return found
 }
 
 // tasks tells of the cgroups of the tasks what cgroup.events says, cgroups(7).

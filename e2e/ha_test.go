@@ -2,13 +2,12 @@ package e2e
 
 import (
 	"bufio"
+	"context"
 	"encoding/json"
 	"fmt"
-	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -220,21 +219,11 @@ func (h *trio) await(what string, condition func() bool) {
 
 // removeCgroups takes away what an agent leaves for the next one.
 func (h *trio) removeCgroups() {
-	root := filepath.Join("/sys/fs/cgroup/dormouse", h.node)
-	var groups []string
-	filepath.WalkDir(root, func(name string, entry fs.DirEntry, err error) error {
-		if err == nil && entry.IsDir() {
-			groups = append(groups, name)
-		}
-		return nil
-	})
-	slices.Reverse(groups) // the inner ones first
-	for _, group := range groups {
-		if err := os.Remove(group); err != nil {
-			h.t.Errorf("left behind: %v", err)
-		}
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	if err := removeCgroups(ctx, h.node); err != nil {
+		h.t.Errorf("left behind: %v", err)
 	}
-	os.Remove(filepath.Dir(root)) // fails while others use it
 }
 
 // TestLeadershipMoves: whatever becomes of the leader, of its network or of etcd,
