@@ -12,9 +12,15 @@ import (
 type UnreachableError struct {
 	URL string
 	Err error
+	// Sent: the call, which changes something, was sent before all of it was
+	// given up. It may have been carried out.
+	Sent bool
 }
 
 func (e *UnreachableError) Error() string {
+	if e.Sent {
+		return fmt.Sprintf("cannot reach the controller at %s any more (%v): it may have done what it was asked, so look before you repeat it", e.URL, e.Err)
+	}
 	return fmt.Sprintf("cannot reach the controller at %s (%v): is `dormouse up` running?", e.URL, e.Err)
 }
 

@@ -19,11 +19,13 @@ const repeatEvery = 250 * time.Millisecond
 func (c *Client) insist(ctx context.Context, call func(key string) error) error {
 	key := rand.Text()
 	deadline := time.Now().Add(c.patience)
+	sent := false
 	for first := true; ; first = false {
 		err := call(key)
+		sent = sent || err != nil && !notSent(err)
 		after, again := repetition(err, first)
 		if !again || time.Now().Add(after).After(deadline) {
-			return err
+			return gaveUp(err, sent)
 		}
 		select {
 		case <-time.After(after):
@@ -31,6 +33,15 @@ func (c *Client) insist(ctx context.Context, call func(key string) error) error 
 			return context.Cause(ctx)
 		}
 	}
+}
+
+// gaveUp is the error of a call that is not repeated any more.
+func gaveUp(err error, sent bool) error {
+	var unreachable *UnreachableError
+	if errors.As(err, &unreachable) {
+		unreachable.Sent = sent
+	}
+	return err
 }
 
 // repetition reports whether a call that ended with err is worth repeating, and

@@ -3,6 +3,8 @@ package client
 import (
 	"errors"
 	"net/http"
+	"net/http/httptest"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -109,13 +111,37 @@ func TestPatienceEnds(t *testing.T) {
 	}
 }
 
+// TestWhoGivesUpLearnsThatItMayBeDone: the request broke off, and then there was
+// nobody any more.
+func TestWhoGivesUpLearnsThatItMayBeDone(t *testing.T) {
+	var server *httptest.Server
+	server = httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		server.Listener.Close()
+		brokenAnswers["broken connection"](w)
+	}))
+	t.Cleanup(server.Close)
+	c, err := New(Config{URL: server.URL, Patience: time.Second})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(c.Close)
+	_, err = c.Suspend(t.Context(), "j")
+	var unreachable *UnreachableError
+	if !errors.As(err, &unreachable) || !unreachable.Sent || !notSent(err) {
+		t.Errorf("want an unreachable controller that was asked before, got %v", err)
+	}
+	if !strings.Contains(err.Error(), "look before you repeat it") {
+		t.Errorf("the error does not tell that it may be done: %v", err)
+	}
+}
+
 func TestControllerThatWasNeverThereIsNotWaitedFor(t *testing.T) {
 	c, err := New(Config{URL: nobody(t), Patience: time.Hour})
 	if err != nil {
 		t.Fatal(err)
 	}
 	var unreachable *UnreachableError
-	if _, err := c.Suspend(t.Context(), "j"); !errors.As(err, &unreachable) {
-		t.Errorf("want an unreachable controller, got %v", err)
+	if _, err := c.Suspend(t.Context(), "j"); !errors.As(err, &unreachable) || unreachable.Sent {
+		t.Errorf("want an unreachable controller that was not asked, got %v", err)
 	}
 }

@@ -128,8 +128,9 @@ func (p *platform) tryInput(stdin io.Reader, args ...string) outcome {
 			if p.c == asked {
 				p.revive()
 			}
-			if slices.Contains(args, "submit") && !strings.Contains(got.stderr, "connection refused") {
-				return got // it has been asked for, perhaps begun, and not answered
+			p.t.Logf("%s: %s", args[0], strings.TrimSpace(got.stderr))
+			if slices.Contains(args, "submit") && strings.Contains(got.stderr, "may have done what it was asked") {
+				return got // it was perhaps begun
 			}
 			return p.tryInput(stdin, args...)
 		case <-p.death():

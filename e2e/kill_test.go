@@ -146,7 +146,7 @@ func (p *platform) submitDespite(args ...string) string {
 	got := p.try(append([]string{"submit"}, args...)...)
 	jobs := decode[[]api.Job](p, "ps", "--all")
 	if len(jobs) > 1 {
-		p.t.Fatalf("there are %d jobs, one was submitted", len(jobs))
+		p.t.Fatalf("there are %d jobs, one was submitted (exit status %d: %s%s): %+v", len(jobs), got.status, got.stdout, got.stderr, jobs)
 	}
 	if len(jobs) == 0 { // the controller died before it had promised anything
 		p.t.Logf("submit: %s", strings.TrimSpace(got.stderr))
