@@ -203,10 +203,26 @@ func (c *Controller) beginPeriodic(tx store.Tx, job *jobRecord) error {
 	return err
 }
 
-// afterPeriodic waits, for a while, until no automatic checkpoint keeps a job
-// busy: nobody asked for it, so nobody is refused because of it.
-func (c *Controller) afterPeriodic(ctx context.Context, ref string) error {
-	_, err := c.until(ctx, c.clock.After(longestWait), func(tx store.Tx) (bool, error) {
+// longestStart is how long a request waits for a start that is under way.
+const longestStart = 10 * time.Second
+
+// afterOwn waits, for a while, until a job is not busy any more with what nobody
+// waited for: its start, when its program can be seen to run already, or an
+// automatic checkpoint. Nobody is refused because of these.
+func (c *Controller) afterOwn(ctx context.Context, ref string) error {
+	err := c.whileBusy(ctx, ref, longestStart, func(op *opRecord) (bool, error) { return op.Kind == api.OpStart, nil })
+	if err != nil {
+		return err
+	}
+	return c.whileBusy(ctx, ref, longestWait, func(op *opRecord) (bool, error) {
+		ask, err := op.request()
+		return op.Kind == api.OpCheckpoint && ask.Trigger == api.TriggerPeriodic, err
+	})
+}
+
+// whileBusy waits as long as a job is busy with such an operation, and at most so long.
+func (c *Controller) whileBusy(ctx context.Context, ref string, longest time.Duration, such func(op *opRecord) (bool, error)) error {
+	_, err := c.until(ctx, c.clock.After(longest), func(tx store.Tx) (bool, error) {
 		job, err := findJob(tx, ref)
 		if err != nil || job.Operation == "" {
 			return true, err
@@ -215,8 +231,8 @@ func (c *Controller) afterPeriodic(ctx context.Context, ref string) error {
 		if err != nil {
 			return true, err
 		}
-		ask, err := op.request()
-		return op.Kind != api.OpCheckpoint || ask.Trigger != api.TriggerPeriodic, err
+		busy, err := such(op)
+		return !busy, err
 	})
 	return err
 }

@@ -488,3 +488,26 @@ func TestGarbageIsCollectedOnceManifestsAreGone(t *testing.T) {
 		}
 	}
 }
+
+// TestACheckpointWaitsForTheStart: a job whose program can be seen to run is not
+// refused a checkpoint because its start is still being written down.
+func TestACheckpointWaitsForTheStart(t *testing.T) {
+	s := newSimulation(t, "east-0")
+	reached, release := s.held(protocol.StepStart)
+	id := s.submit(api.JobSpec{})
+	<-reached
+	status := make(chan int, 1)
+	go func() {
+		got, _, _ := s.send("POST", "/v1/jobs/"+id+"/checkpoints", nil)
+		status <- got
+	}()
+	select {
+	case got := <-status:
+		t.Fatalf("the checkpoint was answered %d during the start", got)
+	case <-time.After(100 * time.Millisecond):
+	}
+	release()
+	if got := <-status; got != http.StatusAccepted {
+		t.Errorf("the checkpoint was answered %d after the start, want it accepted", got)
+	}
+}

@@ -172,7 +172,7 @@ func (c *Controller) planPreempt(ctx context.Context, ref string) (plan api.Pree
 
 // swap begins to put one job where another is.
 func (c *Controller) swap(ctx context.Context, outRef, inRef string) (*opRecord, error) {
-	if err := c.afterPeriodic(ctx, outRef); err != nil {
+	if err := c.afterOwn(ctx, outRef); err != nil {
 		return nil, err
 	}
 	var op *opRecord

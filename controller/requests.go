@@ -112,7 +112,7 @@ func inPhase(job *jobRecord, what string, phases ...api.Phase) error {
 
 // onJob runs one transaction on an idle job.
 func (c *Controller) onJob(ctx context.Context, ref string, act func(tx store.Tx, job *jobRecord) (*opRecord, error)) (*opRecord, error) {
-	if err := c.afterPeriodic(ctx, ref); err != nil {
+	if err := c.afterOwn(ctx, ref); err != nil {
 		return nil, err
 	}
 	var op *opRecord
@@ -311,7 +311,7 @@ func (c *Controller) jobFromCheckpoint(ctx context.Context, ref, name string) (*
 func (c *Controller) kill(ctx context.Context, ref, signalName string) (*opRecord, error) {
 	number, err := parseSignal(signalName)
 	if err == nil && number != 0 {
-		err = c.afterPeriodic(ctx, ref)
+		err = c.afterOwn(ctx, ref)
 	}
 	if err != nil {
 		return nil, err

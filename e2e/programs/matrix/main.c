@@ -93,8 +93,11 @@ int ask(int (*test)(void))
 int readable(int fd)
 {
 	struct pollfd wait = { .fd = fd, .events = POLLIN };
+	int n;
 
-	return poll(&wait, 1, 5000) == 1 && (wait.revents & POLLIN);
+	while ((n = poll(&wait, 1, 5000)) < 0 && errno == EINTR)
+		; /* captured while it waited */
+	return n == 1 && (wait.revents & POLLIN);
 }
 
 int in_file(const char *name, const char *text)
