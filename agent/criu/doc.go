@@ -10,13 +10,12 @@
 //	dump                                     restore
 //	1 start criu, send the request           1 start criu, put it into the target cgroups
 //	2 answer its notifications:              2 send the request
-//	    pre-dump, network-lock, post-dump,   3 answer its notifications:
-//	    (leave running: network-unlock)          pre-restore, setup-namespaces,
-//	3 at pre-dump, when the caller has           post-setup-namespaces, post-restore,
-//	  frozen the tree, note affinities           network-unlock, pre-resume, post-resume
-//	  and TCP sockets                        4 at pre-resume pin the threads again
-//	4 at post-dump compare what was dumped   5 return the pid of the new tree's init
-//	  with the cgroup: a process left out
+//	    pre-dump, post-dump                  3 answer its notifications:
+//	3 at pre-dump, when the caller has           pre-restore, setup-namespaces,
+//	  frozen the tree, note affinities           post-setup-namespaces, post-restore,
+//	  and TCP sockets                            network-unlock, pre-resume, post-resume
+//	4 at post-dump compare what was dumped   4 at pre-resume pin the threads again
+//	  with the cgroup: a process left out    5 return the pid of the new tree's init
 //	  fails the dump
 //	5 read the statistics
 //

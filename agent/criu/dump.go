@@ -84,12 +84,11 @@ func (e *Engine) Dump(ctx context.Context, r DumpRequest) (*DumpResult, error) {
 	if _, err := os.Stat(procPath(r.Pid)); err != nil {
 		return nil, fmt.Errorf("criu dump: process %d does not exist", r.Pid)
 	}
-	var netNS uint64
-	if r.ExternalNetNS {
-		if netNS, err = nsInode(r.Pid, "net"); err != nil {
-			return nil, fmt.Errorf("criu dump: %w", err)
-		}
+	network, err := e.excludeNet(r)
+	if err != nil {
+		return nil, fmt.Errorf("criu dump: %w", err)
 	}
+	defer network.close()
 
 	notes := &notes{}
 	defer notes.close()
@@ -99,6 +98,7 @@ func (e *Engine) Dump(ctx context.Context, r DumpRequest) (*DumpResult, error) {
 		abort:     func(pid int) { failLargeWrites(pid, r.WorkDir) },
 		dying:     notes.hold,
 		ownMounts: !sharesMounts(r.Pid),
+		netNS:     network.inside,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("criu dump: start %s: %w", e.path, err)
@@ -109,12 +109,12 @@ func (e *Engine) Dump(ctx context.Context, r DumpRequest) (*DumpResult, error) {
 	}
 	defer forgetRunning(r.WorkDir)
 	kind := rpc.CriuReqType_DUMP
-	req := &rpc.CriuReq{Type: &kind, Opts: dumpOptions(r, dirs.images, dirs.work, netNS)}
+	req := &rpc.CriuReq{Type: &kind, Opts: dumpOptions(r, dirs.images, dirs.work, network.outside)}
 	result := &DumpResult{Version: e.version}
 	resp, err := s.call(ctx, req, func(ctx context.Context, event Event, pid int) error {
 		if event == EventPostDump {
 			// Here everything can still be undone.
-			if err := result.complete(r, notes.affinity); err != nil {
+			if err := result.complete(r, network, notes.affinity); err != nil {
 				return err
 			}
 		}
@@ -139,6 +139,46 @@ func (e *Engine) Dump(ctx context.Context, r DumpRequest) (*DumpResult, error) {
 	e.log.Debug("dumped", "pid", r.Pid, "processes", len(result.Tree), "bytes", result.Bytes,
 		"frozen", result.Stats.Frozen, "wall", result.Wall)
 	return result, nil
+}
+
+// netExclusion is how CRIU leaves the tree's network namespace out. It is told
+// the inode or, which saves some 10 ms of the pause, started in that namespace:
+// what it takes for its own it does not look at.
+type netExclusion struct {
+	inside  *os.File
+	outside uint64
+}
+
+func (n netExclusion) close() {
+	if n.inside != nil {
+		n.inside.Close()
+	}
+}
+
+// excludeNet decides for inside unless CRIU has still to find out about the
+// kernel, for which it opens connections, or processes of the tree have further
+// namespaces, which it captures from outside alone.
+func (e *Engine) excludeNet(r DumpRequest) (n netExclusion, err error) {
+	if !r.ExternalNetNS {
+		return n, nil
+	}
+	root, err := nsInode(r.Pid, "net")
+	if err != nil {
+		return n, err
+	}
+	pids, err := r.pids()
+	if err != nil {
+		return n, err
+	}
+	further := slices.ContainsFunc(pids, func(pid int) bool {
+		inode, err := nsInode(pid, "net")
+		return err == nil && inode != root
+	})
+	if further || !e.kernel.known() || sharesMounts(r.Pid) {
+		return netExclusion{outside: root}, nil
+	}
+	n.inside, err = os.Open(procPath(r.Pid, "ns", "net"))
+	return n, err
 }
 
 // notes are what is written down of the tree just before CRIU touches it.
@@ -229,7 +269,7 @@ func (e *Engine) dumpFailure(r DumpRequest, resp *rpc.CriuResp, err error, notes
 }
 
 // complete checks the images and adds what CRIU does not put into them.
-func (d *DumpResult) complete(r DumpRequest, affinity []pinned) error {
+func (d *DumpResult) complete(r DumpRequest, network netExclusion, affinity []pinned) error {
 	var err error
 	if d.Tree, err = ReadTree(r.ImagesDir); err != nil {
 		return err
@@ -239,6 +279,11 @@ func (d *DumpResult) complete(r DumpRequest, affinity []pinned) error {
 	}
 	if err := rearmTimers(r.ImagesDir); err != nil {
 		return err
+	}
+	if network.inside != nil {
+		if err := declareNetExternal(r.ImagesDir); err != nil {
+			return err
+		}
 	}
 	if err := writeAffinity(r.ImagesDir, affinity); err != nil {
 		return err

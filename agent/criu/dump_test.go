@@ -272,7 +272,7 @@ func TestMonotonicClockContinues(t *testing.T) {
 func TestFailedDumpLeavesTheTreeRunning(t *testing.T) {
 	e := newEngine(t)
 	refused := errors.New("refused by the test")
-	for _, event := range []Event{EventPreDump, EventNetworkLock, EventPostDump} {
+	for _, event := range []Event{EventPreDump, EventPostDump} {
 		t.Run(string(event), func(t *testing.T) {
 			s := startSandbox(t, e, job(t), "tcp")
 			s.moreLines(2)
@@ -307,7 +307,7 @@ func TestCancelledDumpUndoesItself(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	var written atomic.Bool
 	r.Notify = func(_ context.Context, at Event, _ int) error {
-		if at == EventNetworkLock {
+		if at == EventPreDump {
 			go func() { // during the dump of memory
 				waitFor(t, "pages to be written", func() bool {
 					n, _ := imageBytes(r.ImagesDir)
@@ -480,7 +480,7 @@ func TestKilledCRIUFailsTheRestore(t *testing.T) {
 	s.moreLines(2)
 	r := s.request()
 	mustDump(t, s, r)
-	for _, event := range []Event{EventPreRestore, EventSetupNamespaces, EventPostRestore, EventPreResume} {
+	for _, event := range []Event{EventPreRestore, EventSetupNamespaces, EventPostRestore, EventNetworkUnlock, EventPreResume} {
 		failed, err := s.tryRestore(t.Context(), r.ImagesDir, func(n *sandbox, at Event) error {
 			if at == event {
 				killCRIU(n.dir)

@@ -67,7 +67,7 @@ func New(ctx context.Context, o Options) (*Engine, error) {
 	if err := writeHelpers(o.Libexec); err != nil {
 		return nil, fmt.Errorf("criu: prepare helper programs in %s: %w", o.Libexec, err)
 	}
-	e := &Engine{path: path, libexec: o.Libexec, kernel: newKernelFacts(), log: o.Logger}
+	e := &Engine{path: path, libexec: o.Libexec, kernel: &kernelFacts{}, log: o.Logger}
 	if e.log == nil {
 		e.log = slog.New(slog.DiscardHandler)
 	}

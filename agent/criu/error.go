@@ -113,6 +113,7 @@ var causes = []struct {
 	{"Timeout reached", ErrBusy},
 	{"Unable to freeze cgroup", ErrBusy},
 	{"zombie found while seizing", ErrBusy},
+	{"nested net namespace", ErrBusy}, // made since the dump began
 	{"Can't freeze processes", ErrBusy},
 }
 

@@ -1,6 +1,7 @@
 package criu
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -43,11 +44,13 @@ type TreeProcess struct {
 	Threads              []int
 }
 
-// Image files begin with two magic numbers (CRIU's own table of them is in the
-// magic package); entries follow, each a length and a protobuf message, all
+// Image files begin with two magic numbers, one of all images and one of their kind,
+// but for the inventory, which has only that of its kind (CRIU's own table of them is
+// in the magic package); entries follow, each a length and a protobuf message, all
 // little endian. Statistics are such a file too.
 const (
-	maxEntry = 64 << 20 // far above any entry but raw page data, which we do not read
+	magicSize = 4
+	maxEntry  = 64 << 20 // far above any entry but raw page data, which we do not read
 
 	pstreeFile       = "pstree.img"
 	statsDumpFile    = "stats-dump"
@@ -59,12 +62,22 @@ var errBadImage = errors.New("not a CRIU image")
 // readEntries calls entry with each message of an image whose second magic
 // number has the given name. The slice is valid during the call.
 func readEntries(r io.Reader, name string, entry func([]byte) error) error {
-	var header [8]byte
-	if _, err := io.ReadFull(r, header[:]); err != nil {
+	var common [magicSize]byte
+	if _, err := io.ReadFull(r, common[:]); err != nil {
+		return fmt.Errorf("%w: %w", errBadImage, noEOF(err))
+	}
+	return readKind(r, name, entry)
+}
+
+// readKind is readEntries for an image that has no other than the magic number of
+// its kind.
+func readKind(r io.Reader, name string, entry func([]byte) error) error {
+	var kind [magicSize]byte
+	if _, err := io.ReadFull(r, kind[:]); err != nil {
 		return fmt.Errorf("%w: %w", errBadImage, noEOF(err))
 	}
 	known := magic.LoadMagic()
-	if got := known.ByValue[uint64(binary.LittleEndian.Uint32(header[4:]))]; got != name {
+	if got := known.ByValue[uint64(binary.LittleEndian.Uint32(kind[:]))]; got != name {
 		return fmt.Errorf("%w: its kind is %q, expected %q", errBadImage, got, name)
 	}
 	var buf []byte
@@ -86,6 +99,20 @@ func readEntries(r io.Reader, name string, entry func([]byte) error) error {
 			return err
 		}
 	}
+}
+
+func appendEntry(image *bytes.Buffer, entry []byte) {
+	_ = binary.Write(image, binary.LittleEndian, uint32(len(entry)))
+	image.Write(entry)
+}
+
+// writeImage puts an image in the place of one that may be there.
+func writeImage(path string, image []byte) error {
+	tmp := path + ".new"
+	if err := os.WriteFile(tmp, image, 0o600); err != nil {
+		return err
+	}
+	return os.Rename(tmp, path)
 }
 
 // readSized reads n bytes without trusting n before they are there.

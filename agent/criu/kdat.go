@@ -17,16 +17,13 @@ import (
 )
 
 // kernelFacts are what a CRIU has found out about the kernel. Finding it out
-// takes a CRIU 25 to 30 ms, so it writes it to /run/criu.kdat for the next one;
-// but only where /run is a tmpfs, whose content cannot outlive the kernel
-// (criu/kerndat.c). Where it is not, as in many containers and small virtual
-// machines, each CRIU gets a mount namespace of its own in which it is one,
-// with the file of an earlier CRIU in it. Between them the file is in our
-// memory: it lives no longer than we do, so no longer than the kernel. A CRIU
-// that another build has written it for does not use it.
+// takes a CRIU 25 to 30 ms and connections on its loopback device, so it writes it
+// to /run/criu.kdat for the next one; but only where /run is a tmpfs, whose content
+// cannot outlive the kernel (criu/kerndat.c), and any CRIU of another build writes
+// its own there. So each CRIU gets a mount namespace with a /run of its own and the
+// file of an earlier CRIU in it. Between them the file is in our memory: it lives no
+// longer than we do, so no longer than the kernel.
 type kernelFacts struct {
-	needed bool // the machine's /run is no tmpfs
-
 	mu   sync.Mutex
 	data []byte // of the file; nil at first
 }
@@ -36,16 +33,18 @@ const (
 	kdatFile = "criu.kdat"
 )
 
-func newKernelFacts() *kernelFacts {
-	var fs unix.Statfs_t
-	err := unix.Statfs(runDir, &fs)
-	return &kernelFacts{needed: err == nil && fs.Type != unix.TMPFS_MAGIC}
+// known reports whether a CRIU started now would find out nothing itself.
+func (k *kernelFacts) known() bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.data != nil
 }
 
-// start starts a CRIU that sees these files as we do, if can be with what is
-// known of the kernel. The directory, which is nil if not, is for learn.
-func (k *kernelFacts) start(cmd *exec.Cmd, dying func(), files []string) (c *child, run *os.File, err error) {
-	if !k.needed || contain(files, runDir) {
+// start starts a CRIU that sees these files as we do, with what is known of the
+// kernel if that can be; the directory, which is nil if not, is for learn. If netNS
+// is not nil, it can only be so, and CRIU is started in that network namespace.
+func (k *kernelFacts) start(cmd *exec.Cmd, dying func(), netNS *os.File, files []string) (c *child, run *os.File, err error) {
+	if netNS == nil && contain(files, runDir) {
 		c, err = startChild(cmd, dying)
 		return c, nil, err
 	}
@@ -61,6 +60,11 @@ func (k *kernelFacts) start(cmd *exec.Cmd, dying func(), files []string) (c *chi
 		if err := k.write(run); err != nil {
 			return err
 		}
+		if netNS != nil {
+			if err := unix.Setns(int(netNS.Fd()), unix.CLONE_NEWNET); err != nil {
+				return fmt.Errorf("enter the task's network namespace: %w", err)
+			}
+		}
 		c, err = startChild(cmd, dying)
 		return err
 	})
@@ -70,7 +74,7 @@ func (k *kernelFacts) start(cmd *exec.Cmd, dying func(), files []string) (c *chi
 	case run != nil:
 		run.Close()
 	}
-	if errors.Is(err, errNoOwnRun) || errors.Is(err, errHidden) {
+	if netNS == nil && (errors.Is(err, errNoOwnRun) || errors.Is(err, errHidden)) {
 		c, err = startChild(cmd, dying)
 	}
 	return c, nil, err

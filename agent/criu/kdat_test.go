@@ -21,7 +21,6 @@ func loaded(t *testing.T, log string) bool {
 
 func TestCRIUAsksTheKernelOnlyOnce(t *testing.T) {
 	e := newEngine(t)
-	e.kernel.needed = true // as where /run is no tmpfs
 	before, beforeErr := os.Stat(filepath.Join(runDir, kdatFile))
 	s := startSandbox(t, e, job(t), "counter")
 	s.moreLines(2)
@@ -57,7 +56,6 @@ func TestCRIUAsksTheKernelOnlyOnce(t *testing.T) {
 
 func TestCRIUSeesTheMachinesRunWhenItNeedsIt(t *testing.T) {
 	e := newEngine(t)
-	e.kernel.needed = true
 	dir, err := os.MkdirTemp(runDir, "dormouse-criu-test-")
 	if err != nil {
 		missing(t, "this test makes a directory in /run: "+err.Error())

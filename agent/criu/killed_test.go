@@ -31,7 +31,7 @@ func TestKilledCRIULeavesTheTreeUsable(t *testing.T) {
 	const inMemory Event = "dump of memory"
 	for _, frozen := range []bool{true, false} {
 		s := startSandbox(t, e, job(t), "tcp", "0", "256")
-		for _, at := range []Event{EventPreDump, EventNetworkLock, inMemory, EventPostDump} {
+		for _, at := range []Event{EventPreDump, inMemory, EventPostDump} {
 			name := fmt.Sprintf("frozen=%v, at %s", frozen, at)
 			s.moreLines(2)
 			if frozen {
@@ -43,7 +43,7 @@ func TestKilledCRIULeavesTheTreeUsable(t *testing.T) {
 				if event == at {
 					killCRIU(r.ImagesDir)
 				}
-				if event == EventNetworkLock && at == inMemory {
+				if event == EventPreDump && at == inMemory {
 					go func() {
 						waitFor(t, "pages to be written", func() bool {
 							n, _ := imageBytes(r.ImagesDir)

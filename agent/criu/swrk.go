@@ -22,28 +22,26 @@ import (
 // Event is a point in CRIU's work at which it waits for the caller.
 type Event string
 
-// The events of a dump, in their order. During NetworkLock and PostDump the
-// tree is stopped; after PostDump returns it runs on or is killed.
+// The events of a dump, in their order. During PostDump the tree is stopped;
+// afterwards it runs on or is killed.
 const (
-	EventPreDump     Event = "pre-dump"
-	EventNetworkLock Event = "network-lock"
-	EventPostDump    Event = "post-dump"
-	// EventNetworkUnlock also comes in a restore. TCP sockets leave repair mode
-	// right after it: a distributed restore waits here for the other nodes.
-	EventNetworkUnlock Event = "network-unlock"
+	EventPreDump  Event = "pre-dump"
+	EventPostDump Event = "post-dump"
 )
 
-// The events of a restore, in their order (EventNetworkUnlock comes after
-// PostRestore). Between PostRestore and PostResume all processes exist and
-// none has run yet.
+// The events of a restore, in their order. Between PostRestore and PostResume
+// all processes exist and none has run yet.
 const (
 	EventPreRestore          Event = "pre-restore"
 	EventSetupNamespaces     Event = "setup-namespaces" // with the new init's pid
 	EventPostSetupNamespaces Event = "post-setup-namespaces"
 	EventPostRestore         Event = "post-restore" // with the new init's pid
-	EventPreResume           Event = "pre-resume"
-	EventPostResume          Event = "post-resume"
-	EventOrphanPTSMaster     Event = "orphan-pts-master"
+	// TCP sockets leave repair mode right after EventNetworkUnlock: a distributed
+	// restore waits here for the other nodes.
+	EventNetworkUnlock   Event = "network-unlock"
+	EventPreResume       Event = "pre-resume"
+	EventPostResume      Event = "post-resume"
+	EventOrphanPTSMaster Event = "orphan-pts-master"
 )
 
 // Notify is called at each event; pid is the tree's init where CRIU tells it,
@@ -81,8 +79,10 @@ type sessionOptions struct {
 	dying func()
 	// ownMounts lets CRIU have a mount namespace of its own, which must be no
 	// process's that is dumped; files are those of ours that it has to find there.
+	// With it, netNS may be the network namespace that CRIU runs in.
 	ownMounts bool
 	files     []string
+	netNS     *os.File
 	cgroup    *os.File // that the process is born in, or nil
 	tasks     []string // of v1 cgroups that it enters first
 }
@@ -124,7 +124,7 @@ func (e *Engine) start(o sessionOptions) (*session, error) {
 		}
 	}
 	if o.ownMounts {
-		s.child, s.run, err = e.kernel.start(cmd, dying, append([]string{cmd.Path, e.path, e.libexec}, o.files...))
+		s.child, s.run, err = e.kernel.start(cmd, dying, o.netNS, append([]string{cmd.Path, e.path, e.libexec}, o.files...))
 	} else {
 		s.child, err = startChild(cmd, dying)
 	}

@@ -2,7 +2,6 @@ package criu
 
 import (
 	"bytes"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
@@ -37,16 +36,11 @@ func rearmTimers(imagesDir string) error {
 	if changed == nil {
 		return nil
 	}
-	tmp := path + ".new"
-	if err := os.WriteFile(tmp, changed, 0o600); err != nil {
-		return err
-	}
-	return os.Rename(tmp, path)
+	return writeImage(path, changed)
 }
 
 // rearmed returns the corrected image, or nil if nothing is to be corrected.
 func rearmed(image []byte) ([]byte, error) {
-	const header = 8
 	var out bytes.Buffer
 	found := false
 	err := readEntries(bytes.NewReader(image), "FILES", func(entry []byte) error {
@@ -64,12 +58,11 @@ func rearmed(image []byte) ([]byte, error) {
 			}
 			found = true
 		}
-		_ = binary.Write(&out, binary.LittleEndian, uint32(len(entry)))
-		out.Write(entry)
+		appendEntry(&out, entry)
 		return nil
 	})
 	if err != nil || !found {
 		return nil, err
 	}
-	return append(bytes.Clone(image[:header]), out.Bytes()...), nil
+	return append(bytes.Clone(image[:2*magicSize]), out.Bytes()...), nil
 }
