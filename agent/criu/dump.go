@@ -93,7 +93,6 @@ func (e *Engine) Dump(ctx context.Context, r DumpRequest) (*DumpResult, error) {
 	notes := &notes{}
 	defer notes.close()
 	s, err := e.start(sessionOptions{
-		helpers:   dumpHelpers,
 		grace:     r.Grace,
 		abort:     func(pid int) { failLargeWrites(pid, r.WorkDir) },
 		dying:     notes.hold,

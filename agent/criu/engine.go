@@ -113,13 +113,8 @@ func locate(explicit string) (string, error) {
 	return filepath.Abs(path)
 }
 
-// dumpHelpers is where, in the directory of helpers, those are that only dumps use.
-const dumpHelpers = "dump"
-
-// restoreHelpers is the same for restores.
-const restoreHelpers = "restore"
-
-// plainTar is the tar of restores. PATH begins with where it is itself.
+// plainTar is a tar that neither compresses nor decompresses. PATH begins with
+// where it is itself.
 const plainTar = `#!/bin/sh
 for option; do
 	shift
@@ -129,40 +124,15 @@ PATH="${PATH#*:}"
 exec tar "$@"
 `
 
-// writeHelpers writes a `gzip` that does not compress. CRIU packs the contents
-// of tmpfs mounts with `tar --gzip` while the tree stands still; measured, that
-// is 37 MB/s with gzip and more than 1 GB/s without; chunks are compressed later.
-// Images written so must be restored so: a restore finds a `tar` that is not told
-// to decompress, which is three processes less for every tmpfs.
-//
-// A dump runs it without arguments, so there cat itself will do: it starts 1 ms
-// sooner, once for every tmpfs, in the pause.
+// writeHelpers writes the `tar` that CRIU runs, as `tar --gzip`, for the content of
+// each tmpfs while the tree stands still. Without gzip that is more than 1 GB/s
+// instead of 37 MB/s, and two processes less: 2.3 instead of 4.1 ms for an empty
+// one. Chunks are compressed later.
 func writeHelpers(dir string) error {
-	if err := os.MkdirAll(filepath.Join(dir, dumpHelpers), 0o755); err != nil {
+	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
 	}
-	if err := writeScript(filepath.Join(dir, "gzip"), "#!/bin/sh\nexec cat\n"); err != nil {
-		return err
-	}
-	if err := os.MkdirAll(filepath.Join(dir, restoreHelpers), 0o755); err != nil {
-		return err
-	}
-	if err := writeScript(filepath.Join(dir, restoreHelpers, "tar"), plainTar); err != nil {
-		return err
-	}
-	cat := "/bin/cat"
-	if unix.Access(cat, unix.X_OK) != nil {
-		cat = "../gzip"
-	}
-	link := filepath.Join(dir, dumpHelpers, "gzip")
-	if have, err := os.Readlink(link); err == nil && have == cat {
-		return nil
-	}
-	tmp := fmt.Sprintf("%s.%d", link, os.Getpid())
-	if err := os.Symlink(cat, tmp); err != nil {
-		return err
-	}
-	return os.Rename(tmp, link)
+	return writeScript(filepath.Join(dir, "tar"), plainTar)
 }
 
 // writeScript makes a program of a text.

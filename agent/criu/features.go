@@ -58,7 +58,7 @@ func (e *Engine) Features(ctx context.Context) ([]Feature, error) {
 
 func (e *Engine) hasFeature(ctx context.Context, name string) (bool, error) {
 	cmd := exec.CommandContext(ctx, e.path, "check", "--feature", name)
-	cmd.Env = e.environ("")
+	cmd.Env = e.environ()
 	err := cmd.Run()
 	if _, exited := err.(*exec.ExitError); exited && ctx.Err() == nil {
 		return false, nil

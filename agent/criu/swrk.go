@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"slices"
 	"strconv"
 	"sync"
@@ -69,7 +68,6 @@ type session struct {
 }
 
 type sessionOptions struct {
-	helpers string        // directory of helper programs, inside that of all
 	inherit []*os.File    // become descriptors swrkFD+1, ...
 	grace   time.Duration // zero: defaultGrace
 	// abort makes CRIU fail soon and in order; may be nil.
@@ -103,7 +101,7 @@ func (e *Engine) start(o sessionOptions) (*session, error) {
 	// A process that writes 0 into the tasks of a v1 cgroup moves itself, cgroups(7).
 	const script = `trap "" XFSZ PIPE; while [ "$1" != swrk ]; do echo 0 >"$1" || exit; shift; done; exec "$0" "$@"`
 	cmd := exec.Command("/bin/sh", slices.Concat([]string{"-c", script, e.path}, o.tasks, []string{"swrk", strconv.Itoa(swrkFD)})...)
-	cmd.Env = e.environ(o.helpers)
+	cmd.Env = e.environ()
 	cmd.Dir = "/"
 	cmd.ExtraFiles = append([]*os.File{remote}, o.inherit...)
 	// Its own process group: a terminal's ^C must not reach it.
@@ -136,9 +134,9 @@ func (e *Engine) start(o sessionOptions) (*session, error) {
 }
 
 // environ is CRIU's environment: nothing of ours but the helpers in PATH.
-func (e *Engine) environ(helpers string) []string {
+func (e *Engine) environ() []string {
 	env := []string{
-		"PATH=" + filepath.Join(e.libexec, helpers) + ":/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+		"PATH=" + e.libexec + ":/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
 		"HOME=/nonexistent", // no ~/.criu/default.conf
 		"LC_ALL=C",
 	}
