@@ -20,6 +20,8 @@ import (
 // scheduler itself, on nodes that are only imagined. A further node that nothing
 // has been on for a while is given back.
 //
+// A job that is yet to start and will be put on nodes being made is provisioning.
+//
 // A node is in the store before its driver is asked for it, and until its driver
 // has taken it away; what was begun when the controller ended is finished by the
 // next one.

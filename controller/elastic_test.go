@@ -104,6 +104,36 @@ func TestJobOfALostNodeIsRecoveredOnAFurtherOne(t *testing.T) {
 	})
 }
 
+func TestAJobThatWaitsForANodeBeingMadeIsProvisioning(t *testing.T) {
+	s := newSimulation(t)
+	made := make(chan struct{})
+	s.addElastic(func(_ context.Context, node string) error {
+		if node != "north-0" {
+			<-made
+		}
+		return nil
+	})
+	first := s.running(filling)
+	second := s.submit(filling)
+	job := s.awaitPhase(second, api.PhaseProvisioning)
+	if !strings.Contains(job.Reason, "north-1") {
+		t.Errorf("the reason is %q, want it to name the node that is being made", job.Reason)
+	}
+	third := s.submit(filling)
+	s.eventually("the third job has a reason", func(tx store.Tx) (bool, error) {
+		job, err := getJob(tx, third)
+		return err == nil && job.Reason != "", err
+	})
+	if job := s.jobNow(third); job.Phase != api.PhasePending {
+		t.Errorf("the third job is %s, want it pending: no node is made for it", job.Phase)
+	}
+	s.do("/v1/jobs/"+third+"/kill", struct{}{})
+	s.awaitPhase(third, api.PhaseCancelled)
+	close(made)
+	s.awaitPhase(second, api.PhaseRunning)
+	s.checkAlive(first, api.PhaseRunning)
+}
+
 func TestFurtherNodeThatCannotBeMadeIsForgotten(t *testing.T) {
 	s := newSimulation(t)
 	var asked atomic.Int32
@@ -118,9 +148,7 @@ func TestFurtherNodeThatCannotBeMadeIsForgotten(t *testing.T) {
 	second := s.submit(filling)
 	s.eventually("the driver was asked", func(store.Tx) (bool, error) { return asked.Load() > 0, nil })
 	s.awaitNoNode("north-1")
-	if job := s.jobNow(second); job.Phase != api.PhasePending {
-		t.Errorf("the job is %s, want it to wait", job.Phase)
-	}
+	s.awaitPhase(second, api.PhasePending)
 	if n := asked.Load(); n != 1 {
 		t.Errorf("the driver was asked %d times at once, want it to be left alone for a while", n)
 	}

@@ -234,7 +234,7 @@ func (s *survey) swappable(tx store.Tx, outRef, inRef string) (out, in *jobRecor
 	}
 	for _, check := range []error{
 		idle(tx, out), inPhase(out, "swapped out", api.PhaseRunning),
-		idle(tx, in), inPhase(in, "swapped in", api.PhasePending, api.PhaseSuspended),
+		idle(tx, in), inPhase(in, "swapped in", api.PhasePending, api.PhaseProvisioning, api.PhaseSuspended),
 	} {
 		if check != nil {
 			return nil, nil, nil, check

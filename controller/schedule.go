@@ -39,6 +39,10 @@ type survey struct {
 	patient time.Duration // Relief.Patient
 	// next is when a job is no longer held back or stubborn; zero: none is.
 	next time.Time
+	// making are the further nodes that are being made, coming those of them that
+	// each job will be put on.
+	making map[string]bool
+	coming map[string][]string
 }
 
 // survey looks at all nodes and jobs.
@@ -53,13 +57,16 @@ func (c *Controller) survey(tx store.Tx) (*survey, error) {
 	}
 	s := &survey{
 		nodes: make([]scheduler.Node, len(nodes)), running: make([]scheduler.Running, 0, len(jobs)), places: make([]string, 0, len(jobs)),
-		jobs: make(map[string]*jobRecord), round: c.parts.Round, patient: c.parts.Relief.Patient,
+		jobs: make(map[string]*jobRecord), making: make(map[string]bool), round: c.parts.Round, patient: c.parts.Relief.Patient,
 	}
 	if recent, ok := tx.(store.Recent); ok {
 		s.version = recent.Version()
 	}
 	for i, n := range nodes {
 		s.nodes[i] = n.scheduler
+		if n.Further && n.State == api.NodeJoining {
+			s.making[n.ID] = true
+		}
 	}
 	now := c.clock.Now()
 	s.pressed = c.pressed(jobs, now)
@@ -179,7 +186,12 @@ func (s *survey) enlist(job *jobRecord, what stance, op *opRecord, now time.Time
 
 // waits reports whether the job is in the queue by itself, without an operation.
 func (j *jobRecord) waits() bool {
-	return j.Operation == "" && (j.Phase == api.PhasePending || j.Phase == api.PhaseSuspended && j.Yield != nil)
+	return j.Operation == "" && (j.fresh() || j.Phase == api.PhaseSuspended && j.Yield != nil)
+}
+
+// fresh reports whether the job waits to be started.
+func (j *jobRecord) fresh() bool {
+	return j.Phase == api.PhasePending || j.Phase == api.PhaseProvisioning
 }
 
 // waits reports whether an operation that places its job waits for room rather
@@ -191,7 +203,7 @@ func (o *opRecord) waits(job *jobRecord) bool {
 // waiting is a job as one that waits.
 func (s *survey) waiting(job *jobRecord, now time.Time) scheduler.Waiting {
 	w := scheduler.Waiting{ID: job.ID, Priority: job.Priority, Created: job.Created, Since: job.Created, Request: requestFor(job)}
-	if job.Phase != api.PhasePending {
+	if !job.fresh() {
 		w.Request.Unfit = s.tooOld(job)
 	}
 	if y := job.Yield; y != nil {
@@ -292,6 +304,42 @@ func (s *survey) decide() []scheduler.Decision {
 	return scheduler.Schedule(s.nodes, s.running, s.queue)
 }
 
+// resolve decides, and finds out for whom nodes are being made.
+func (s *survey) resolve() []scheduler.Decision {
+	decisions := s.decide()
+	s.coming = s.expected(decisions)
+	return decisions
+}
+
+// expected are the nodes that are being made on which jobs without a place would
+// get one.
+func (s *survey) expected(decisions []scheduler.Decision) map[string][]string {
+	if len(s.making) == 0 || s.unplaced(decisions) == 0 {
+		return nil
+	}
+	imagined := *s
+	imagined.nodes = slices.Clone(s.nodes)
+	for i, n := range imagined.nodes {
+		if s.making[n.ID] {
+			imagined.nodes[i] = imaginedNode(n.ID, n)
+		}
+	}
+	coming := make(map[string][]string)
+	for _, d := range imagined.decide() {
+		for _, node := range d.Placement {
+			if s.making[node] && !slices.Contains(coming[d.ID], node) {
+				coming[d.ID] = append(coming[d.ID], node)
+			}
+		}
+	}
+	for _, d := range decisions {
+		if d.Placement != nil || len(d.Evict) > 0 {
+			delete(coming, d.ID)
+		}
+	}
+	return coming
+}
+
 // placeJobs schedules whenever the store has changed.
 func (c *Controller) placeJobs(ctx context.Context) {
 	for {
@@ -322,7 +370,7 @@ func (c *Controller) schedule(ctx context.Context) (next time.Time, err error) {
 	var decisions []scheduler.Decision
 	err = c.store.View(ctx, func(tx store.Tx) error {
 		if seen, err = c.survey(tx); err == nil && len(seen.queue) > 0 {
-			decisions, next = seen.decide(), seen.next
+			decisions, next = seen.resolve(), seen.next
 		}
 		return err
 	})
@@ -346,7 +394,7 @@ func (c *Controller) schedule(ctx context.Context) (next time.Time, err error) {
 			if now, err = c.survey(tx); err != nil {
 				return err
 			}
-			decided = now.decide()
+			decided = now.resolve()
 		}
 		for _, d := range decided {
 			if now.changes(d) {
@@ -397,20 +445,34 @@ func (s *survey) resides(job *jobRecord) bool {
 // changes reports whether a decision changes anything in the store.
 func (s *survey) changes(d scheduler.Decision) bool {
 	job := s.jobs[d.ID]
-	return len(d.Evict) > 0 || job.waits() && (d.Placement != nil || job.Reason != job.waitsFor(d) || job.Yield != nil && !job.Yield.Waits)
+	if len(d.Evict) > 0 || !job.waits() {
+		return len(d.Evict) > 0
+	}
+	phase, reason := s.waitsFor(job, d)
+	return d.Placement != nil || job.Phase != phase || job.Reason != reason || job.Yield != nil && !job.Yield.Waits
 }
 
-// waitsFor is a waiting job's reason. One that only waits as another does is
-// told so once: who it is changes too often.
-func (j *jobRecord) waitsFor(d scheduler.Decision) string {
-	reason := "waits for room: " + d.Reason
+// waitsFor is a waiting job's phase and reason. One that only waits as another does
+// is told so once: who it is changes too often.
+func (s *survey) waitsFor(j *jobRecord, d scheduler.Decision) (phase api.Phase, reason string) {
+	phase, reason = j.Phase, "waits for room: "+d.Reason
+	coming := s.coming[d.ID]
+	switch {
+	case len(coming) > 0 && j.fresh():
+		phase = api.PhaseProvisioning
+	case j.fresh():
+		phase = api.PhasePending
+	}
+	switch {
+	case len(coming) > 0:
+		reason = "waits for a place on " + commas(coming) + ": being made"
+	case d.Alike && phase == j.Phase && j.Reason != "" && (j.Yield == nil || j.Yield.Waits):
+		return phase, j.Reason
+	}
 	if j.Yield != nil {
 		reason = j.Yield.text() + "; " + reason
 	}
-	if d.Alike && j.Reason != "" && (j.Yield == nil || j.Yield.Waits) {
-		return j.Reason
-	}
-	return reason
+	return phase, reason
 }
 
 // carryOut writes what was decided about a job, and begins what follows.
@@ -432,7 +494,7 @@ func (c *Controller) carryOut(tx store.Tx, s *survey, d scheduler.Decision) erro
 	case !job.waits():
 		return nil // its operation looks itself
 	case d.Placement == nil:
-		job.Reason = job.waitsFor(d)
+		job.Phase, job.Reason = s.waitsFor(job, d)
 		if job.Yield != nil {
 			job.Yield.Waits = true
 		}
