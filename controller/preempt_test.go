@@ -330,7 +330,7 @@ func TestSwapsThatMakeNoSenseAreRefused(t *testing.T) {
 		{out, out, "cannot be swapped for itself"},
 		{west, out, "only a job that is running can be swapped out"},
 		{out, west, "does not fit where job " + out},
-		{out, s.running(api.JobSpec{CPUs: 1}), "only a job that is pending or suspended can be swapped in"},
+		{out, s.running(api.JobSpec{CPUs: 1}), "only a job that is pending, provisioning or suspended can be swapped in"},
 	} {
 		if detail := s.want(http.StatusConflict, "POST", "/v1/jobs/"+c.out+"/swap", map[string]string{"in": c.in}, nil); !strings.Contains(detail, c.want) {
 			t.Errorf("want %q, got %q", c.want, detail)
