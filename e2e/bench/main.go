@@ -186,6 +186,8 @@ type row struct {
 	RawPauseMS  []float64 `json:"raw_pause_ms"`
 	RestoreMS   []float64 `json:"restore_ms"`
 	RawRestore  []float64 `json:"raw_restore_ms"`
+	BoxPauseMS  []float64 `json:"boxed_pause_ms"`
+	BoxRestore  []float64 `json:"boxed_restore_ms"`
 	FloorMS     []float64 `json:"floor_restore_ms"`
 	DurableMS   []float64 `json:"durable_ms"`
 	CopySyncMS  []float64 `json:"copy_sync_ms"`
@@ -210,21 +212,28 @@ func (b *bench) measure(ctx context.Context, s scenario) (row, error) {
 		if err != nil {
 			return r, fmt.Errorf("plain criu: %w", err)
 		}
+		box := boxed{b.raw}
+		inBox, err := box.round(ctx, s, b.scratch)
+		if err != nil {
+			return r, fmt.Errorf("plain criu in a sandbox: %w", err)
+		}
 		ours, err := b.dormouse.round(ctx, s, b.scratch)
 		if err != nil {
 			return r, err
 		}
-		r.add(plain, ours)
+		r.add(plain, inBox, ours)
 	}
 	return r, nil
 }
 
-func (r *row) add(plain rawResult, ours dormouseResult) {
+func (r *row) add(plain rawResult, inBox boxedResult, ours dormouseResult) {
 	ms := func(d time.Duration) float64 { return float64(d) / float64(time.Millisecond) }
 	r.PauseMS = append(r.PauseMS, ms(ours.pause))
 	r.RawPauseMS = append(r.RawPauseMS, ms(plain.pause))
 	r.RestoreMS = append(r.RestoreMS, ms(ours.restore))
 	r.RawRestore = append(r.RawRestore, ms(plain.restore))
+	r.BoxPauseMS = append(r.BoxPauseMS, ms(inBox.pause))
+	r.BoxRestore = append(r.BoxRestore, ms(inBox.restore))
 	r.FloorMS = append(r.FloorMS, ms(plain.floor))
 	r.DurableMS = append(r.DurableMS, ms(ours.durable))
 	r.CopySyncMS = append(r.CopySyncMS, ms(plain.copied))
@@ -253,7 +262,9 @@ func printTable(rows []row) {
 		}
 		const mib = 1 << 20
 		both("pause, ms", r.PauseMS, r.RawPauseMS, 1, "%.0f")
+		both("  the same beside plain CRIU in a sandbox, ms", r.PauseMS, r.BoxPauseMS, 1, "%.0f")
 		both("restore to first instruction, ms", r.RestoreMS, r.RawRestore, 1, "%.0f")
+		both("  the same beside plain CRIU in a sandbox that is there, ms", r.RestoreMS, r.BoxRestore, 1, "%.0f")
 		both("  the same beside the floor: plain CRIU that verifies and writes down, ms", r.RestoreMS, r.FloorMS, 1, "%.0f")
 		both("durable (plain: cp and sync of the images), ms", r.DurableMS, r.CopySyncMS, 1, "%.0f")
 		both("stored (plain: images), MiB", r.Stored, r.ImageBytes, mib, "%.1f")

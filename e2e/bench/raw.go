@@ -116,7 +116,15 @@ func (r *raw) second(ctx context.Context, pid int, tickFile string) (time.Durati
 }
 
 func (r *raw) run(ctx context.Context, images, verb string, args ...string) error {
+	return r.runWith(ctx, nil, images, verb, args...)
+}
+
+// runWith gives CRIU a file, as descriptor 3, unless it is nil.
+func (r *raw) runWith(ctx context.Context, file *os.File, images, verb string, args ...string) error {
 	cmd := exec.CommandContext(ctx, r.criu, append([]string{verb, "-D", images, "-v1", "-o", "criu.log"}, args...)...)
+	if file != nil {
+		cmd.ExtraFiles = []*os.File{file}
+	}
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
 	if out, err := cmd.CombinedOutput(); err != nil {
 		log, _ := os.ReadFile(filepath.Join(images, "criu.log"))
