@@ -9,7 +9,9 @@ import (
 	"strings"
 	"sync"
 
+	"dormouse/agent/criu"
 	"dormouse/agent/pagefs"
+	"dormouse/agent/pages"
 	"dormouse/internal/failpoint"
 	"dormouse/repository"
 )
@@ -18,17 +20,23 @@ import (
 // descriptions of it.
 func isPages(name string) bool { return strings.HasPrefix(name, "pages-") }
 
-// memorySource gives the content of memory to CRIU during a restore. As a rule
-// CRIU finds, in the place of pages images, links into a file system of ours, and
-// what it reads there is fetched and verified while it reads: nothing is held
-// as a whole, and fetching, verifying and restoring go on at once. Where the
-// kernel has no FUSE, all is fetched into the spool before CRIU looks at it.
+// memorySource gives the content of memory to a restore: it is fetched and verified
+// while it is needed, and nothing is held as a whole. Most of it is written into the
+// processes when CRIU has built them (agent/pages). For the rest CRIU finds, in the
+// place of pages images, links into a file system of ours. Where the kernel has no
+// FUSE, the rest is fetched into the spool before CRIU looks at it.
 type memorySource struct {
 	images string // directory of the images
 	aside  string // where the mount is, or what is fetched
+	fuse   bool
 	reader *repository.MemoryReader
-	server *pagefs.Server // nil: without FUSE
 	stopMu sync.Once
+
+	// After attach.
+	division *pages.Division
+	rest     pages.Source   // what is left to CRIU
+	server   *pagefs.Server // nil: without FUSE
+	unfilled error          // why fill has failed
 
 	fetched chan struct{} // without FUSE: closed when all is there
 	err     error         // valid after fetched
@@ -38,38 +46,44 @@ type memorySource struct {
 func memoryDir(images string) string { return images + ".pages" }
 
 // openMemory begins to fetch the content of memory for the images in a
-// directory of the spool. stop and close must be called.
+// directory of the spool. close must be called.
 func openMemory(ctx context.Context, part *repository.PartReader, spool, images string, fuse bool) (*memorySource, error) {
 	reader, err := part.OpenMemory(ctx, spool, func(e repository.Entry) bool { return isPages(e.Path) })
 	if err != nil {
 		return nil, err
 	}
-	s := &memorySource{images: images, aside: memoryDir(images), reader: reader, fetched: make(chan struct{})}
-	if err := os.Mkdir(s.aside, 0o700); err != nil {
-		return nil, errors.Join(err, reader.Close())
-	}
-	if fuse {
-		close(s.fetched)
-		s.server, err = pagefs.Mount(s.aside, reader.Sizes(), reader)
-		if err != nil {
-			return nil, errors.Join(err, reader.Close())
-		}
-		return s, nil
-	}
-	go func() {
-		defer close(s.fetched)
-		s.err = s.fetchAll()
-	}()
-	return s, nil
+	return &memorySource{images: images, aside: memoryDir(images), fuse: fuse, reader: reader, fetched: make(chan struct{})}, nil
 }
 
-// attach puts the pages images among the others, if there is anything to put
-// there yet.
+// attach divides the memory, once the other images are there, and puts pages images
+// among them, if there is anything to put there yet.
 func (s *memorySource) attach() error {
-	if s.server == nil {
+	tree, err := criu.ReadTree(s.images)
+	if err != nil {
+		return err
+	}
+	parents := make(map[int]int)
+	for _, p := range tree {
+		parents[p.PID] = p.PPID
+	}
+	if s.division, err = pages.Divide(s.images, s.reader.Sizes(), parents); err != nil {
+		return err
+	}
+	s.rest = s.division.Rest(s.reader)
+	if err := os.Mkdir(s.aside, 0o700); err != nil {
+		return err
+	}
+	if !s.fuse {
+		go func() {
+			defer close(s.fetched)
+			s.err = s.fetchAll()
+		}()
 		return nil
 	}
-	for name := range s.reader.Sizes() {
+	if s.server, err = pagefs.Mount(s.aside, s.division.Sizes(), s.rest); err != nil {
+		return err
+	}
+	for name := range s.division.Sizes() {
 		if err := os.Symlink(filepath.Join("..", filepath.Base(s.aside), name), filepath.Join(s.images, name)); err != nil {
 			return err
 		}
@@ -77,9 +91,20 @@ func (s *memorySource) attach() error {
 	return nil
 }
 
+// fill writes memory into the processes of the tree whose init is root; all are
+// there, and none runs.
+func (s *memorySource) fill(ctx context.Context, root int) error {
+	pids, err := criu.InnerPIDs(root)
+	if err == nil {
+		err = s.division.Fill(ctx, s.reader, pids)
+	}
+	s.unfilled = err
+	return err
+}
+
 // fetchAll fetches all images into the spool.
 func (s *memorySource) fetchAll() error {
-	for name, size := range s.reader.Sizes() {
+	for name, size := range s.division.Sizes() {
 		if err := s.fetchOne(name, size); err != nil {
 			return err
 		}
@@ -95,7 +120,7 @@ func (s *memorySource) fetchOne(name string, size int64) error {
 	}
 	const step = 1 << 20
 	for at := int64(0); at < size && err == nil; at += step {
-		err = s.reader.Read(name, at, step, func(parts [][]byte) error {
+		err = s.rest.Read(name, at, step, func(parts [][]byte) error {
 			for _, p := range parts {
 				if _, err := f.Write(p); err != nil {
 					return err
@@ -107,17 +132,20 @@ func (s *memorySource) fetchOne(name string, size int64) error {
 	return errors.Join(err, f.Close())
 }
 
-// wait returns when CRIU may look at the content of memory.
+// wait returns when CRIU may look at what is left to it.
 func (s *memorySource) wait(ctx context.Context) error {
+	if s.fuse {
+		return nil
+	}
 	select {
 	case <-s.fetched:
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
-	if s.err != nil || s.server != nil {
+	if s.err != nil {
 		return s.err
 	}
-	for name := range s.reader.Sizes() {
+	for name := range s.division.Sizes() {
 		if err := os.Rename(filepath.Join(s.aside, name), filepath.Join(s.images, name)); err != nil {
 			return err
 		}
@@ -132,7 +160,7 @@ const imageMagics = 8
 // the content of System V segments, which belong to the IPC namespace. It takes
 // pages that are not there yet for empty ones.
 func (s *memorySource) neededFirst() (bool, error) {
-	if s.server != nil {
+	if s.fuse {
 		return false, nil
 	}
 	segments, err := filepath.Glob(filepath.Join(s.images, "ipcns-shm-*.img"))
@@ -151,8 +179,12 @@ func (s *memorySource) neededFirst() (bool, error) {
 	return false, nil
 }
 
-// failure is why the content of memory could not be given to CRIU, if so.
+// failure is why the content of memory could not be given to the restore, if so.
+// CRIU has ended.
 func (s *memorySource) failure() error {
+	if s.unfilled != nil {
+		return s.unfilled
+	}
 	if s.server != nil {
 		return s.server.Err()
 	}
@@ -168,9 +200,11 @@ func (s *memorySource) failure() error {
 func (s *memorySource) stop() (err error) {
 	s.stopMu.Do(func() {
 		s.reader.Stop()
-		<-s.fetched
-		if s.server != nil {
+		switch {
+		case s.server != nil:
 			err = s.server.Close()
+		case s.rest != nil && !s.fuse:
+			<-s.fetched
 		}
 	})
 	return err
@@ -178,7 +212,11 @@ func (s *memorySource) stop() (err error) {
 
 // remember lets the next checkpoint store only what changed since this one.
 func (s *memorySource) remember(ctx context.Context, cache string) error {
-	if err := s.reader.SavePageCache(ctx, s.images, cache); err != nil {
+	err := s.division.Restore()
+	if err == nil {
+		err = s.reader.SavePageCache(ctx, s.images, cache)
+	}
+	if err != nil {
 		return fmt.Errorf("keep the table of pages: %w", err)
 	}
 	return nil

@@ -155,7 +155,7 @@ func (a *Agent) rebuild(ctx context.Context, t *task, h *restoring, entry *repos
 			err = errors.Join(err, memory.close())
 		}
 	}()
-	box, netns, err := a.build(ctx, t, &r, part, images)
+	box, netns, err := a.build(ctx, t, &r, part, memory)
 	if err != nil {
 		return spaceError(err, spool)
 	}
@@ -169,13 +169,17 @@ func (a *Agent) rebuild(ctx context.Context, t *task, h *restoring, entry *repos
 
 // build brings the images, but for the content of memory, into the spool and,
 // beside that, makes the sandbox, its network and its files.
-func (a *Agent) build(ctx context.Context, t *task, r *record, part *repository.PartReader, images string) (box *sandbox.Sandbox, netns *os.File, err error) {
+func (a *Agent) build(ctx context.Context, t *task, r *record, part *repository.PartReader, memory *memorySource) (box *sandbox.Sandbox, netns *os.File, err error) {
 	upper := filepath.Join(t.dir, upperTree)
 	group, all := errgroup.WithContext(ctx)
 	group.Go(func() error {
-		return part.RestoreImages(all, images, repository.RestoreOptions{
+		err := part.RestoreImages(all, memory.images, repository.RestoreOptions{
 			Only: func(e repository.Entry) bool { return !isPages(e.Path) },
 		})
+		if err != nil {
+			return err
+		}
+		return memory.attach()
 	})
 	group.Go(func() error { return part.RestoreTree(all, upperTree, upper, repository.RestoreOptions{}) })
 	group.Go(func() (err error) {
@@ -284,10 +288,12 @@ func (a *Agent) wake(ctx context.Context, t *task, h *restoring, box *sandbox.Sa
 	}
 	request := criu.RestoreRequest{
 		ImagesDir: images, WorkDir: work, Root: target.Root, NetNS: target.NetNS, Cgroup: target.Cgroup, Tasks: target.Tasks,
-		Notify: func(ctx context.Context, event criu.Event, _ int) error {
+		Notify: func(ctx context.Context, event criu.Event, root int) error {
 			switch event {
 			case criu.EventPostSetupNamespaces:
 				return memory.wait(ctx)
+			case criu.EventPostRestore:
+				return memory.fill(ctx, root)
 			case criu.EventNetworkUnlock:
 				// Every connection is there, and none sends before CRIU goes on.
 				failpoint.Hit("agent.restore.unlock")
@@ -305,9 +311,6 @@ func (a *Agent) wake(ctx context.Context, t *task, h *restoring, box *sandbox.Sa
 	}
 	for _, e := range target.External {
 		request.ExternalMounts = append(request.ExternalMounts, criu.RestoreMount{Key: e.Key, Source: e.Source})
-	}
-	if err := memory.attach(); err != nil {
-		return err
 	}
 	first, err := memory.neededFirst()
 	if err != nil {

@@ -13,6 +13,7 @@ import (
 
 	"dormouse/agent/capture"
 	"dormouse/agent/criu"
+	"dormouse/agent/pages"
 	"dormouse/api/agentpb"
 	"dormouse/internal/failpoint"
 	"dormouse/repository"
@@ -115,7 +116,7 @@ func (a *Agent) store(ctx context.Context, c *capturing, progress func(float64, 
 	stop := c.reportProgress(progress)
 	defer stop()
 	if c.spool.inMemory { // one on disk must be good for the next agent at any instant
-		if _, err := capture.DropZeroPages(c.images()); err != nil {
+		if _, err := pages.DropZeros(c.images()); err != nil {
 			return nil, err
 		}
 	}

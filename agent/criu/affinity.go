@@ -199,16 +199,12 @@ func applyAffinity(root int, list []pinned) error {
 // innerThreads maps (pid, tid) inside a tree's pid namespace to the thread's
 // number in ours.
 func innerThreads(root int) (map[[2]int]int, error) {
-	pids, err := treePIDs(root)
+	pids, err := InnerPIDs(root)
 	if err != nil {
 		return nil, err
 	}
 	threads := map[[2]int]int{}
-	for _, pid := range pids {
-		inner, err := innerID(procPath(pid), "NSpid")
-		if err != nil {
-			return nil, err
-		}
+	for inner, pid := range pids {
 		tids, err := threadIDs(pid)
 		if err != nil {
 			return nil, err

@@ -43,7 +43,8 @@ type RestoreRequest struct {
 	Grace time.Duration
 	// LogLevel is CRIU's: 1 errors, 2 warnings (the default), 3 info, 4 debug.
 	LogLevel int
-	// Notify may be nil. At EventPreResume threads are pinned already.
+	// Notify may be nil. It gets the pid of the tree's init once there is one. At
+	// EventPreResume threads are pinned already.
 	Notify Notify
 }
 
@@ -107,7 +108,7 @@ func (e *Engine) Restore(ctx context.Context, r RestoreRequest) (*RestoreResult,
 		if r.Notify == nil {
 			return nil
 		}
-		return r.Notify(ctx, event, pid)
+		return r.Notify(ctx, event, root.pid)
 	})
 	if err != nil || !resp.GetSuccess() {
 		root.kill()

@@ -41,6 +41,27 @@ func treePIDs(root int) ([]int, error) {
 	return pids, nil
 }
 
+// InnerPIDs maps the numbers of processes inside the pid namespace of a tree to
+// those in our own. root is the tree's init.
+func InnerPIDs(root int) (map[int]int, error) {
+	pids, err := treePIDs(root)
+	if err != nil {
+		return nil, err
+	}
+	inner := make(map[int]int)
+	for _, pid := range pids {
+		number, err := innerID(procPath(pid), "NSpid")
+		if gone(err) {
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		inner[number] = pid
+	}
+	return inner, nil
+}
+
 func threadIDs(pid int) ([]int, error) {
 	entries, err := os.ReadDir(procPath(pid, "task"))
 	if err != nil {
