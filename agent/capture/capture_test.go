@@ -11,7 +11,9 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -428,6 +430,35 @@ func TestLookSeesWhatAProcessHasOpenMappedAndRuns(t *testing.T) {
 		if strings.Contains(path, "gone") || strings.HasPrefix(path, "dev/") || strings.HasPrefix(path, "proc/") {
 			t.Errorf("%q is not the closure's", path)
 		}
+	}
+}
+
+// TestAFileMayShrinkWhileItIsCopied rewrites a file all the time, as the shell's ">" does.
+func TestAFileMayShrinkWhileItIsCopied(t *testing.T) {
+	dir := t.TempDir()
+	name := filepath.Join(dir, "rewritten")
+	f, err := os.Create(name)
+	must(t, err)
+	defer f.Close()
+	ctx, stop := context.WithCancel(t.Context())
+	var rewriting sync.WaitGroup
+	rewriting.Go(func() {
+		for ctx.Err() == nil {
+			_, written := f.WriteAt([]byte("content"), 0)
+			if err := errors.Join(written, f.Truncate(0)); err != nil {
+				t.Error(err)
+				return
+			}
+		}
+	})
+	defer rewriting.Wait()
+	defer stop()
+	for i := range 3000 {
+		to := filepath.Join(dir, strconv.Itoa(i))
+		if _, err := copyFile(ctx, name, to); err != nil {
+			t.Fatalf("copy %d: %v", i, err)
+		}
+		must(t, os.Remove(to))
 	}
 }
 
