@@ -55,3 +55,32 @@ func (r *throttledReader) Read(p []byte) (int, error) {
 	}
 	return n, err
 }
+
+// WriteTo implements io.WriterTo: what lies in memory is passed on where it is.
+func (r *throttledReader) WriteTo(w io.Writer) (int64, error) {
+	return io.Copy(&throttledWriter{r.ctx, w, r.bandwidth}, r.rd)
+}
+
+type throttledWriter struct {
+	ctx       context.Context
+	w         io.Writer
+	bandwidth bandwidth
+}
+
+func (w *throttledWriter) Write(p []byte) (n int, err error) {
+	for n < len(p) {
+		step := p[n:]
+		if w.bandwidth.Limit() != rate.Inf {
+			step = step[:min(len(step), sendAtOnce)]
+			if err := w.bandwidth.WaitN(w.ctx, len(step)); err != nil {
+				return n, err
+			}
+		}
+		m, err := w.w.Write(step)
+		n += m
+		if err != nil {
+			return n, err
+		}
+	}
+	return n, nil
+}

@@ -96,6 +96,9 @@ func (s *memorySource) attach() error {
 func (s *memorySource) fill(ctx context.Context, root int) error {
 	pids, err := criu.InnerPIDs(root)
 	if err == nil {
+		for _, name := range s.division.Taken() {
+			s.reader.Rewind(name)
+		}
 		err = s.division.Fill(ctx, s.reader, pids)
 	}
 	s.unfilled = err

@@ -45,7 +45,7 @@
 //
 //	an upload    68 MiB + w × 8.5 MiB     (4 packs, and one batch per worker)
 //	a restore    w × 4.2 MiB
-//	memory read  96 MiB + w × 4.2 MiB     (24 blocks)
+//	memory read  96 MiB + w × 8.4 MiB     (24 blocks)
 //	verify       w × 17 MiB
 //
 // however large the job is; the Go heap may be up to twice that between two

@@ -88,6 +88,40 @@ func TestRestoredTaskContinuesIncrementally(t *testing.T) {
 	wantSameFiles(t, filepath.Join(dir, "two"), got)
 }
 
+// TestMemoryIsReadTwiceInParts reads every other stretch, and then the others.
+func TestMemoryIsReadTwiceInParts(t *testing.T) {
+	r := newTestRepo(t)
+	dir := t.TempDir()
+	contiguous(0x7f00_0000_0000, 30_000, 1).writeImages(t, dir)
+	result := r.checkpoint(t, "c-1", dir, PartOptions{})
+	p, err := r.OpenPart(t.Context(), result.ID)
+	must(t, err)
+	memory, err := p.OpenMemory(t.Context(), t.TempDir(), isPagesImage)
+	must(t, err)
+	defer memory.Close()
+	const step = 3 << 20
+	for name, size := range memory.Sizes() {
+		want, err := os.ReadFile(filepath.Join(dir, name))
+		must(t, err)
+		got := make([]byte, size)
+		for _, first := range []int64{step, 0} {
+			for at := first; at < size; at += 2 * step {
+				to := got[at:]
+				must(t, memory.Read(name, at, step, func(parts [][]byte) error {
+					for _, p := range parts {
+						to = to[copy(to, p):]
+					}
+					return nil
+				}))
+			}
+			memory.Rewind(name)
+		}
+		if !bytes.Equal(got, want) {
+			t.Errorf("%s is not what was stored", name)
+		}
+	}
+}
+
 func isPagesImage(e Entry) bool { return strings.HasPrefix(e.Path, "pages-") }
 
 // wantSameMemory reads all pages images to their ends, in odd steps.

@@ -16,7 +16,7 @@ import (
 
 // MemoryReader reads the pages images of a part, and verifies what it reads. It
 // works ahead of its callers, who are expected to read each image from its
-// beginning to its end, in several goroutines at once. What it holds is bounded
+// beginning to its end, each byte once, in several goroutines at once. What it holds is bounded
 // by memoryBlocks blocks, whatever the size of the images.
 type MemoryReader struct {
 	repo   *Repository
@@ -70,7 +70,7 @@ type memoryBlock struct {
 	ready bool
 	err   error
 	users int
-	done  int64 // up to where callers have read it
+	done  int64 // how much of it callers have read
 }
 
 // OpenMemory begins to read the pages images. The directory dir receives a file
@@ -113,7 +113,8 @@ func (p *PartReader) OpenMemory(ctx context.Context, dir string, isPages func(En
 		m.free = append(m.free, m.memory[i*memorySpan:(i+1)*memorySpan])
 	}
 	ctx, m.cancel = context.WithCancel(ctx)
-	for range p.repo.workers {
+	// Half of them wait for the disk while the others verify.
+	for range 2 * p.repo.workers {
 		m.workers.Go(func() { m.work(ctx) })
 	}
 	return m, nil
@@ -138,7 +139,7 @@ func (m *MemoryReader) Read(name string, offset int64, n int, use func(parts [][
 	end := min(offset+int64(n), f.record.Size)
 	var parts [][]byte
 	var held []*memoryBlock
-	defer func() { m.release(held, end) }()
+	defer func() { m.release(held, parts) }()
 	for offset < end {
 		b, err := m.acquire(f, offset/memorySpan)
 		if err != nil {
@@ -151,6 +152,17 @@ func (m *MemoryReader) Read(name string, offset int64, n int, use func(parts [][
 		offset += stop - at
 	}
 	return use(parts)
+}
+
+// Rewind says that an image will be read once more from its beginning on, parts of
+// it that were not read before.
+func (m *MemoryReader) Rewind(name string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if f := m.names[name]; f != nil {
+		f.asked, f.ahead = -1, 0
+		m.changed.Broadcast()
+	}
 }
 
 // acquire returns a block that was fetched, for the caller to release.
@@ -185,15 +197,14 @@ func (m *MemoryReader) acquire(f *memoryFile, number int64) (*memoryBlock, error
 
 var errMemoryClosed = errors.New("the restore has ended")
 
-// release gives blocks back that were read up to an offset of the image.
-func (m *MemoryReader) release(held []*memoryBlock, end int64) {
+// release gives blocks back of which parts were read, one of each.
+func (m *MemoryReader) release(held []*memoryBlock, parts [][]byte) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	for _, b := range held {
+	for i, b := range held {
 		b.users--
-		length := m.length(b)
-		b.done = max(b.done, min(end-b.key.block*memorySpan, length))
-		if b.done == length && b.users == 0 {
+		b.done += int64(len(parts[i]))
+		if b.done >= m.length(b) && b.users == 0 {
 			m.drop(b)
 		}
 	}

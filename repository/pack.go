@@ -14,7 +14,7 @@ import (
 // A pack is a file of chunks:
 //
 //	header   "DMPACK" 0x00 0x01, 16 random bytes
-//	chunks   as stored, back to back
+//	chunks   as stored; between them may be zeros
 //	table    per chunk 48 bytes: id [32], offset u32, stored u32, raw u32, codec u8, 3 zero bytes
 //	trailer  number of chunks u32, "DMPK"
 //
@@ -25,10 +25,16 @@ import (
 const (
 	packTarget    = 16 << 20 // a pack is closed when its chunks reach this
 	packMaxChunks = 8192
-	packHeader    = 24
-	packEntry     = 48
-	packTrailer   = 8
-	packMaxSize   = packHeader + packTarget + maxChunk + packMaxChunks*packEntry + packTrailer
+	// packAlign is what large chunks that are not compressed begin at a multiple of:
+	// they can be read past the page cache straight to where they belong.
+	packAlign    = 4096
+	alignedChunk = 32 << 10
+	// packFull leaves room, of lines of the table, for what aligns the last chunk.
+	packFull    = packMaxChunks - packAlign/packEntry - 1
+	packHeader  = 24
+	packEntry   = 48
+	packTrailer = 8
+	packMaxSize = packHeader + packTarget + maxChunk + packMaxChunks*packEntry + packTrailer
 )
 
 var (
@@ -49,6 +55,8 @@ type packBuilder struct {
 }
 
 func newPackBuilder() *packBuilder {
+	// So large a piece of memory begins at a page: it can be written past the page
+	// cache.
 	b := &packBuilder{buf: make([]byte, 0, packMaxSize)}
 	b.reset()
 	return b
@@ -62,6 +70,9 @@ func (b *packBuilder) reset() {
 }
 
 func (b *packBuilder) add(id ID, stored []byte, raw int, how byte) {
+	if how == codecRaw && len(stored) >= alignedChunk {
+		b.buf = append(b.buf, make([]byte, -len(b.buf)&(packAlign-1))...)
+	}
 	b.chunks = append(b.chunks, packChunk{id, location{
 		Offset: uint32(len(b.buf)), Stored: uint32(len(stored)), Raw: uint32(raw), Codec: how,
 	}})
@@ -69,7 +80,7 @@ func (b *packBuilder) add(id ID, stored []byte, raw int, how byte) {
 }
 
 func (b *packBuilder) full() bool {
-	return len(b.buf) >= packHeader+packTarget || len(b.chunks) == packMaxChunks
+	return len(b.buf) >= packHeader+packTarget || len(b.chunks) == packFull
 }
 
 // finish appends table and trailer and returns the pack's name.

@@ -284,7 +284,7 @@ const (
 )
 
 func newFetcher(r *Repository) *fetcher {
-	return &fetcher{repo: r, read: make([]byte, fetchSize), plain: make([]byte, 0, maxChunk)}
+	return &fetcher{repo: r, read: make([]byte, fetchSize+2*packAlign), plain: make([]byte, 0, maxChunk)}
 }
 
 // placed is a run of data and where it goes.
@@ -325,8 +325,8 @@ func (f *fetcher) try(ctx context.Context, s *segment, at int64, write func(p []
 	for len(list) > 0 {
 		n, end := together(list)
 		begin := int64(list[0].loc.Offset)
-		p := f.read[:end-begin]
-		if err := f.repo.readPack(ctx, list[0].loc.Pack, p, begin); err != nil {
+		p, err := f.repo.readAligned(ctx, list[0].loc.Pack, f.read, begin, end)
+		if err != nil {
 			return err
 		}
 		for i := range list[:n] {
@@ -454,8 +454,8 @@ func (f *fetcher) fillSome(ctx context.Context, list []wanted, dst []byte) (int,
 	}
 	n, end := together(list[:n])
 	begin := int64(list[0].loc.Offset)
-	p := f.read[:end-begin]
-	if err := f.repo.readPack(ctx, list[0].loc.Pack, p, begin); err != nil {
+	p, err := f.repo.readAligned(ctx, list[0].loc.Pack, f.read, begin, end)
+	if err != nil {
 		return 0, err
 	}
 	for i := range list[:n] {
@@ -467,7 +467,7 @@ func (f *fetcher) fillSome(ctx context.Context, list []wanted, dst []byte) (int,
 }
 
 // straightLeast is how much has to lie straight to be worth a read of its own.
-const straightLeast = 256 << 10
+const straightLeast = 1 << 20
 
 // straight returns how many of the first chunks lie in their pack just as they do
 // in the content, back to back; 0 if they are few.

@@ -304,9 +304,25 @@ func (r *Repository) loadChunk(ctx context.Context, id ID) ([]byte, error) {
 	}
 }
 
+// readAligned reads a stretch of a pack with what is around it, into buf, so that it
+// can go past the page cache. buf has room for 2*packAlign bytes more.
+func (r *Repository) readAligned(ctx context.Context, pack ID, buf []byte, begin, end int64) ([]byte, error) {
+	from := begin &^ (packAlign - 1)
+	p := buf[:(end-from+packAlign-1)&^(packAlign-1)]
+	n, err := r.be.ReadAt(ctx, backend.Handle{Kind: backend.Pack, Name: pack.String()}, p, from)
+	if err == io.EOF && int64(n) >= end-from {
+		err = nil
+	}
+	return p[begin-from : end-from], packError(pack, err)
+}
+
 // readPack reads len(p) bytes of a pack.
 func (r *Repository) readPack(ctx context.Context, pack ID, p []byte, off int64) error {
 	_, err := r.be.ReadAt(ctx, backend.Handle{Kind: backend.Pack, Name: pack.String()}, p, off)
+	return packError(pack, err)
+}
+
+func packError(pack ID, err error) error {
 	if err == io.EOF {
 		return &DamagedError{Object: "pack " + pack.String(), Err: errors.New("it is truncated")}
 	}

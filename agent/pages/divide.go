@@ -212,6 +212,15 @@ func (d *Division) Sizes() map[string]int64 {
 	return sizes
 }
 
+// Taken are the pages images that Fill reads, in its order.
+func (d *Division) Taken() []string {
+	var names []string
+	for i := range d.taken {
+		names = append(names, d.taken[i].name)
+	}
+	return names
+}
+
 // Rest is the content of the pages images that CRIU is to see, out of that of the
 // stored ones.
 func (d *Division) Rest(all Source) Source { return rest{d, all} }

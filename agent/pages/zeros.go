@@ -12,13 +12,14 @@ import (
 	"sync/atomic"
 
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
 )
 
 var zeroPage [pageSize]byte
 
 // DropZeros removes pages full of zeros from the private anonymous memory
-// of the images in dir, and returns the bytes saved. Images in a form it does
-// not know are left alone. It changes the images in place: when it fails
+// of the images in dir, which lies in memory, and returns the bytes saved. Images
+// in a form it does not know are left alone. It changes the images in place: when it fails
 // half-way they are worthless, which the error says.
 func DropZeros(dir string) (saved int64, err error) {
 	names, err := filepath.Glob(filepath.Join(dir, "mm-*.img"))
@@ -71,9 +72,13 @@ func dropZeros(dir, pid string) (int64, error) {
 	return info.Size() - left, os.WriteFile(mapName, kept.encode(), 0o600)
 }
 
-// scanStep is how much of a pages image is looked at, or moved, at once: little,
-// so that it stays in the processor's cache.
-const scanStep = 256 << 10
+const (
+	// scanPages is how much of a pages image is looked at at once.
+	scanPages = 4096
+	// moveStep is how much of it is moved at once: little, so that it stays in the
+	// processor's cache.
+	moveStep = 256 << 10
+)
 
 // compact moves the pages that are kept to the front of f, the pages image, and
 // returns the map of them and their size.
@@ -103,31 +108,38 @@ func (m *pagemap) compact(f *os.File, areas []area) (*pagemap, int64, error) {
 	return kept, moves.to + moves.length, moves.flush()
 }
 
-// zeroPages says of each page of a file whether it is full of zeros.
+// zeroPages says of each page of a file in memory whether it is full of zeros.
 func zeroPages(f *os.File, pages int64) ([]bool, error) {
 	zero := make([]bool, pages)
 	var next atomic.Int64
 	var group errgroup.Group
 	for range runtime.NumCPU() {
 		group.Go(func() error {
-			buf := make([]byte, scanStep)
 			for {
-				at := next.Add(scanStep) - scanStep
-				left := pages*pageSize - at
-				if left <= 0 {
+				from := next.Add(scanPages) - scanPages
+				if from >= pages {
 					return nil
 				}
-				step := buf[:min(left, scanStep)]
-				if _, err := f.ReadAt(step, at); err != nil {
-					return fmt.Errorf("%s ends too early: %w", f.Name(), err)
-				}
-				for i := 0; i < len(step); i += pageSize {
-					zero[(at+int64(i))/pageSize] = bytes.Equal(step[i:i+pageSize], zeroPage[:])
+				if err := scan(f, from, zero[from:min(from+scanPages, pages)]); err != nil {
+					return err
 				}
 			}
 		})
 	}
 	return zero, group.Wait()
+}
+
+// scan looks at the pages from the given one on where they are.
+func scan(f *os.File, from int64, zero []bool) error {
+	content, err := unix.Mmap(int(f.Fd()), from*pageSize, len(zero)*pageSize, unix.PROT_READ, unix.MAP_SHARED|unix.MAP_POPULATE)
+	if err != nil {
+		return &os.PathError{Op: "mmap", Path: f.Name(), Err: err}
+	}
+	defer unix.Munmap(content)
+	for i := range zero {
+		zero[i] = bytes.Equal(content[i*pageSize:][:pageSize], zeroPage[:])
+	}
+	return nil
 }
 
 // mover moves stretches of a file towards its beginning.
@@ -156,10 +168,10 @@ func (m *mover) flush() error {
 		return nil
 	}
 	if m.buf == nil {
-		m.buf = make([]byte, scanStep)
+		m.buf = make([]byte, moveStep)
 	}
 	for done := int64(0); done < m.length; {
-		step := m.buf[:min(m.length-done, scanStep)]
+		step := m.buf[:min(m.length-done, moveStep)]
 		if _, err := m.f.ReadAt(step, m.from+done); err != nil {
 			return err
 		}

@@ -63,6 +63,12 @@ func (r *raw) round(ctx context.Context, s scenario, scratch string) (result raw
 	if result.bytes, err = treeSize(images); err != nil {
 		return result, err
 	}
+	// Here, beside the subject, as Dormouse's upload is: a copy after it has ended
+	// would get the memory that it has just left, and a hypervisor takes a while, for
+	// the memory that nobody has had for some seconds.
+	if result.copied, err = copyAndSync(ctx, images, filepath.Join(scratch, "copy")); err != nil {
+		return result, err
+	}
 	if err := rewrite(ctx, dirty, perMille); err != nil {
 		return result, err
 	}
@@ -71,9 +77,6 @@ func (r *raw) round(ctx context.Context, s scenario, scratch string) (result raw
 	}
 	subject.Process.Kill()
 	<-ended
-	if result.copied, err = copyAndSync(ctx, images, filepath.Join(scratch, "copy")); err != nil {
-		return result, err
-	}
 	// The restored subject has its old pid and is not our child.
 	defer syscall.Kill(pid, syscall.SIGKILL)
 	begin := time.Now()

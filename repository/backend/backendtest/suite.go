@@ -143,6 +143,35 @@ func (s suite) TestReadRanges(t *testing.T) {
 	}
 }
 
+// Large objects are as exact as small ones, whatever their size, and wherever
+// reads begin and their memory lies: backends may treat what is aligned in a way
+// of its own.
+func (s suite) TestLargeObjects(t *testing.T) {
+	be := s.open(t)
+	const block, mib = 4096, 1 << 20
+	for i, size := range []int{3 * mib, 5*mib + 3*block, 9*mib + 1, 4*mib + block - 1} {
+		data, h := random(size), handle(backend.Pack, fmt.Sprintf("large-%d", i))
+		save(t, be, h, data)
+		room := make([]byte, size+3*block)
+		for _, at := range []int{0, block, 2*mib + block, 1, mib - 1, size - mib/2} {
+			for _, shift := range []int{0, 1, block} {
+				for _, n := range []int{mib / 2, size - at, size - at + 1, size - at + block} {
+					p := room[shift:][:n]
+					clear(p)
+					got, err := be.ReadAt(t.Context(), h, p, int64(at))
+					want, wantErr := data[at:min(at+n, size)], error(nil)
+					if at+n > size {
+						wantErr = io.EOF
+					}
+					if got != len(want) || err != wantErr || !bytes.Equal(p[:got], want) {
+						t.Errorf("ReadAt(%d bytes at %d of %d) = %d, %v, want %d, %v, or wrong bytes", n, at, size, got, err, len(want), wantErr)
+					}
+				}
+			}
+		}
+	}
+}
+
 // What is not there is ErrNotExist, and may be removed.
 func (s suite) TestNotExist(t *testing.T) {
 	be, h := s.open(t), handle(backend.Pack, "missing")

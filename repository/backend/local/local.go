@@ -6,7 +6,8 @@
 //	index/ parts/ manifests/ locks/
 //	tmp/                objects being written
 //
-// An object is written to tmp/, synced, linked to its final name (link(2) fails
+// Large objects are written and read past the page cache where that is possible
+// (direct.go). An object is written to tmp/, synced, linked to its final name (link(2) fails
 // when that exists, on network file systems too), and the directory is synced.
 // Directories have mode 0700 and files 0600: checkpoints hold the memory of
 // other people's programs.
@@ -142,7 +143,7 @@ func (l *Local) ReadAt(ctx context.Context, h backend.Handle, p []byte, off int6
 		return 0, l.wrap("read "+h.String(), err)
 	}
 	defer f.Close()
-	n, err := f.ReadAt(p, off)
+	n, err := readAt(f, p, off)
 	if err == io.EOF {
 		return n, io.EOF
 	}
@@ -295,6 +296,17 @@ func syncDir(dir string) error {
 
 var errSize = errors.New("the data has not the announced size")
 
+// directLeast is how much has to be read or written at once to go past the page
+// cache.
+const directLeast = 256 << 10
+
+func readAt(f *os.File, p []byte, off int64) (int, error) {
+	if len(p) < directLeast {
+		return f.ReadAt(p, off)
+	}
+	return directly(f, p, off, f.ReadAt)
+}
+
 // exactWriter writes to a file, no more than was announced and no longer than
 // ctx lasts. A reader in memory writes itself into it without a copy.
 type exactWriter struct {
@@ -304,13 +316,7 @@ type exactWriter struct {
 	left int64
 }
 
-const writeStep = 1 << 20
-
-// startWriting has the kernel begin to write a stretch to the disk, so that the
-// final sync finds little left to wait for. It may fail: the sync decides.
-func startWriting(f *os.File, at, length int64) {
-	_ = unix.SyncFileRange(int(f.Fd()), at, length, unix.SYNC_FILE_RANGE_WRITE)
-}
+const writeStep = 4 << 20
 
 func (w *exactWriter) Write(p []byte) (n int, err error) {
 	if int64(len(p)) > w.left {
@@ -320,14 +326,31 @@ func (w *exactWriter) Write(p []byte) (n int, err error) {
 		if err := w.ctx.Err(); err != nil {
 			return n, err
 		}
-		m, err := w.f.Write(p[n:min(n+writeStep, len(p))])
+		m, err := w.step(p[n:min(n+writeStep, len(p))])
 		n += m
+		w.at += int64(m)
 		w.left -= int64(m)
 		if err != nil {
 			return n, err
 		}
-		startWriting(w.f, w.at, int64(m))
-		w.at += int64(m)
 	}
 	return n, w.ctx.Err()
+}
+
+func (w *exactWriter) step(p []byte) (n int, err error) {
+	if len(p) >= directLeast {
+		n, err = directly(w.f, p, w.at, w.f.WriteAt)
+	} else {
+		n, err = w.f.WriteAt(p, w.at)
+	}
+	if err == nil {
+		startWriting(w.f, w.at, int64(n))
+	}
+	return n, err
+}
+
+// startWriting has the kernel begin to write a stretch to the disk, so that the
+// final sync finds little left to wait for. It may fail: the sync decides.
+func startWriting(f *os.File, at, length int64) {
+	_ = unix.SyncFileRange(int(f.Fd()), at, length, unix.SYNC_FILE_RANGE_WRITE)
 }
