@@ -81,8 +81,12 @@ type sessionOptions struct {
 	ownMounts bool
 	files     []string
 	netNS     *os.File
-	cgroup    *os.File // that the process is born in, or nil
-	tasks     []string // of v1 cgroups that it enters first
+	// stepping has CRIU find the end of its own code in restored threads by their
+	// system calls and not by breakpoints, as it does where there are none: to set and
+	// free one takes the kernel about a millisecond in each thread.
+	stepping bool
+	cgroup   *os.File // that the process is born in, or nil
+	tasks    []string // of v1 cgroups that it enters first
 }
 
 // start starts `criu swrk`. The caller must call session.call exactly once, or
@@ -102,6 +106,9 @@ func (e *Engine) start(o sessionOptions) (*session, error) {
 	const script = `trap "" XFSZ PIPE; while [ "$1" != swrk ]; do echo 0 >"$1" || exit; shift; done; exec "$0" "$@"`
 	cmd := exec.Command("/bin/sh", slices.Concat([]string{"-c", script, e.path}, o.tasks, []string{"swrk", strconv.Itoa(swrkFD)})...)
 	cmd.Env = e.environ()
+	if o.stepping {
+		cmd.Env = append(cmd.Env, "CRIU_FAULT=130") // FI_NO_BREAKPOINTS, criu/include/fault-injection.h
+	}
 	cmd.Dir = "/"
 	cmd.ExtraFiles = append([]*os.File{remote}, o.inherit...)
 	// Its own process group: a terminal's ^C must not reach it.
