@@ -45,8 +45,8 @@ type memorySource struct {
 // memoryDir is where the content of memory is, beside the images.
 func memoryDir(images string) string { return images + ".pages" }
 
-// openMemory begins to fetch the content of memory for the images in a
-// directory of the spool. close must be called.
+// openMemory finds the content of memory for the images in a directory of the spool;
+// reader.Begin begins to fetch it. close must be called.
 func openMemory(ctx context.Context, part *repository.PartReader, spool, images string, fuse bool) (*memorySource, error) {
 	reader, err := part.OpenMemory(ctx, spool, func(e repository.Entry) bool { return isPages(e.Path) })
 	if err != nil {

@@ -194,6 +194,8 @@ func (a *Agent) build(ctx context.Context, t *task, r *record, part *repository.
 	})
 	err = group.Wait()
 	if err == nil {
+		// Not before: what was waited for is little, and would wait for the disk.
+		memory.reader.Begin()
 		err = restoreFiles(ctx, part, box, upper, t.dir)
 		failpoint.Hit("agent.restore.files")
 	}

@@ -70,6 +70,7 @@ func TestRestoredTaskContinuesIncrementally(t *testing.T) {
 	must(t, p.RestoreImages(t.Context(), restored, RestoreOptions{}))
 	memory, err := p.OpenMemory(t.Context(), t.TempDir(), isPagesImage)
 	must(t, err)
+	memory.Begin()
 	wantSameMemory(t, memory, restored)
 	memory.Stop()
 	must(t, memory.SavePageCache(t.Context(), restored, cache))
@@ -99,6 +100,7 @@ func TestMemoryIsReadTwiceInParts(t *testing.T) {
 	memory, err := p.OpenMemory(t.Context(), t.TempDir(), isPagesImage)
 	must(t, err)
 	defer memory.Close()
+	memory.Begin()
 	const step = 3 << 20
 	for name, size := range memory.Sizes() {
 		want, err := os.ReadFile(filepath.Join(dir, name))

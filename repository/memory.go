@@ -20,6 +20,7 @@ import (
 // by memoryBlocks blocks, whatever the size of the images.
 type MemoryReader struct {
 	repo   *Repository
+	ctx    context.Context // of all reading
 	cancel context.CancelFunc
 	files  []*memoryFile
 	names  map[string]*memoryFile
@@ -73,8 +74,8 @@ type memoryBlock struct {
 	done  int64 // how much of it callers have read
 }
 
-// OpenMemory begins to read the pages images. The directory dir receives a file
-// of 16 bytes per page. ctx ends all reading.
+// OpenMemory finds the pages images. The directory dir receives a file of 16 bytes
+// per page. ctx ends all reading.
 func (p *PartReader) OpenMemory(ctx context.Context, dir string, isPages func(Entry) bool) (_ *MemoryReader, err error) {
 	t, err := p.tree(imagesTree)
 	if err != nil {
@@ -112,12 +113,16 @@ func (p *PartReader) OpenMemory(ctx context.Context, dir string, isPages func(En
 	for i := range memoryBlocks {
 		m.free = append(m.free, m.memory[i*memorySpan:(i+1)*memorySpan])
 	}
-	ctx, m.cancel = context.WithCancel(ctx)
-	// Half of them wait for the disk while the others verify.
-	for range 2 * p.repo.workers {
-		m.workers.Go(func() { m.work(ctx) })
-	}
+	m.ctx, m.cancel = context.WithCancel(ctx)
 	return m, nil
+}
+
+// Begin begins to read ahead; no Read returns before.
+func (m *MemoryReader) Begin() {
+	// Half of them wait for the disk while the others verify.
+	for range 2 * m.repo.workers {
+		m.workers.Go(func() { m.work(m.ctx) })
+	}
 }
 
 // Sizes are the sizes of the images by name.

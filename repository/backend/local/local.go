@@ -103,7 +103,7 @@ func (l *Local) write(ctx context.Context, name string, rd io.Reader, size int64
 		return err
 	}
 	defer func() { err = errors.Join(err, f.Close()) }()
-	w := &exactWriter{ctx: ctx, f: f, left: size}
+	w := &exactWriter{ctx: ctx, f: f, left: size, large: size >= largeObject}
 	if _, err := io.Copy(w, rd); err != nil {
 		return err
 	}
@@ -296,12 +296,16 @@ func syncDir(dir string) error {
 
 var errSize = errors.New("the data has not the announced size")
 
-// directLeast is how much has to be read or written at once to go past the page
-// cache.
-const directLeast = 256 << 10
+const (
+	// largeObject goes past the page cache when it is written. In smaller ones are the
+	// descriptions of what the large ones have.
+	largeObject = 8 << 20
+	// largeRead is how much has to be read at once to go past the page cache.
+	largeRead = 256 << 10
+)
 
 func readAt(f *os.File, p []byte, off int64) (int, error) {
-	if len(p) < directLeast {
+	if len(p) < largeRead {
 		return f.ReadAt(p, off)
 	}
 	return directly(f, p, off, f.ReadAt)
@@ -310,10 +314,11 @@ func readAt(f *os.File, p []byte, off int64) (int, error) {
 // exactWriter writes to a file, no more than was announced and no longer than
 // ctx lasts. A reader in memory writes itself into it without a copy.
 type exactWriter struct {
-	ctx  context.Context
-	f    *os.File
-	at   int64
-	left int64
+	ctx   context.Context
+	f     *os.File
+	at    int64
+	left  int64
+	large bool
 }
 
 const writeStep = 4 << 20
@@ -338,7 +343,7 @@ func (w *exactWriter) Write(p []byte) (n int, err error) {
 }
 
 func (w *exactWriter) step(p []byte) (n int, err error) {
-	if len(p) >= directLeast {
+	if w.large {
 		n, err = directly(w.f, p, w.at, w.f.WriteAt)
 	} else {
 		n, err = w.f.WriteAt(p, w.at)
