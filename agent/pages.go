@@ -36,6 +36,7 @@ type memorySource struct {
 	division *pages.Division
 	rest     pages.Source   // what is left to CRIU
 	server   *pagefs.Server // nil: without FUSE
+	filled   bool           // by fill
 	unfilled error          // why fill has failed
 
 	fetched chan struct{} // without FUSE: closed when all is there
@@ -101,8 +102,16 @@ func (s *memorySource) fill(ctx context.Context, root int) error {
 		}
 		err = s.division.Fill(ctx, s.reader, pids)
 	}
-	s.unfilled = err
+	s.filled, s.unfilled = err == nil, err
 	return err
+}
+
+// complete fails when processes would run before their memory was filled.
+func (s *memorySource) complete() error {
+	if !s.filled {
+		return errors.New("CRIU did not tell when the processes were there")
+	}
+	return nil
 }
 
 // fetchAll fetches all images into the spool.

@@ -298,6 +298,9 @@ func (a *Agent) wake(ctx context.Context, t *task, h *restoring, box *sandbox.Sa
 				return memory.fill(ctx, root)
 			case criu.EventNetworkUnlock:
 				// Every connection is there, and none sends before CRIU goes on.
+				if err := memory.complete(); err != nil {
+					return err
+				}
 				failpoint.Hit("agent.restore.unlock")
 				r, _ := t.snapshot()
 				if err := a.mendTies(ctx, &r, box, target.NetNS); err != nil {

@@ -302,10 +302,22 @@ func (m *MemoryReader) room() bool {
 	return true
 }
 
+// dropPassed drops a block that was left unread, or in part, well behind the reader
+// of its image.
+func (m *MemoryReader) dropPassed() bool {
+	for _, b := range m.blocks {
+		if b.ready && b.users == 0 && b.key.block+memoryBlocks/4 < m.files[b.key.file].asked {
+			m.drop(b)
+			return true
+		}
+	}
+	return false
+}
+
 // foresee chooses a block of the image that is being read furthest behind what
 // was fetched ahead of it, or of the first that was not begun.
 func (m *MemoryReader) foresee() *memoryBlock {
-	if len(m.free) <= memoryReserve {
+	if len(m.free) <= memoryReserve && !m.dropPassed() {
 		return nil
 	}
 	var best *memoryFile

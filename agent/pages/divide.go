@@ -27,6 +27,8 @@ type Division struct {
 // stretch is a part of a pages image, in pages.
 type stretch struct{ first, pages int64 }
 
+func (s stretch) bytes() int64 { return s.pages * pageSize }
+
 // takenImage is what Fill writes from a pages image into a process.
 type takenImage struct {
 	name string
@@ -204,7 +206,7 @@ func (d *Division) Sizes() map[string]int64 {
 		if rest, divided := d.rest[name]; divided {
 			size = 0
 			for _, s := range rest {
-				size += s.pages * pageSize
+				size += s.bytes()
 			}
 		}
 		sizes[name] = size
@@ -235,21 +237,30 @@ func (r rest) Read(name string, offset int64, n int, use func(parts [][]byte) er
 	if !divided {
 		return r.all.Read(name, offset, n, use)
 	}
-	return r.collect(name, stretches, offset, int64(n), nil, use)
-}
-
-// collect reads one stretch after the other, and holds them all for use.
-func (r rest) collect(name string, stretches []stretch, offset, n int64, parts [][]byte, use func(parts [][]byte) error) error {
-	for len(stretches) > 0 && stretches[0].pages*pageSize <= offset {
-		offset -= stretches[0].pages * pageSize
+	for len(stretches) > 0 && stretches[0].bytes() <= offset {
+		offset -= stretches[0].bytes()
 		stretches = stretches[1:]
 	}
-	if n <= 0 || len(stretches) == 0 {
-		return use(parts)
+	if len(stretches) > 0 && int64(n) <= stretches[0].bytes()-offset {
+		return r.all.Read(name, stretches[0].first*pageSize+offset, n, use)
 	}
-	s := stretches[0]
-	step := min(n, s.pages*pageSize-offset)
-	return r.all.Read(name, s.first*pageSize+offset, int(step), func(more [][]byte) error {
-		return r.collect(name, stretches[1:], 0, n-step, append(parts, more...), use)
-	})
+	// The stretches may lie far apart, in more blocks than a source can hold.
+	var content []byte
+	for _, s := range stretches {
+		step := min(n-len(content), int(s.bytes()-offset))
+		if step == 0 {
+			break
+		}
+		err := r.all.Read(name, s.first*pageSize+offset, step, func(parts [][]byte) error {
+			for _, p := range parts {
+				content = append(content, p...)
+			}
+			return nil
+		})
+		if err != nil {
+			return err
+		}
+		offset = 0
+	}
+	return use([][]byte{content})
 }

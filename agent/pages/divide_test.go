@@ -8,9 +8,11 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"sync/atomic"
 	"testing"
 	"unsafe"
 
+	"github.com/checkpoint-restore/go-criu/v7/crit/images/vma"
 	"golang.org/x/sys/unix"
 	"pgregory.net/rapid"
 )
@@ -101,6 +103,52 @@ func TestMemoryIsDivided(t *testing.T) {
 	if !bytes.Equal(after, before) {
 		t.Error("the pagemap image is not as it was")
 	}
+}
+
+// TestFarStretchesAreNotHeldAtOnce has a page of CRIU's in each of many blocks, of
+// which a source holds but a few.
+func TestFarStretchesAreNotHeldAtOnce(t *testing.T) {
+	const areas = 40
+	var runs []pageRun
+	var own []*vma.VmaEntry
+	for i := range uint64(areas) {
+		start := 0x10_0000_0000 + i*4*blockSize
+		runs = append(runs, pageRun{start, blockPages, flags}, pageRun{start + 2*blockSize, 1, flags})
+		own = append(own, anonymous(start, start+blockSize))
+	}
+	dir := t.TempDir()
+	image(t, dir, 1, 7, true, runs, own...)
+	const size = areas * (blockPages + 1) * pageSize
+	d, err := Divide(dir, map[string]int64{"pages-7.img": size}, map[int]int{1: 0})
+	must(t, err)
+	got := readAll(t, d.Rest(single{t, new(atomic.Int32)}), "pages-7.img", 1<<20)
+	for i := range areas {
+		want := bytes.Repeat([]byte{byte((i+1)*(blockPages+1) - 1)}, pageSize)
+		if !bytes.Equal(got[i*pageSize:][:pageSize], want) {
+			t.Errorf("page %d of the rest is another", i)
+		}
+	}
+	if len(got) != areas*pageSize {
+		t.Errorf("the rest has %d bytes, want %d", len(got), areas*pageSize)
+	}
+}
+
+// single is a Source that holds one read at a time; each page is full of its number.
+type single struct {
+	t    *testing.T
+	held *atomic.Int32
+}
+
+func (s single) Read(_ string, offset int64, n int, use func(parts [][]byte) error) error {
+	if s.held.Add(1) > 1 {
+		s.t.Error("a read begins while another is held")
+	}
+	defer s.held.Add(-1)
+	p := make([]byte, n)
+	for i := range p {
+		p[i] = byte((offset + int64(i)) / pageSize)
+	}
+	return use([][]byte{p})
 }
 
 // readAll reads an image by steps, as CRIU does.
