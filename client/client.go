@@ -42,6 +42,7 @@ import (
 	"os"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"dormouse/api"
@@ -223,9 +224,11 @@ func (c *Client) send(ctx context.Context, method, path string, query url.Values
 
 // do asks one controller after the other, beginning with the one that answered
 // last, until one answers. What may have been acted upon goes to another one
-// only if doing it again changes nothing.
+// only if doing it again changes nothing. A question whose connection breaks is asked
+// once more: whoever was there may be there again.
 func (c *Client) do(ctx context.Context, ask func(base string) (*http.Request, error)) (*http.Response, error) {
-	for tried := 1; ; tried++ {
+	left := len(c.bases)
+	for asked := false; ; {
 		at := c.first.Load()
 		request, err := ask(c.bases[at].String())
 		if err != nil {
@@ -236,7 +239,11 @@ func (c *Client) do(ctx context.Context, ask func(base string) (*http.Request, e
 			return response, c.failed(ctx, err)
 		}
 		c.first.CompareAndSwap(at, (at+1)%int32(len(c.bases)))
-		if tried == len(c.bases) || !again(request, err) {
+		left--
+		if left == 0 && !asked && request.Method == http.MethodGet && broke(err) {
+			asked, left = true, 1
+		}
+		if left == 0 || !again(request, err) {
 			return response, c.failedAt(ctx, c.bases[at], err)
 		}
 		if err == nil {
@@ -248,6 +255,11 @@ func (c *Client) do(ctx context.Context, ask func(base string) (*http.Request, e
 // again reports whether a request may be sent to another controller.
 func again(request *http.Request, err error) bool {
 	return notSent(err) || request.Method == http.MethodGet || request.Header.Get("Idempotency-Key") != ""
+}
+
+// broke reports whether a connection ended that somebody had taken.
+func broke(err error) bool {
+	return errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE)
 }
 
 // notSent reports whether a request did not even find anybody.
