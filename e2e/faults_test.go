@@ -23,7 +23,7 @@ var distributedSteps = map[api.OperationKind]string{
 
 // talkers is what the fault tests disturb: three tasks in which nothing may be
 // lost, repeated or changed on the way.
-func talkers() parallel { return tasksOf(3, "clients and a server", "pair.py", "300") }
+func talkers() parallel { return tasksOf(3, "clients and a server", "pair.py", "500") }
 
 // faulty starts an `up` whose processes act at the named step, with three nodes
 // more than talkers need.

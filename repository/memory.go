@@ -119,8 +119,12 @@ func (p *PartReader) OpenMemory(ctx context.Context, dir string, isPages func(En
 
 // Begin begins to read ahead; no Read returns before.
 func (m *MemoryReader) Begin() {
+	var blocks int64
+	for _, f := range m.files {
+		blocks += (f.record.Size + memorySpan - 1) / memorySpan
+	}
 	// Half of them wait for the disk while the others verify.
-	for range 2 * m.repo.workers {
+	for range min(int64(2*m.repo.workers), blocks) {
 		m.workers.Go(func() { m.work(m.ctx) })
 	}
 }

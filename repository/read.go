@@ -284,7 +284,16 @@ const (
 )
 
 func newFetcher(r *Repository) *fetcher {
-	return &fetcher{repo: r, read: make([]byte, fetchSize+2*packAlign), plain: make([]byte, 0, maxChunk)}
+	return &fetcher{repo: r, plain: make([]byte, 0, maxChunk)}
+}
+
+// room is memory to read n bytes of a pack into, and what readAligned reads around
+// them. What is so large begins at a page.
+func (f *fetcher) room(n int64) []byte {
+	if n += 2 * packAlign; int64(len(f.read)) < n {
+		f.read = make([]byte, min(max(2*n, 64<<10), fetchSize+2*packAlign))
+	}
+	return f.read
 }
 
 // placed is a run of data and where it goes.
@@ -325,7 +334,7 @@ func (f *fetcher) try(ctx context.Context, s *segment, at int64, write func(p []
 	for len(list) > 0 {
 		n, end := together(list)
 		begin := int64(list[0].loc.Offset)
-		p, err := f.repo.readAligned(ctx, list[0].loc.Pack, f.read, begin, end)
+		p, err := f.repo.readAligned(ctx, list[0].loc.Pack, f.room(end-begin), begin, end)
 		if err != nil {
 			return err
 		}
@@ -454,7 +463,7 @@ func (f *fetcher) fillSome(ctx context.Context, list []wanted, dst []byte) (int,
 	}
 	n, end := together(list[:n])
 	begin := int64(list[0].loc.Offset)
-	p, err := f.repo.readAligned(ctx, list[0].loc.Pack, f.read, begin, end)
+	p, err := f.repo.readAligned(ctx, list[0].loc.Pack, f.room(end-begin), begin, end)
 	if err != nil {
 		return 0, err
 	}
