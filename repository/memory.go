@@ -16,8 +16,8 @@ import (
 
 // MemoryReader reads the pages images of a part, and verifies what it reads. It
 // works ahead of its callers, who are expected to read each image from its
-// beginning to its end, each byte once, in several goroutines at once. What it holds is bounded
-// by memoryBlocks blocks, whatever the size of the images.
+// beginning to its end, each byte once, in several goroutines at once. What it
+// holds is bounded by memoryBlocks blocks, whatever the size of the images.
 type MemoryReader struct {
 	repo   *Repository
 	ctx    context.Context // of all reading

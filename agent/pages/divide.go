@@ -21,6 +21,7 @@ type Division struct {
 	sizes map[string]int64     // of all pages images
 	rest  map[string][]stretch // what is left to CRIU of those that were divided
 	taken []takenImage
+	runs  int      // of all taken
 	moved []string // pagemap images whose originals are beside them
 }
 
@@ -50,7 +51,7 @@ const (
 	// holds in one piece.
 	blockSize  = 4 << 20
 	blockPages = blockSize / pageSize
-	// mostRuns bounds what a Division holds, to 16 MiB. The images of a process that
+	// mostRuns bounds what a Division holds, to 16 MiB. The images of processes that
 	// would need more are left alone.
 	mostRuns = 1 << 20
 
@@ -114,9 +115,10 @@ func (d *Division) divide(dir string, pid int, areas []area) error {
 		return errOdd
 	}
 	left, rest, runs := all.split(areas)
-	if len(runs) == 0 || len(runs) > mostRuns {
+	if len(runs) == 0 || len(runs) > mostRuns-d.runs {
 		return errOdd
 	}
+	d.runs += len(runs)
 	if err := os.Rename(name, name+original); err != nil {
 		return err
 	}

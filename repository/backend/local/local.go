@@ -7,8 +7,9 @@
 //	tmp/                objects being written
 //
 // Large objects are written and read past the page cache where that is possible
-// (direct.go). An object is written to tmp/, synced, linked to its final name (link(2) fails
-// when that exists, on network file systems too), and the directory is synced.
+// (direct.go). An object is written to tmp/, synced, linked to its final name
+// (link(2) fails when that exists, on network file systems too), and the directory
+// is synced.
 // Directories have mode 0700 and files 0600: checkpoints hold the memory of
 // other people's programs.
 package local
