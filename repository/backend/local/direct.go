@@ -39,6 +39,19 @@ func directly(f *os.File, p []byte, offset int64, do func([]byte, int64) (int, e
 	return n + m, err
 }
 
+// cached reports whether the whole stretch of a file is in the page cache:
+// cachestat(2), since Linux 6.5.
+func cached(f *os.File, offset int64, length int) bool {
+	var stat unix.Cachestat_t
+	stretch := unix.CachestatRange{Off: uint64(offset), Len: uint64(length)}
+	if err := unix.Cachestat(uint(f.Fd()), &stretch, &stat, 0); err != nil {
+		return false
+	}
+	page := int64(os.Getpagesize())
+	first, last := offset/page, (offset+int64(length)-1)/page
+	return stat.Cache == uint64(last-first+1)
+}
+
 func setDirect(f *os.File, on bool) error {
 	flags := 0
 	if on {

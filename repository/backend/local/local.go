@@ -301,12 +301,13 @@ const (
 	// largeObject goes past the page cache when it is written. In smaller ones are the
 	// descriptions of what the large ones have.
 	largeObject = 8 << 20
-	// largeRead is how much has to be read at once to go past the page cache.
+	// largeRead is how much has to be read at once to go past the page cache, unless
+	// it is there.
 	largeRead = 256 << 10
 )
 
 func readAt(f *os.File, p []byte, off int64) (int, error) {
-	if len(p) < largeRead {
+	if len(p) < largeRead || cached(f, off, len(p)) {
 		return f.ReadAt(p, off)
 	}
 	return directly(f, p, off, f.ReadAt)

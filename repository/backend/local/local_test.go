@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"io/fs"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"strings"
@@ -52,6 +53,30 @@ func TestFilesArePrivate(t *testing.T) {
 	})
 	if err != nil {
 		t.Error(err)
+	}
+}
+
+func TestLargeObjectsAreReadTheSameFromDiskAndPageCache(t *testing.T) {
+	be := open(t)
+	h := backend.Handle{Kind: backend.Pack, Name: "abcdef"}
+	content := make([]byte, 9<<20+5)
+	rand.NewChaCha8([32]byte{}).Read(content)
+	if err := be.Save(t.Context(), h, bytes.NewReader(content), int64(len(content))); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		for _, at := range []int{0, 4096, 5, 8 << 20} {
+			p := make([]byte, min(1<<20, len(content)-at))
+			if n, err := be.ReadAt(t.Context(), h, p, int64(at)); n != len(p) || err != nil {
+				t.Fatalf("%d of %d bytes at %d: %v", n, len(p), at, err)
+			}
+			if !bytes.Equal(p, content[at:at+len(p)]) {
+				t.Errorf("other content at %d", at)
+			}
+		}
+		if _, err := os.ReadFile(filepath.Join(be.Location(), "packs", "ab", h.Name)); err != nil {
+			t.Fatal(err)
+		}
 	}
 }
 
