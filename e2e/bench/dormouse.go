@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -18,13 +20,15 @@ import (
 type dormouse struct {
 	c       *cluster.Cluster
 	subject string
+	packs   string // directory of the repository's packs
 }
 
 // dormouseResult is one round of Dormouse.
 type dormouseResult struct {
 	pause    time.Duration // as the application felt it
 	durable  time.Duration // from the command to durable
-	restore  time.Duration // from `resume` to the first instruction
+	restore  time.Duration // from `resume` to the first instruction, chunks on the disk
+	warm     time.Duration // the same, chunks in the page cache
 	stored   int64
 	second   time.Duration // the checkpoint after 1 % was rewritten, to durable
 	pause2   time.Duration
@@ -69,20 +73,48 @@ func (d *dormouse) round(ctx context.Context, s scenario, scratch string) (resul
 		return result, err
 	}
 	result.second, result.pause2, result.newBytes = milliseconds(second.DurableMS), pause, second.NewBytes
-	if _, err := d.c.Run(ctx, "suspend", job); err != nil {
+	if result.restore, err = d.sleep(ctx, job, tickFile, func() error { return nil }); err != nil {
 		return result, err
+	}
+	if result.warm, err = d.sleep(ctx, job, tickFile, d.readPacks); err != nil {
+		return result, err
+	}
+	result.peak, err = watch.stop()
+	return result, err
+}
+
+// sleep suspends the job and resumes it after meanwhile, and returns how long it took
+// from there to its first instruction.
+func (d *dormouse) sleep(ctx context.Context, job, tickFile string, meanwhile func() error) (time.Duration, error) {
+	if _, err := d.c.Run(ctx, "suspend", job); err != nil {
+		return 0, err
+	}
+	if err := meanwhile(); err != nil {
+		return 0, err
 	}
 	begin := time.Now()
 	if _, err := d.c.Run(ctx, "resume", job); err != nil {
-		return result, err
+		return 0, err
 	}
 	tick, err := firstTick(ctx, tickFile, begin)
-	if err != nil {
-		return result, err
-	}
-	result.restore = tick.Sub(begin)
-	result.peak, err = watch.stop()
-	return result, err
+	return tick.Sub(begin), err
+}
+
+// readPacks brings all packs into the page cache: the images of plain CRIU are in
+// memory, too.
+func (d *dormouse) readPacks() error {
+	return filepath.WalkDir(d.packs, func(path string, entry fs.DirEntry, err error) error {
+		if err != nil || !entry.Type().IsRegular() {
+			return err
+		}
+		f, err := os.Open(path)
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		_, err = io.Copy(io.Discard, f)
+		return err
+	})
 }
 
 func (d *dormouse) checkpoint(ctx context.Context, job, tickFile string) (cp api.Checkpoint, pause time.Duration, err error) {
