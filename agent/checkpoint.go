@@ -27,12 +27,14 @@ const (
 	imagesDir   = "images"       // CRIU's
 	upperIndex  = "upper.index"
 	closeIndex  = "closure.index"
+	indexSuffix = ".index" // of each small tmpfs
 )
 
 // The trees of a part.
 const (
 	upperTree   = "upper"
 	closureTree = "closure"
+	tmpfsTree   = "tmpfs-" // and the name of a small one
 )
 
 // captured is what must be known of a complete capture to store it.
@@ -43,6 +45,7 @@ type captured struct {
 	Frozen     time.Time        `json:"frozen"`
 	Steps      api.CaptureSteps `json:"steps"`
 	CRIU       criu.Version     `json:"criu"`
+	Tmpfs      []string         `json:"tmpfs,omitempty"` // trees, each of a small tmpfs
 }
 
 // capturing is one checkpoint of one task, from its pre-flight to its discard.
@@ -60,7 +63,8 @@ type capturing struct {
 	files     time.Duration     // that the files took at the end of the dump
 	filesErr  error             // and why they could not be taken
 	upper     *capture.Upper
-	stored    atomic.Int64 // bytes given to the repository so far
+	tmpfs     []sandbox.Tmpfs // that CRIU leaves to us
+	stored    atomic.Int64    // bytes given to the repository so far
 	begun     time.Time
 	frozen    bool
 	complete  bool
@@ -196,9 +200,13 @@ func look(box *sandbox.Sandbox) (*capture.View, error) {
 func dumpMounts(box *sandbox.Sandbox) []criu.DumpMount {
 	var mounts []criu.DumpMount
 	for _, e := range box.External() {
-		mounts = append(mounts, criu.DumpMount{Key: e.Key, Mountpoint: e.Mountpoint})
+		mounts = append(mounts, dumpMount(e))
 	}
 	return mounts
+}
+
+func dumpMount(e sandbox.External) criu.DumpMount {
+	return criu.DumpMount{Key: e.Key, Mountpoint: e.Mountpoint}
 }
 
 func (a *Agent) newPart(ctx context.Context, r *record, progress func(int64)) (*repository.PartWriter, error) {
@@ -326,9 +334,17 @@ func (a *Agent) capture(ctx context.Context, ref *agentpb.TaskRef, checkpoint st
 // prepareDump starts CRIU, which looks at the kernel for some 30 ms before it
 // turns to the task: they need not be part of the pause.
 func (a *Agent) prepareDump(box *sandbox.Sandbox, c *capturing) (*criu.PendingDump, error) {
+	var err error
+	if c.tmpfs, err = box.SmallTmpfs(); err != nil {
+		return nil, err
+	}
+	mounts := dumpMounts(box)
+	for _, t := range c.tmpfs {
+		mounts = append(mounts, dumpMount(t.External()))
+	}
 	return a.criu.PrepareDump(a.life, criu.DumpRequest{
 		Pid: box.Pid(), ImagesDir: c.images(), WorkDir: c.work, LeaveRunning: true,
-		FreezeCgroup: box.CgroupPath(), ExternalMounts: dumpMounts(box), ExternalNetNS: true,
+		FreezeCgroup: box.CgroupPath(), ExternalMounts: mounts, ExternalNetNS: true,
 		Notify: func(ctx context.Context, event criu.Event, _ int) error {
 			if event != criu.EventPostDump {
 				return nil
@@ -397,8 +413,23 @@ func captureFiles(ctx context.Context, box *sandbox.Sandbox, c *capturing) error
 	if err := upper.Save(c.spool.path, upperIndex); err != nil {
 		return err
 	}
+	if err := closure.Save(c.spool.path, closeIndex); err != nil {
+		return err
+	}
 	c.result.Steps.SizeBytes += upper.Size() + closure.Size()
-	return closure.Save(c.spool.path, closeIndex)
+	for _, t := range c.tmpfs {
+		tree := tmpfsTree + t.Name
+		index, err := capture.Snapshot(ctx, t.Dir, c.spool.path, tree)
+		if err != nil {
+			return err
+		}
+		if err := index.Save(c.spool.path, tree+indexSuffix); err != nil {
+			return err
+		}
+		c.result.Tmpfs = append(c.result.Tmpfs, tree)
+		c.result.Steps.SizeBytes += index.Size()
+	}
+	return nil
 }
 
 // finish notes that all of the capture is there.

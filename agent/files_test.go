@@ -173,14 +173,48 @@ while True:
     time.sleep(0.02)
 `
 
+// inMemory is what a program adds to files when it holds them in a tmpfs.
+const inMemory = `
+import stat
+os.makedirs("/dev/mine/deep"); os.chmod("/dev/shm", 0o1700)
+with open("/dev/shm/words", "w") as f: f.write("of shm")
+os.chown("/dev/shm/words", 1, 2); os.link("/dev/shm/words", "/dev/shm/twin")
+ballast = open("/tmp/ballast", "wb"); ballast.write(b"b" * SIZE); ballast.flush()
+def intact():
+    assert os.path.isdir("/dev/mine/deep") and stat.S_ISCHR(os.stat("/dev/null").st_mode)
+    assert os.stat("/dev/shm").st_mode & 0o7777 == 0o1700
+    words = os.stat("/dev/shm/words")
+    assert (words.st_uid, words.st_gid, words.st_nlink) == (1, 2, 2) and open("/dev/shm/twin").read() == "of shm"
+    assert open("/tmp/ballast", "rb").read() == b"b" * SIZE
+    open("/dev/null", "w").write("live")
+    for covered in "/proc/kcore", "/proc/keys", "/proc/timer_list":
+        assert not os.path.exists(covered) or open(covered, "rb").read(1) == b"", covered
+`
+
 func TestFilesAreTheSameAfterARestore(t *testing.T) {
 	if _, err := exec.LookPath("python3"); err != nil {
 		t.Skip("needs python3")
 	}
+	inTmp := func(ballast int) string {
+		program := strings.ReplaceAll(files, "/data", "/tmp/data")
+		program = strings.Replace(program, "\ni = 0", strings.ReplaceAll(inMemory, "SIZE", strconv.Itoa(ballast))+"\ni = 0", 1)
+		return strings.Replace(program, "    i += 1\n", "    i += 1\n    intact()\n", 1)
+	}
+	xattrs := regexp.MustCompile(`(?m)^os\.setxattr.*$| and os\.getxattr\(.*$`)
+	for name, program := range map[string]string{
+		"upper layer": files,
+		"small tmpfs": inTmp(100),
+		"large tmpfs": xattrs.ReplaceAllString(inTmp(3<<20), ""), // tar keeps none
+	} {
+		t.Run(name, func(t *testing.T) { filesAreTheSameAfterARestore(t, program) })
+	}
+}
+
+func filesAreTheSameAfterARestore(t *testing.T, program string) {
 	c := newController(t)
 	c.addNode("east-0")
 	c.addNode("west-0")
-	spec := api.JobSpec{Command: []string{"python3", "-c", files}, CPUs: 1, MemBytes: 256 << 20}
+	spec := api.JobSpec{Command: []string{"python3", "-c", program}, CPUs: 1, MemBytes: 256 << 20}
 	ref := c.start("east-0", "j-files", spec)
 	nodes := []string{"east-0", "west-0", "east-0"}
 	for i, next := range nodes[1:] {

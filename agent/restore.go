@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
@@ -155,21 +156,28 @@ func (a *Agent) rebuild(ctx context.Context, t *task, h *restoring, entry *repos
 			err = errors.Join(err, memory.close())
 		}
 	}()
-	box, netns, err := a.build(ctx, t, &r, part, memory)
+	built, err := a.build(ctx, t, &r, part, memory)
 	if err != nil {
 		return spaceError(err, spool)
 	}
 	progress(0.5, "waking processes")
-	if err := a.wake(ctx, t, h, box, netns, images, memory); err != nil {
+	if err := a.wake(ctx, t, h, built, images, memory); err != nil {
 		return spaceError(err, spool)
 	}
 	a.lanes.run(t.id()+" pages", func() { a.rememberPages(memory, spool, &r) })
 	return nil
 }
 
+// built is what CRIU wakes a task in.
+type built struct {
+	box   *sandbox.Sandbox
+	netns *os.File
+	tmpfs []sandbox.Tmpfs
+}
+
 // build brings the images, but for the content of memory, into the spool and,
 // beside that, makes the sandbox, its network and its files.
-func (a *Agent) build(ctx context.Context, t *task, r *record, part *repository.PartReader, memory *memorySource) (box *sandbox.Sandbox, netns *os.File, err error) {
+func (a *Agent) build(ctx context.Context, t *task, r *record, part *repository.PartReader, memory *memorySource) (b built, err error) {
 	upper := filepath.Join(t.dir, upperTree)
 	group, all := errgroup.WithContext(ctx)
 	group.Go(func() error {
@@ -183,26 +191,46 @@ func (a *Agent) build(ctx context.Context, t *task, r *record, part *repository.
 	})
 	group.Go(func() error { return part.RestoreTree(all, upperTree, upper, repository.RestoreOptions{}) })
 	group.Go(func() (err error) {
-		netns, err = a.boxes.MakeNetwork(all, boxConfig(t, r))
+		b.netns, err = a.boxes.MakeNetwork(all, boxConfig(t, r))
 		return err
 	})
 	group.Go(func() (err error) {
-		if box, err = a.createBox(all, t, r); err == nil {
-			t.setBox(box)
+		if b.box, err = a.createBox(all, t, r); err != nil {
+			return err
 		}
+		t.setBox(b.box)
+		b.tmpfs, err = restoreTmpfs(all, part, b.box)
 		return err
 	})
 	err = group.Wait()
 	if err == nil {
 		// Not before: what was waited for is little, and would wait for the disk.
 		memory.reader.Begin()
-		err = restoreFiles(ctx, part, box, upper, t.dir)
+		err = restoreFiles(ctx, part, b.box, upper, t.dir)
 		failpoint.Hit("agent.restore.files")
 	}
-	if err != nil && netns != nil {
-		err = errors.Join(err, netns.Close())
+	if err != nil && b.netns != nil {
+		err = errors.Join(err, b.netns.Close())
 	}
-	return box, netns, err
+	return b, err
+}
+
+// restoreTmpfs makes and fills those file systems in memory that CRIU has left to
+// us.
+func restoreTmpfs(ctx context.Context, part *repository.PartReader, box *sandbox.Sandbox) ([]sandbox.Tmpfs, error) {
+	var names []string
+	for _, tree := range part.Trees() {
+		if name, ok := strings.CutPrefix(tree, tmpfsTree); ok {
+			names = append(names, name)
+		}
+	}
+	made, err := box.MountTmpfs(names)
+	for _, t := range made {
+		if err := part.RestoreTree(ctx, tmpfsTree+t.Name, t.Dir, repository.RestoreOptions{}); err != nil {
+			return nil, err
+		}
+	}
+	return made, err
 }
 
 // rememberPages lets the next checkpoint of the task store only what changed
@@ -272,11 +300,13 @@ func restoreFiles(ctx context.Context, part *repository.PartReader, box *sandbox
 	return capture.Apply(stored, box.LowerDir(), box.UpperDir())
 }
 
-// wake lets CRIU build the processes, in the network netns, which it takes over.
+// wake lets CRIU build the processes, in the network that was built for them, which
+// it takes over.
 // It begins while their memory is still being fetched: CRIU waits where it reads
 // it or, without FUSE, once all namespaces are there.
-func (a *Agent) wake(ctx context.Context, t *task, h *restoring, box *sandbox.Sandbox, netns *os.File, images string, memory *memorySource) error {
-	target, err := box.PrepareRestore(ctx, netns)
+func (a *Agent) wake(ctx context.Context, t *task, h *restoring, b built, images string, memory *memorySource) error {
+	box := b.box
+	target, err := box.PrepareRestore(ctx, b.netns)
 	if err != nil {
 		return err
 	}
@@ -314,7 +344,11 @@ func (a *Agent) wake(ctx context.Context, t *task, h *restoring, box *sandbox.Sa
 			return nil
 		},
 	}
-	for _, e := range target.External {
+	external := target.External
+	for _, t := range b.tmpfs {
+		external = append(external, t.External())
+	}
+	for _, e := range external {
 		request.ExternalMounts = append(request.ExternalMounts, criu.RestoreMount{Key: e.Key, Source: e.Source})
 	}
 	first, err := memory.neededFirst()

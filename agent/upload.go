@@ -124,7 +124,12 @@ func (a *Agent) store(ctx context.Context, c *capturing, progress func(float64, 
 		return nil, err
 	}
 	failpoint.Hit("agent.upload.half")
-	for _, tree := range []struct{ name, index string }{{upperTree, upperIndex}, {closureTree, closeIndex}} {
+	type tree struct{ name, index string }
+	trees := []tree{{upperTree, upperIndex}, {closureTree, closeIndex}}
+	for _, name := range c.result.Tmpfs {
+		trees = append(trees, tree{name, name + indexSuffix})
+	}
+	for _, tree := range trees {
 		index, err := capture.OpenIndex(c.spool.path, tree.index)
 		if err != nil {
 			return nil, err

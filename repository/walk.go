@@ -15,8 +15,9 @@ import (
 )
 
 // Walk gives the entries of a directory for AddTree: everything in it, in
-// order, with extended attributes and hard links. It remembers the names of
-// files that have several until it has met all of them.
+// order, with extended attributes and hard links; of what is mounted in it only
+// the mount points, empty. It remembers the names of files that have several until
+// it has met all of them.
 func Walk(dir string) iter.Seq2[TreeEntry, error] {
 	return func(yield func(TreeEntry, error) bool) {
 		w := &walker{root: dir, links: make(map[[2]uint64]*linked)}
@@ -58,8 +59,9 @@ func (p picked) add(names []string) {
 }
 
 type walker struct {
-	root  string
-	links map[[2]uint64]*linked
+	root   string
+	device uint64 // of root
+	links  map[[2]uint64]*linked
 }
 
 // linked is a file with several names, some of which have not been met.
@@ -71,12 +73,22 @@ type linked struct {
 // walk gives the entry at p and what is in it; false when yield has had enough.
 // With only, no more than the names in it.
 func (w *walker) walk(p string, only picked, yield func(TreeEntry, error) bool) bool {
-	e, err := w.entry(p)
+	e, device, err := w.entry(p)
 	if err != nil {
 		return yield(TreeEntry{}, err)
 	}
+	if p == "." {
+		w.device = device
+	}
+	mounted := only == nil && device != w.device
+	if mounted && e.Type == TypeFile {
+		e.Size, e.Key, e.Open = 0, FileKey{}, func() (*os.File, error) { return os.Open(os.DevNull) }
+	}
 	if !yield(e, nil) {
 		return false
+	}
+	if mounted {
+		return true
 	}
 	if e.Type != TypeDir {
 		if len(only) > 0 {
@@ -121,21 +133,22 @@ func (w *walker) names(p string, only picked) ([]string, error) {
 
 func (w *walker) path(p string) string { return filepath.Join(w.root, p) }
 
-func (w *walker) entry(p string) (TreeEntry, error) {
+// entry gives what is at p, and the device it is on.
+func (w *walker) entry(p string) (e TreeEntry, device uint64, err error) {
 	full := w.path(p)
 	fi, err := os.Lstat(full)
 	if err != nil {
-		return TreeEntry{}, err
+		return e, 0, err
 	}
 	st := fi.Sys().(*syscall.Stat_t)
-	e := TreeEntry{Entry: Entry{Path: p, Mode: st.Mode & 0o7777, UID: st.Uid, GID: st.Gid, ModTime: st.Mtim.Nano()}}
+	e = TreeEntry{Entry: Entry{Path: p, Mode: st.Mode & 0o7777, UID: st.Uid, GID: st.Gid, ModTime: st.Mtim.Nano()}}
 	if e.Type, err = typeOf(st); err != nil {
-		return e, fmt.Errorf("%s: %w", full, err)
+		return e, 0, fmt.Errorf("%s: %w", full, err)
 	}
 	if e.Type != TypeDir && st.Nlink > 1 {
 		if first := w.linkTo(st, p); first != "" {
 			e.Entry = Entry{Path: p, Type: TypeHardlink, Target: first}
-			return e, nil
+			return e, st.Dev, nil
 		}
 	}
 	switch e.Type {
@@ -145,13 +158,13 @@ func (w *walker) entry(p string) (TreeEntry, error) {
 		e.Open = func() (*os.File, error) { return os.Open(full) }
 	case TypeSymlink:
 		if e.Target, err = os.Readlink(full); err != nil {
-			return e, err
+			return e, 0, err
 		}
 	case TypeChar, TypeBlock:
 		e.Major, e.Minor = unix.Major(st.Rdev), unix.Minor(st.Rdev)
 	}
 	e.Xattrs, err = Xattrs(full)
-	return e, err
+	return e, st.Dev, err
 }
 
 // linkTo returns the first name of a file that was met before.

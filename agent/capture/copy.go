@@ -29,11 +29,17 @@ func copyFile(ctx context.Context, from, to string) (copied int64, err error) {
 	if err != nil {
 		return 0, err
 	}
-	if err := dst.Truncate(info.Size()); err != nil {
+	return copyData(ctx, dst, src, info.Size())
+}
+
+// copyData copies the data among the first size bytes of src to dst, which is new,
+// holes as holes.
+func copyData(ctx context.Context, dst, src *os.File, size int64) (copied int64, err error) {
+	if err := dst.Truncate(size); err != nil {
 		return 0, err
 	}
-	for at := int64(0); at < info.Size(); {
-		data, hole, err := nextData(src, at, info.Size())
+	for at := int64(0); at < size; {
+		data, hole, err := nextData(src, at, size)
 		if err != nil {
 			return copied, err
 		}

@@ -4,18 +4,20 @@
 // # What belongs to a checkpoint
 //
 // A task sees an overlay: the node's root (or a directory, or an image)
-// below, its own upper layer above. Two trees are stored:
+// below, its own upper layer above. These trees are stored:
 //
 //   - "upper": everything in the upper layer, as it was at the instant of the
 //     dump: CRIU checks only the size of an open file, so contents of another
 //     instant would go unnoticed and corrupt the job.
 //   - "closure": those files of the lower layer that a process has mapped, open,
 //     or as its directory, so that the job restores on a node where they
-//     differ or are missing.
+//     differ or are missing;
+//   - a tree for each tmpfs that CRIU was told to leave out, copied as a whole
+//     while the task is frozen (Snapshot).
 //
 // Files that are open but deleted are CRIU's (it calls them ghosts), and
-// what lies in other mounts is either CRIU's (tmpfs) or shared with the outside
-// (volumes).
+// what lies in other mounts is either CRIU's (any other tmpfs) or shared with the
+// outside (volumes).
 //
 // # How the upper layer is captured
 //

@@ -26,7 +26,7 @@ func (s *Sandbox) Destroy(ctx context.Context, options DestroyOptions) error {
 	if err := s.state.Cgroup.Remove(ctx); err != nil {
 		return err
 	}
-	if err := s.unmountRoot(); err != nil {
+	if err := errors.Join(s.unmountRoot(), s.unmountTmpfs()); err != nil {
 		return err
 	}
 	if !options.KeepLogs {
@@ -40,7 +40,7 @@ func (s *Sandbox) Destroy(ctx context.Context, options DestroyOptions) error {
 	}
 	var errs []error
 	// The record goes last: until then Open finds the rest.
-	for _, name := range []string{"upper", "work", "root", stateFile} {
+	for _, name := range []string{"upper", "work", "root", "tmpfs", stateFile} {
 		errs = append(errs, os.RemoveAll(filepath.Join(s.dir, name)))
 	}
 	return errors.Join(errs...)

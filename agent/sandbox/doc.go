@@ -9,6 +9,7 @@
 //	DIR/upper/.dormouse  pid 1's own files: binary, output, control socket, exit status
 //	DIR/work           the overlay's work directory
 //	DIR/root           where the root is mounted
+//	DIR/tmpfs          where file systems in memory are filled for a restore
 //
 // Birth:
 //
@@ -20,8 +21,9 @@
 // Restore, with CRIU between the two halves:
 //
 //	Create, MakeNetwork, upper filled by the caller: all at once if need be
+//	MountTmpfs       file systems in memory, for the caller to fill
 //	PrepareRestore   overlay mounted at DIR/root
-//	FinishRestore    unmounted again (the tree has its own mounts), pid recorded
+//	FinishRestore    all unmounted again (the tree has its own mounts), pid recorded
 //
 // Tasks of one job (parallel.go). Options.Network connects the namespaces; host
 // names, host files and the environment tell launchers such as mpirun where to

@@ -185,11 +185,19 @@ func (s *Sandbox) mountRoot() error {
 
 // unmountRoot undoes mountRoot; not being mounted is fine.
 func (s *Sandbox) unmountRoot() error {
-	err := unix.Unmount(s.rootDir(), unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW)
-	if err != nil && err != unix.EINVAL && err != unix.ENOENT {
+	if err := unmount(s.rootDir()); err != nil {
 		return fmt.Errorf("cannot unmount the root of %s: %w", s.state.Config.ID, err)
 	}
 	return nil
+}
+
+// unmount takes away what is mounted on dir, if there is something.
+func unmount(dir string) error {
+	err := unix.Unmount(dir, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW)
+	if err == unix.EINVAL || err == unix.ENOENT {
+		return nil
+	}
+	return err
 }
 
 func (s *Sandbox) overlay() string {

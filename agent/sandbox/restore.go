@@ -95,7 +95,7 @@ func (s *Sandbox) FinishRestore(ctx context.Context, pid int) error {
 	if err := s.save(ctx); err != nil {
 		return err
 	}
-	if err := s.unmountRoot(); err != nil {
+	if err := errors.Join(s.unmountRoot(), s.unmountTmpfs()); err != nil {
 		return err
 	}
 	s.runtime.log.Info("sandbox restored", "sandbox", s.ID(), "pid", pid)

@@ -30,10 +30,16 @@ import (
 	"dormouse/agent/sandbox/pid1"
 )
 
+// stageSetup is the argument of the first stage.
+const stageSetup = "setup"
+
 func init() {
 	// Capabilities and namespaces belong to threads: set-up has to happen on,
-	// and the second stage has to be executed from, the first one.
-	runtime.LockOSThread()
+	// and the second stage has to be executed from, the first one. Elsewhere it
+	// would cost a thread, which the runtime then keeps to start others from.
+	if len(os.Args) == 2 && os.Args[1] == stageSetup {
+		runtime.LockOSThread()
+	}
 }
 
 func main() {
@@ -54,7 +60,7 @@ func main() {
 	switch stage {
 	case "hold":
 		hold(os.Args[2:])
-	case "setup":
+	case stageSetup:
 		setup()
 	case "run":
 		run()

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
-	"runtime"
 	"sync"
 	"syscall"
 
@@ -17,7 +16,6 @@ import (
 // run is the second stage: it starts the command and ends with it. Without one
 // it serves remote starts until it is killed.
 func run() {
-	runtime.UnlockOSThread()
 	syscall.CloseOnExec(pid1.StatusFD)
 	status := os.NewFile(pid1.StatusFD, "status")
 	family := newFamily()

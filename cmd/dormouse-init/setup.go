@@ -101,29 +101,25 @@ func enterRoot(cfg *pid1.Setup) error {
 	return os.Chdir("/")
 }
 
-const (
-	quiet  = unix.MS_NOSUID | unix.MS_NODEV
-	silent = quiet | unix.MS_NOEXEC
-)
+const silent = unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC
 
 // mountSystem mounts what every program expects besides its root.
 func mountSystem(cfg *pid1.Setup) error {
-	tmp := "mode=1777"
-	if cfg.TmpBytes > 0 {
-		tmp += fmt.Sprintf(",size=%d", cfg.TmpBytes)
-	}
-	for _, m := range []struct {
+	type system struct {
 		source, target, kind string
 		flags                uintptr
 		data                 string
-	}{
+	}
+	mounts := []system{
 		{"proc", "/proc", "proc", silent, ""},
 		{"sysfs", "/sys", "sysfs", silent | unix.MS_RDONLY, ""},
-		{"tmpfs", "/dev", "tmpfs", unix.MS_NOSUID | unix.MS_NOEXEC, "mode=755,size=65536k"},
-		{"devpts", "/dev/pts", "devpts", unix.MS_NOSUID | unix.MS_NOEXEC, "newinstance,ptmxmode=0666,mode=0620,gid=5"},
-		{"shm", "/dev/shm", "tmpfs", silent, "mode=1777"},
-		{"tmpfs", "/tmp", "tmpfs", quiet, tmp},
-	} {
+	}
+	for _, m := range pid1.TmpfsMounts(cfg.TmpBytes) {
+		mounts = append(mounts, system{m.Source, m.Target, "tmpfs", m.Flags, m.Options})
+	}
+	mounts = append(mounts,
+		system{"devpts", "/dev/pts", "devpts", unix.MS_NOSUID | unix.MS_NOEXEC, "newinstance,ptmxmode=0666,mode=0620,gid=5"})
+	for _, m := range mounts {
 		if err := os.MkdirAll(m.target, 0o755); err != nil {
 			return fmt.Errorf("cannot make %s in the root: %w", m.target, err)
 		}
@@ -367,7 +363,8 @@ func becomeInit(cfg *pid1.Setup) error {
 	if err := dropCapabilities(cfg.Capabilities); err != nil {
 		return err
 	}
-	env := []string{"GODEBUG=" + plainCPU, "GOMAXPROCS=2"}
+	// Each thread takes CRIU time in every pause; this process has little to do.
+	env := []string{"GODEBUG=" + plainCPU, "GOMAXPROCS=1"}
 	path := inside(pid1.InitFile)
 	if err := unix.Exec(path, []string{"dormouse-init", "run"}, env); err != nil {
 		return fmt.Errorf("cannot execute %s: %w", path, err)
