@@ -77,7 +77,7 @@ func (e *Engine) Restore(ctx context.Context, r RestoreRequest) (*RestoreResult,
 		return nil, fmt.Errorf("criu restore: %w", err)
 	}
 
-	options := sessionOptions{grace: r.Grace, ownMounts: true, stepping: true, files: r.files(), cgroup: r.Cgroup, tasks: r.Tasks}
+	options := sessionOptions{grace: r.Grace, ownMounts: true, files: r.files(), cgroup: r.Cgroup, tasks: r.Tasks}
 	netNSFD := -1
 	if r.NetNS != nil {
 		options.inherit = []*os.File{r.NetNS}

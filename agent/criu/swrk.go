@@ -81,12 +81,8 @@ type sessionOptions struct {
 	ownMounts bool
 	files     []string
 	netNS     *os.File
-	// stepping has CRIU find the end of its own code in restored threads by their
-	// system calls and not by breakpoints, as it does where there are none: to set and
-	// free one takes the kernel about a millisecond in each thread.
-	stepping bool
-	cgroup   *os.File // that the process is born in, or nil
-	tasks    []string // of v1 cgroups that it enters first
+	cgroup    *os.File // that the process is born in, or nil
+	tasks     []string // of v1 cgroups that it enters first
 }
 
 // start starts `criu swrk`. The caller must call session.call exactly once, or
@@ -106,9 +102,6 @@ func (e *Engine) start(o sessionOptions) (*session, error) {
 	const script = `trap "" XFSZ PIPE; while [ "$1" != swrk ]; do echo 0 >"$1" || exit; shift; done; exec "$0" "$@"`
 	cmd := exec.Command("/bin/sh", slices.Concat([]string{"-c", script, e.path}, o.tasks, []string{"swrk", strconv.Itoa(swrkFD)})...)
 	cmd.Env = e.environ()
-	if o.stepping {
-		cmd.Env = append(cmd.Env, "CRIU_FAULT=130") // FI_NO_BREAKPOINTS, criu/include/fault-injection.h
-	}
 	cmd.Dir = "/"
 	cmd.ExtraFiles = append([]*os.File{remote}, o.inherit...)
 	// Its own process group: a terminal's ^C must not reach it.
@@ -146,6 +139,11 @@ func (e *Engine) environ() []string {
 		"PATH=" + e.libexec + ":/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
 		"HOME=/nonexistent", // no ~/.criu/default.conf
 		"LC_ALL=C",
+		// FI_NO_BREAKPOINTS (criu/include/fault-injection.h): CRIU finds the end of its
+		// own code in other processes by their system calls and not by breakpoints, as
+		// it does where there are none. To set the first one in a while takes the kernel
+		// some 15 ms, in the pause of a dump, and each more about a millisecond.
+		"CRIU_FAULT=130",
 	}
 	if e.shim != "" {
 		env = append(env, "LD_PRELOAD="+e.shim)
