@@ -19,8 +19,11 @@ import (
 // content. Of more, CRIU's way is better: what tar writes in a restore is charged
 // to the task's memory.
 
-// smallTmpfs is how many bytes such a tmpfs may hold.
-const smallTmpfs = 1 << 20
+// What such a tmpfs may hold.
+const (
+	smallBytes = 1 << 20
+	smallFiles = 1 << 10
+)
 
 // Tmpfs is a small file system in memory of the sandbox.
 type Tmpfs struct {
@@ -45,12 +48,15 @@ func (s *Sandbox) SmallTmpfs() ([]Tmpfs, error) {
 	}
 	var small []Tmpfs
 	for _, m := range pid1.TmpfsMounts(0) {
+		if !onlyTmpfs(string(text), m.Target) {
+			continue
+		}
 		dir := filepath.Join(proc, "root", m.Target)
 		var fs unix.Statfs_t
 		if err := unix.Statfs(dir, &fs); err != nil {
 			return nil, fmt.Errorf("cannot look at %s of sandbox %s: %w", m.Target, s.ID(), err)
 		}
-		if onlyTmpfs(string(text), m.Target) && int64(fs.Blocks-fs.Bfree)*fs.Bsize <= smallTmpfs {
+		if int64(fs.Blocks-fs.Bfree)*fs.Bsize <= smallBytes && fs.Files-fs.Ffree <= smallFiles {
 			small = append(small, Tmpfs{Name: m.Name, Mountpoint: m.Target, Dir: dir})
 		}
 	}

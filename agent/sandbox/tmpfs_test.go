@@ -26,11 +26,15 @@ func TestSmallTmpfsAreFound(t *testing.T) {
 		}
 		return places
 	}
-	cfg := b.config("echo x > /tmp/small; head -c 2M /dev/zero > /dev/shm/large; echo ready; sleep 60")
-	s := b.start(cfg)
-	b.logs(s, "ready")
-	if got, want := small(s), []string{"/dev", "/tmp"}; !slices.Equal(got, want) {
-		t.Errorf("small are %q, want %q", got, want)
+	for script, want := range map[string][]string{
+		"echo x > /tmp/small; head -c 2M /dev/zero > /dev/shm/large":       {"/dev", "/tmp"},
+		"cd /tmp; i=0; while [ $i -lt 1100 ]; do i=$((i+1)); : > $i; done": {"/dev", "/dev/shm"},
+	} {
+		s := b.start(b.config(script + "; echo ready; sleep 60"))
+		b.logs(s, "ready")
+		if got := small(s); !slices.Equal(got, want) {
+			t.Errorf("after %s small are %q, want %q", script, got, want)
+		}
 	}
 }
 
