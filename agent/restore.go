@@ -300,10 +300,9 @@ func restoreFiles(ctx context.Context, part *repository.PartReader, box *sandbox
 	return capture.Apply(stored, box.LowerDir(), box.UpperDir())
 }
 
-// wake lets CRIU build the processes, in the network that was built for them, which
-// it takes over.
-// It begins while their memory is still being fetched: CRIU waits where it reads
-// it or, without FUSE, once all namespaces are there.
+// wake lets CRIU build the processes in what was built for them; it takes over their
+// network. It begins while their memory is still being fetched: CRIU waits where it
+// reads it or, without FUSE, once all namespaces are there.
 func (a *Agent) wake(ctx context.Context, t *task, h *restoring, b built, images string, memory *memorySource) error {
 	box := b.box
 	target, err := box.PrepareRestore(ctx, b.netns)

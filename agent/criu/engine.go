@@ -125,7 +125,7 @@ exec tar "$@"
 `
 
 // writeHelpers writes the `tar` that CRIU runs, as `tar --gzip`, for the content of
-// each tmpfs while the tree stands still. Without gzip that is more than 1 GB/s
+// each tmpfs that is left to it, while the tree stands still. Without gzip that is more than 1 GB/s
 // instead of 37 MB/s, and two processes less: 2.3 instead of 4.1 ms for an empty
 // one. Chunks are compressed later.
 func writeHelpers(dir string) error {
