@@ -41,7 +41,7 @@ func failure(err error) *agentpb.Failure {
 		errors.Is(err, criu.ErrMissing), errors.Is(err, criu.ErrTooOld),
 		errors.Is(err, sandbox.ErrCommandNotFound), errors.Is(err, sandbox.ErrBadRequest), errors.Is(err, sandbox.ErrBadImage):
 		f.Refused = true
-	case errors.Is(err, criu.ErrInFlight), errors.Is(err, plugins.ErrUnsettled):
+	case errors.Is(err, criu.ErrInFlight), errors.Is(err, criu.ErrUnread), errors.Is(err, plugins.ErrUnsettled):
 		f.Retryable, f.Refused = true, true // a connection that nobody ever accepts is the job's own
 	case errors.As(err, &again), errors.Is(err, criu.ErrBusy):
 		f.Retryable = true

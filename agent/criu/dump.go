@@ -64,8 +64,8 @@ type DumpResult struct {
 }
 
 // Dump captures a process tree. On any error the tree is left as it was; the
-// error is an *Error if CRIU had a part in it, and wraps ErrInFlight, ErrBusy,
-// ErrNoSpace, ErrLeftOut or ErrDied if that is the reason. The images of a
+// error is an *Error if CRIU had a part in it, and wraps ErrInFlight, ErrUnread,
+// ErrBusy, ErrNoSpace, ErrLeftOut or ErrDied if that is the reason. The images of a
 // failed dump are worthless; removing them is the caller's part.
 func (e *Engine) Dump(ctx context.Context, r DumpRequest) (*DumpResult, error) {
 	begin := time.Now()

@@ -19,6 +19,9 @@ var (
 	// ErrInFlight: a TCP connection was being established or not accepted yet. Thaw the job for
 	// some 100 ms and dump again.
 	ErrInFlight = errors.New("a TCP connection is being established or waits to be accepted")
+	// ErrUnread: a program has not read yet what the kernel answered to it, which CRIU
+	// does not carry. Thaw the job for some 100 ms and dump again.
+	ErrUnread = errors.New("a netlink socket has an answer that was not read yet")
 	// ErrBusy: a process could not be stopped in time, mostly because it was
 	// inside vfork. Thaw the job for some 100 ms and dump again.
 	ErrBusy = errors.New("a process could not be stopped in time")
@@ -109,6 +112,7 @@ var causes = []struct {
 	err  error
 }{
 	{"In-flight connection", ErrInFlight},
+	{"netlink: The socket has data to read", ErrUnread},
 	{"No space left on device", ErrNoSpace},
 	{"Timeout reached", ErrBusy},
 	{"Unable to freeze cgroup", ErrBusy},

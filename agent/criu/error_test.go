@@ -52,10 +52,11 @@ func TestErrorWithoutALogUsesTheAnswer(t *testing.T) {
 
 func TestCausesAreRecognised(t *testing.T) {
 	for text, want := range map[string]error{
-		"Error (criu/image.c:1): Can't write: No space left on device":      ErrNoSpace,
-		"Error (criu/seize.c:1): Unable to freeze cgroup /x":                ErrBusy,
-		"Error (criu/util.c:1): Timeout reached. Try to interrupt: 0":       ErrBusy,
-		"Error (criu/sk-inet.c:1): inet: In-flight connection (l) for 5d00": ErrInFlight,
+		"Error (criu/image.c:1): Can't write: No space left on device":       ErrNoSpace,
+		"Error (criu/seize.c:1): Unable to freeze cgroup /x":                 ErrBusy,
+		"Error (criu/util.c:1): Timeout reached. Try to interrupt: 0":        ErrBusy,
+		"Error (criu/sk-inet.c:1): inet: In-flight connection (l) for 5d00":  ErrInFlight,
+		"Error (criu/sk-netlink.c:77): netlink: The socket has data to read": ErrUnread,
 	} {
 		if err := newError("dump", "/nonexistent", text, nil); !errors.Is(err, want) {
 			t.Errorf("%q: got %v, expected %v", text, err.Err, want)
