@@ -268,22 +268,30 @@ func isMountPoint(t *testing.T, dir string) bool {
 }
 
 func (w *watched) throttle() { w.limit("cpu", "cpu.cfs_quota_us", "cpu.max", "7500") }
+
+// shrink takes most of a job's memory away. What it then lacks comes back no quicker
+// than from a common disk, however quick this machine's is.
 func (w *watched) shrink() {
+	w.throttleDisk("read_bps", "rbps", 8<<20)
 	w.limit("memory", "memory.limit_in_bytes", "memory.max", fmt.Sprint(24<<20))
 }
 
 // slowDisk lets a job write 100 kB a second to the disk that its files are on.
-func (w *watched) slowDisk() {
+func (w *watched) slowDisk() { w.throttleDisk("write_bps", "wbps", 100000) }
+
+// throttleDisk bounds the bytes a second between a job and the disk that its files
+// are on.
+func (w *watched) throttleDisk(v1, v2 string, bytes int) {
 	w.t.Helper()
 	var disk syscall.Stat_t
 	if err := syscall.Stat(w.c.State(), &disk); err != nil {
 		w.t.Fatal(err)
 	}
-	limit := fmt.Sprintf("%d:%d wbps=100000", unix.Major(disk.Dev), unix.Minor(disk.Dev))
-	if w.group().V1["blkio"] != "" {
-		limit = strings.Replace(limit, "wbps=", "", 1)
+	limit := fmt.Sprintf("%d:%d ", unix.Major(disk.Dev), unix.Minor(disk.Dev))
+	if w.group().V1["blkio"] == "" {
+		limit += v2 + "="
 	}
-	w.limit("blkio", "blkio.throttle.write_bps_device", "io.max", limit)
+	w.limit("blkio", "blkio.throttle."+v1+"_device", "io.max", limit+fmt.Sprint(bytes))
 }
 
 // TestAStarvingJobSleepsAndComesBack: by the usual policy it is checkpointed and
