@@ -61,6 +61,7 @@ func (p picked) add(names []string) {
 type walker struct {
 	root   string
 	device uint64 // of root
+	mount  uint64 // that root is in
 	links  map[[2]uint64]*linked
 }
 
@@ -77,10 +78,12 @@ func (w *walker) walk(p string, only picked, yield func(TreeEntry, error) bool) 
 	if err != nil {
 		return yield(TreeEntry{}, err)
 	}
-	if p == "." {
-		w.device = device
+	mounted := false
+	if only == nil {
+		if mounted, err = w.elsewhere(p, device); err != nil {
+			return yield(TreeEntry{}, err)
+		}
 	}
-	mounted := only == nil && device != w.device
 	if mounted && e.Type == TypeFile {
 		e.Size, e.Key, e.Open = 0, FileKey{}, func() (*os.File, error) { return os.Open(os.DevNull) }
 	}
@@ -165,6 +168,29 @@ func (w *walker) entry(p string) (e TreeEntry, device uint64, err error) {
 	}
 	e.Xattrs, err = Xattrs(full)
 	return e, st.Dev, err
+}
+
+// elsewhere reports whether what is at p, on a device, is mounted there.
+func (w *walker) elsewhere(p string, device uint64) (bool, error) {
+	if p != "." && device == w.device {
+		return false, nil
+	}
+	mount, err := mountOf(w.path(p))
+	if p == "." {
+		w.device, w.mount = device, mount
+	}
+	return mount != w.mount, err
+}
+
+// mountOf is the id of the mount that a file is in, statx(2). Device numbers alone
+// prove nothing: within one mount, an overlay or btrfs may have several.
+func mountOf(file string) (uint64, error) {
+	var stat unix.Statx_t
+	err := unix.Statx(unix.AT_FDCWD, file, unix.AT_SYMLINK_NOFOLLOW|unix.AT_NO_AUTOMOUNT, unix.STATX_MNT_ID, &stat)
+	if err != nil {
+		return 0, &os.PathError{Op: "statx", Path: file, Err: err}
+	}
+	return stat.Mnt_id, nil
 }
 
 // linkTo returns the first name of a file that was met before.
