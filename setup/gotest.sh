@@ -1,7 +1,8 @@
 #!/bin/bash
 # Runs `go test` so that a person sees what matters: one line per top-level test
 # as it ends, the whole output of packages that failed, and at the end go's own
-# line of each package, every skipped test with its reason, and the counts.
+# line of each package, every skipped test with its reason, every failed test with
+# what it printed, and the counts.
 #
 # usage: gotest.sh ARGUMENTS OF go test...
 #
@@ -14,7 +15,7 @@ tab=$'\t'
 # summarise: reads the output of go test -v.
 summarise() {
 	local line name='' passed=0 failed=0 skipped=0
-	local held=() packages=() skips=()
+	local held=() packages=() skips=() failures=()
 	local -A said=() # what each test of this package printed
 	while IFS= read -r line; do
 		case $line in
@@ -36,14 +37,19 @@ summarise() {
 		held+=("$line")
 		case $line in
 		'--- PASS: '*) passed=$((passed + 1)) ;;
-		'--- FAIL: '*) failed=$((failed + 1)) ;;
+		*'--- FAIL: '*)
+			[[ $line == ' '* ]] || failed=$((failed + 1))
+			name=${line##*--- FAIL: }
+			name=${name%% *}
+			failures+=("$line${said[$name]:-}")
+			;;
 		*'--- SKIP: '*)
 			name=${line##*--- SKIP: }
 			name=${name%% *}
 			skipped=$((skipped + 1))
 			skips+=("$line${said[$name]:-}")
 			;;
-		*'--- PASS: '* | *'--- FAIL: '*) ;;
+		*'--- PASS: '*) ;;
 		*) [ -z "$name" ] || said[$name]+=$'\n'$line ;;
 		esac
 		[[ $line != ---* ]] || echo "$line"
@@ -54,6 +60,7 @@ summarise() {
 	echo "----"
 	[ ${#packages[@]} -eq 0 ] || printf '%s\n' "${packages[@]}"
 	[ ${#skips[@]} -eq 0 ] || printf '%s\n' "skipped:" "${skips[@]}"
+	[ ${#failures[@]} -eq 0 ] || printf '%s\n' "failed:" "${failures[@]}"
 	echo "top-level tests: $passed passed, $failed failed; tests and subtests skipped: $skipped"
 	if [ "$skipped" -gt 0 ] && [ "${CI:-}" = true ]; then
 		echo "failed: with CI=true no test may be skipped"
