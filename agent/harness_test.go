@@ -39,6 +39,7 @@ import (
 	"dormouse/api"
 	"dormouse/api/agentpb"
 	"dormouse/internal/ownnet"
+	"dormouse/monitor/tree"
 	"dormouse/repository"
 	"dormouse/repository/backend/local"
 )
@@ -155,6 +156,7 @@ type controller struct {
 	asked   []*agentpb.AppRequest
 	places  map[string]*agentpb.TreeAssignment // in the monitoring tree
 	told    []*agentpb.TreeReport
+	heard   map[tree.Position]bool
 	found   []api.Finding
 	streams map[string]chan agentpb.AgentService_AttachServer
 	deaf    bool // heartbeats are not acknowledged
@@ -180,7 +182,7 @@ func newController(t *testing.T) *controller {
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	c := &controller{
 		t: t, dir: dir, lease: 30 * time.Second, nodes: map[string]*connection{}, changed: make(chan struct{}),
-		places: map[string]*agentpb.TreeAssignment{}, replies: map[string]*agentpb.Reply{}, streams: map[string]chan agentpb.AgentService_AttachServer{},
+		heard: map[tree.Position]bool{}, places: map[string]*agentpb.TreeAssignment{}, replies: map[string]*agentpb.Reply{}, streams: map[string]chan agentpb.AgentService_AttachServer{},
 		plan: &agentpb.NetworkPlan{Subnet: "10.77.0.0/20", Gateway: "10.77.15.254", Number: 7, Tasks: 1},
 	}
 	c.openRepository()

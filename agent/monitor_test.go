@@ -37,7 +37,8 @@ func (c *controller) placeOf(node string) *agentpb.TreeAssignment {
 // alone is the place of a node that reports to the controller, each second.
 var alone = tree.Assignment{Epoch: 1, Period: time.Second}
 
-// hear takes a report of the monitoring tree, and in it what is new.
+// hear takes a report of the monitoring tree, and in it what is new: a finding is
+// repeated until its node has heard that it is stored.
 func (c *controller) hear(p *agentpb.TreeReport) *agentpb.TreeAck {
 	report, err := tree.ReportFrom(p)
 	if err != nil {
@@ -48,6 +49,10 @@ func (c *controller) hear(p *agentpb.TreeReport) *agentpb.TreeAck {
 		c.told = append(c.told, p)
 		for _, v := range report.Verdicts {
 			ack.Stored = append(ack.Stored, v.Position)
+			if c.heard[v.Position] {
+				continue
+			}
+			c.heard[v.Position] = true
 			var f api.Finding
 			if err := json.Unmarshal(v.Body, &f); err != nil {
 				c.t.Errorf("a finding cannot be read: %v", err)

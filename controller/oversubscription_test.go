@@ -21,8 +21,13 @@ import (
 // end having done all of its work, once; no node may ever hold more than it has;
 // and everything must end, so no two jobs may push each other out for ever.
 func TestOverSubscription(t *testing.T) {
-	for seed := range uint64(1) { // more of them find nothing new, and take 5 s each
-		t.Run(fmt.Sprint(seed), func(t *testing.T) { overSubscribe(t, seed) })
+	// One of them is enough, at 5 s each, unless by chance no job had to give way.
+	swaps := 0
+	for seed := uint64(0); swaps == 0 && seed < 3; seed++ {
+		t.Run(fmt.Sprint(seed), func(t *testing.T) { swaps = overSubscribe(t, seed) })
+	}
+	if swaps == 0 {
+		t.Error("no job has given way to another: nothing was tested")
 	}
 }
 
@@ -33,7 +38,8 @@ const (
 	workSteps = 40 // the most that one job takes
 )
 
-func overSubscribe(t *testing.T, seed uint64) {
+// overSubscribe returns how often a job has given way to another.
+func overSubscribe(t *testing.T, seed uint64) int {
 	var nodes []string
 	for i := range workNodes {
 		nodes = append(nodes, fmt.Sprintf("east-%d", i))
@@ -85,6 +91,7 @@ func overSubscribe(t *testing.T, seed uint64) {
 	if room := float64(simCPUs * workNodes); asked < 3*room {
 		t.Fatalf("the jobs ask for %g processors and there are %g: nothing is over-subscribed", asked, room)
 	}
+	close(work.all)
 	s.startLost(nodes)
 	for _, id := range jobs {
 		s.eventually("job "+id+" is over", func(tx store.Tx) (bool, error) {
@@ -99,7 +106,7 @@ func overSubscribe(t *testing.T, seed uint64) {
 			t.Errorf("job %s ended after %d steps of work, and it has %d", id, done, total[id])
 		}
 	}
-	s.reportSwapping(time.Since(began), jobs)
+	return s.reportSwapping(time.Since(began), jobs)
 }
 
 // capturing reports whether a command is one of a checkpoint.
@@ -117,8 +124,9 @@ func (s *simulation) startLost(nodes []string) {
 	}
 }
 
-// reportSwapping tells what giving way has cost, from the events.
-func (s *simulation) reportSwapping(took time.Duration, jobs []string) {
+// reportSwapping tells what giving way has cost, from the events, and returns how
+// often that was.
+func (s *simulation) reportSwapping(took time.Duration, jobs []string) int {
 	s.t.Helper()
 	var events []api.Event
 	err := s.store.View(s.t.Context(), func(tx store.Tx) (err error) {
@@ -145,11 +153,9 @@ func (s *simulation) reportSwapping(took time.Duration, jobs []string) {
 			last[e.Job] = e
 		}
 	}
-	if swaps == 0 {
-		s.t.Error("no job has given way to another: nothing was tested")
-	}
 	s.t.Logf("%d jobs in %v: %d preemptions, lost to swapping: %v to checkpoint and evict, %v to restore; asleep in between: %v",
 		len(jobs), took.Round(time.Millisecond), swaps, out.Round(time.Millisecond), in.Round(time.Millisecond), asleep.Round(time.Millisecond))
+	return swaps
 }
 
 // labour does the work of simulated tasks: a step of every living task at a
@@ -157,8 +163,9 @@ func (s *simulation) reportSwapping(took time.Duration, jobs []string) {
 type labour struct {
 	*world
 	jobs  map[string]*toil
-	ticks chan struct{}             // one for each step
+	ticks chan struct{}             // one for each step, while jobs are still to come
 	seen  int                       // of these, by await
+	all   chan struct{}             // closed when all jobs were submitted
 	saved map[string]map[string]int // steps done, by checkpoint and job
 }
 
@@ -170,7 +177,7 @@ type toil struct {
 }
 
 func newLabour(w *world) *labour {
-	return &labour{world: w, jobs: map[string]*toil{}, ticks: make(chan struct{}, 1<<16), saved: map[string]map[string]int{}}
+	return &labour{world: w, jobs: map[string]*toil{}, ticks: make(chan struct{}), all: make(chan struct{}), saved: map[string]map[string]int{}}
 }
 
 func (l *labour) expect(job string, tasks, need int) {
@@ -179,7 +186,8 @@ func (l *labour) expect(job string, tasks, need int) {
 	l.jobs[job] = &toil{tasks: tasks, need: need}
 }
 
-// await waits until so many steps were taken.
+// await waits until so many steps were taken. No work is done before it is waited
+// for: on a slow machine each job would be over before the next one comes.
 func (l *labour) await(steps int) {
 	for ; l.seen < steps; l.seen++ {
 		<-l.ticks
@@ -216,7 +224,12 @@ func (l *labour) run(ctx context.Context) {
 	for {
 		select {
 		case <-tick.C:
-			l.ticks <- struct{}{}
+			select {
+			case l.ticks <- struct{}{}:
+			case <-l.all:
+			case <-ctx.Done():
+				return
+			}
 			for _, end := range l.step() {
 				end()
 			}
