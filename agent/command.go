@@ -80,7 +80,7 @@ func (a *Agent) perform(ctx context.Context, command *agentpb.Command, reply *ag
 		reply.Result = &agentpb.Reply_Started{Started: state}
 		return err
 	case *agentpb.Command_PrepareNetwork:
-		endpoint, err := a.prepareNetwork(ctx, ref, body.PrepareNetwork.GetPlan())
+		endpoint, err := a.prepareNetwork(ctx, networkOf(ref), body.PrepareNetwork.GetPlan())
 		reply.Result = &agentpb.Reply_Network{Network: endpoint}
 		return err
 	case *agentpb.Command_ConnectNetwork:

@@ -19,6 +19,7 @@ func (a *Agent) hello() *agentpb.Hello {
 	h := &agentpb.Hello{
 		Node: a.config.Node, Cloud: a.config.Cloud, Cpus: a.cpus(), MemBytes: a.memory(),
 		Kernel: kernelRelease(), AgentVersion: a.config.Version, AgentPid: int64(os.Getpid()),
+		RestoresWithNetwork: true,
 	}
 	if a.criu != nil {
 		h.CriuVersion = a.criu.Version().String()

@@ -73,21 +73,21 @@ func (a *Agent) retainNetworks(ctx context.Context) error {
 }
 
 // prepareNetwork makes the job's network on this node.
-func (a *Agent) prepareNetwork(ctx context.Context, ref *agentpb.TaskRef, p *agentpb.NetworkPlan) (*agentpb.NetworkEndpoint, error) {
+func (a *Agent) prepareNetwork(ctx context.Context, key network.Key, p *agentpb.NetworkPlan) (*agentpb.NetworkEndpoint, error) {
 	plan := network.Plan{Number: p.GetNumber(), Tunnel: p.GetTunnel(), Spans: p.GetSpans(), Isolated: p.GetIsolated()}
 	var err error
 	if plan.Subnet, err = netip.ParsePrefix(p.GetSubnet()); err != nil {
-		return nil, fmt.Errorf("the network of job %s: %w", ref.GetJob(), err)
+		return nil, fmt.Errorf("the network of job %s: %w", key.Job, err)
 	}
 	if plan.Gateway, err = netip.ParseAddr(p.GetGateway()); err != nil {
-		return nil, fmt.Errorf("the network of job %s: %w", ref.GetJob(), err)
+		return nil, fmt.Errorf("the network of job %s: %w", key.Job, err)
 	}
 	for _, port := range p.GetPublish() {
 		plan.Publish = append(plan.Publish, network.Publish{
 			Task: int(port.GetTask()), Protocol: port.GetProtocol(), Port: int(port.GetPort()), Target: int(port.GetTarget()),
 		})
 	}
-	end, err := a.networks.Prepare(ctx, networkOf(ref), plan)
+	end, err := a.networks.Prepare(ctx, key, plan)
 	if err != nil {
 		return nil, err
 	}

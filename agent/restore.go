@@ -15,6 +15,7 @@ import (
 	"dormouse/agent/capture"
 	"dormouse/agent/criu"
 	"dormouse/agent/sandbox"
+	"dormouse/agent/sandbox/pid1"
 	"dormouse/api"
 	"dormouse/api/agentpb"
 	"dormouse/internal/failpoint"
@@ -56,7 +57,7 @@ func (a *Agent) restore(ctx context.Context, ref *agentpb.TaskRef, request *agen
 	a.restores.Go(func() {
 		defer close(h.done)
 		defer cancel()
-		h.err = a.finishRestore(running, t, h, entry, progress)
+		h.err = a.finishRestore(running, t, h, entry, request.GetNetwork(), progress)
 	})
 	select {
 	case <-h.reached:
@@ -72,9 +73,9 @@ func (a *Agent) restore(ctx context.Context, ref *agentpb.TaskRef, request *agen
 }
 
 // finishRestore is the whole of a restore.
-func (a *Agent) finishRestore(ctx context.Context, t *task, h *restoring, entry *repository.TaskManifest, progress func(float64, string)) error {
+func (a *Agent) finishRestore(ctx context.Context, t *task, h *restoring, entry *repository.TaskManifest, plan *agentpb.NetworkPlan, progress func(float64, string)) error {
 	defer os.RemoveAll(a.workDir(t.id()))
-	if err := a.rebuild(ctx, t, h, entry, progress); err != nil {
+	if err := a.rebuild(ctx, t, h, entry, plan, progress); err != nil {
 		r, _ := t.snapshot()
 		return errors.Join(fmt.Errorf("restore checkpoint %s: %w", r.From, err), a.undo(t))
 	}
@@ -122,7 +123,7 @@ func (a *Agent) canRun(entry *repository.TaskManifest) error {
 }
 
 // rebuild fetches the task's part and wakes the task.
-func (a *Agent) rebuild(ctx context.Context, t *task, h *restoring, entry *repository.TaskManifest, progress func(float64, string)) (err error) {
+func (a *Agent) rebuild(ctx context.Context, t *task, h *restoring, entry *repository.TaskManifest, plan *agentpb.NetworkPlan, progress func(float64, string)) (err error) {
 	repo, err := a.repository()
 	if err != nil {
 		return err
@@ -156,7 +157,7 @@ func (a *Agent) rebuild(ctx context.Context, t *task, h *restoring, entry *repos
 			err = errors.Join(err, memory.close())
 		}
 	}()
-	built, err := a.build(ctx, t, &r, part, memory)
+	built, err := a.build(ctx, t, &r, part, plan, memory)
 	if err != nil {
 		return spaceError(err, spool)
 	}
@@ -168,17 +169,45 @@ func (a *Agent) rebuild(ctx context.Context, t *task, h *restoring, entry *repos
 	return nil
 }
 
-// built is what CRIU wakes a task in.
+// built is the CRIU that wakes a task, and what it wakes it in.
 type built struct {
-	box   *sandbox.Sandbox
-	netns *os.File
-	tmpfs []sandbox.Tmpfs
+	criu    *criu.PendingRestore
+	box     *sandbox.Sandbox
+	cgroup  *os.File
+	netns   *os.File
+	network errgroup.Group // that connects netns
+	tmpfs   []sandbox.Tmpfs
+}
+
+// close gives up what was built for a task that is not woken; its sandbox is the
+// task's.
+func (b *built) close() {
+	if b.criu != nil {
+		b.criu.Abort()
+	}
+	_ = b.network.Wait() // it failed for another reason, or for this one
+	for _, file := range []*os.File{b.cgroup, b.netns} {
+		if file != nil {
+			file.Close()
+		}
+	}
 }
 
 // build brings the images, but for the content of memory, into the spool and,
-// beside that, makes the sandbox, its network and its files.
-func (a *Agent) build(ctx context.Context, t *task, r *record, part *repository.PartReader, memory *memorySource) (b built, err error) {
+// beside that, makes the sandbox and its files, and starts CRIU. The network may be
+// late; with a plan the job's network is made as well.
+func (a *Agent) build(ctx context.Context, t *task, r *record, part *repository.PartReader, plan *agentpb.NetworkPlan, memory *memorySource) (_ *built, err error) {
+	b := &built{}
+	defer func() {
+		if err != nil {
+			b.close()
+		}
+	}()
+	if err := a.startNetwork(ctx, t, r, plan, b); err != nil {
+		return nil, err
+	}
 	upper := filepath.Join(t.dir, upperTree)
+	made := make(chan struct{})
 	group, all := errgroup.WithContext(ctx)
 	group.Go(func() error {
 		err := part.RestoreImages(all, memory.images, repository.RestoreOptions{
@@ -189,30 +218,77 @@ func (a *Agent) build(ctx context.Context, t *task, r *record, part *repository.
 		}
 		return memory.attach()
 	})
-	group.Go(func() error { return part.RestoreTree(all, upperTree, upper, repository.RestoreOptions{}) })
-	group.Go(func() (err error) {
-		b.netns, err = a.boxes.MakeNetwork(all, boxConfig(t, r))
-		return err
+	group.Go(func() error {
+		if err := part.RestoreTree(all, upperTree, upper, repository.RestoreOptions{Local: a.ownInit}); err != nil {
+			return err
+		}
+		select {
+		case <-made:
+			return restoreFiles(all, part, b.box, upper, t.dir)
+		case <-all.Done():
+			return all.Err()
+		}
 	})
 	group.Go(func() (err error) {
 		if b.box, err = a.createBox(all, t, r); err != nil {
 			return err
 		}
 		t.setBox(b.box)
+		close(made)
+		if err := a.startCRIU(b); err != nil {
+			return err
+		}
 		b.tmpfs, err = restoreTmpfs(all, part, b.box)
 		return err
 	})
 	err = group.Wait()
+	failpoint.Hit("agent.restore.files")
 	if err == nil {
 		// Not before: what was waited for is little, and would wait for the disk.
 		memory.reader.Begin()
-		err = restoreFiles(ctx, part, b.box, upper, t.dir)
-		failpoint.Hit("agent.restore.files")
-	}
-	if err != nil && b.netns != nil {
-		err = errors.Join(err, b.netns.Close())
 	}
 	return b, err
+}
+
+// startNetwork makes the namespace of the task's network, and begins to connect it.
+func (a *Agent) startNetwork(ctx context.Context, t *task, r *record, plan *agentpb.NetworkPlan, b *built) (err error) {
+	config := boxConfig(t, r)
+	prepared := make(chan error, 1)
+	go func() {
+		var err error
+		if plan != nil {
+			_, err = a.prepareNetwork(ctx, r.network(), plan)
+		}
+		prepared <- err
+	}()
+	b.netns, err = a.boxes.MakeNetwork(config)
+	b.network.Go(func() error {
+		if err := <-prepared; err != nil || b.netns == nil {
+			return err
+		}
+		return a.boxes.Connect(ctx, config, b.netns)
+	})
+	return err
+}
+
+// ownInit knows where to find the program of a task's pid 1, which as a rule is this
+// node's: it is most of what an upper layer has.
+func (a *Agent) ownInit(e repository.Entry) string {
+	if "/"+e.Path == filepath.Join(pid1.Directory, pid1.InitFile) {
+		return a.config.Init
+	}
+	return ""
+}
+
+// startCRIU starts a CRIU where the task is to be.
+func (a *Agent) startCRIU(b *built) (err error) {
+	birth := criu.Birth{NetNS: b.netns}
+	if birth.Cgroup, birth.Tasks, err = b.box.OpenCgroup(); err != nil {
+		return err
+	}
+	b.cgroup = birth.Cgroup
+	b.criu, err = a.criu.PrepareRestore(birth)
+	return err
 }
 
 // restoreTmpfs makes and fills those file systems in memory that CRIU has left to
@@ -303,13 +379,13 @@ func restoreFiles(ctx context.Context, part *repository.PartReader, box *sandbox
 // wake lets CRIU build the processes in what was built for them; it takes over their
 // network. It begins while their memory is still being fetched: CRIU waits where it
 // reads it or, without FUSE, once all namespaces are there.
-func (a *Agent) wake(ctx context.Context, t *task, h *restoring, b built, images string, memory *memorySource) error {
+func (a *Agent) wake(ctx context.Context, t *task, h *restoring, b *built, images string, memory *memorySource) error {
+	defer b.close()
 	box := b.box
 	target, err := box.PrepareRestore(ctx, b.netns)
 	if err != nil {
 		return err
 	}
-	defer target.Close()
 	work := a.workDir(t.id())
 	if err := os.Mkdir(work, 0o700); err != nil {
 		return err
@@ -318,10 +394,14 @@ func (a *Agent) wake(ctx context.Context, t *task, h *restoring, b built, images
 		return err
 	}
 	request := criu.RestoreRequest{
-		ImagesDir: images, WorkDir: work, Root: target.Root, NetNS: target.NetNS, Cgroup: target.Cgroup, Tasks: target.Tasks,
+		ImagesDir: images, WorkDir: work, Root: target.Root,
 		Notify: func(ctx context.Context, event criu.Event, root int) error {
 			switch event {
 			case criu.EventPostSetupNamespaces:
+				// Sockets come after this.
+				if err := b.network.Wait(); err != nil {
+					return err
+				}
 				return memory.wait(ctx)
 			case criu.EventPostRestore:
 				return memory.fill(ctx, root)
@@ -332,13 +412,13 @@ func (a *Agent) wake(ctx context.Context, t *task, h *restoring, b built, images
 				}
 				failpoint.Hit("agent.restore.unlock")
 				r, _ := t.snapshot()
-				if err := a.mendTies(ctx, &r, box, target.NetNS); err != nil {
+				if err := a.mendTies(ctx, &r, box, b.netns); err != nil {
 					return err
 				}
 				if h.hold {
-					return h.wait(ctx, target.NetNS)
+					return h.wait(ctx, b.netns)
 				}
-				return a.resume(ctx, &r, target.NetNS)
+				return a.resume(ctx, &r, b.netns)
 			}
 			return nil
 		},
@@ -360,8 +440,9 @@ func (a *Agent) wake(ctx context.Context, t *task, h *restoring, b built, images
 		}
 	}
 	failpoint.Hit("agent.restore.before-criu")
-	result, err := a.criu.Restore(ctx, request)
-	if failed := memory.failure(); failed != nil {
+	result, err := b.criu.Restore(ctx, request)
+	b.criu = nil
+	if failed := errors.Join(memory.failure(), b.network.Wait()); failed != nil {
 		return failed // CRIU only says that it was told to give up
 	}
 	if err != nil {

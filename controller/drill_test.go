@@ -62,11 +62,20 @@ func (s *simulation) nothingOfTrials() {
 func TestDrillRestoresBesideTheRunningJobAndLeavesOnlyItsResult(t *testing.T) {
 	for _, tasks := range []int{1, 2} {
 		s := newSimulation(t, "east-0", "east-1")
+		s.renew("east-1", true)
 		id := s.running(api.JobSpec{Tasks: tasks, Publish: []api.Publish{{Port: 8080}}})
 		cp := s.do("/v1/jobs/"+id+"/checkpoints", nil).Checkpoint
 		before := s.jobNow(id)
+		plans := 0
 		s.setFault(func(_ *simAgent, c *agentpb.Command) fault {
-			if plan := c.GetPrepareNetwork().GetPlan(); plan != nil && (!plan.GetIsolated() || len(plan.GetPublish()) != 0) {
+			plan := c.GetPrepareNetwork().GetPlan()
+			if plan == nil {
+				plan = c.GetRestore().GetNetwork()
+			}
+			if plan != nil {
+				plans++
+			}
+			if plan != nil && (!plan.GetIsolated() || len(plan.GetPublish()) != 0) {
 				t.Errorf("the trial's network is not isolated: %v", plan)
 			}
 			if c.GetTask().GetJob() == id {
@@ -77,6 +86,9 @@ func TestDrillRestoresBesideTheRunningJobAndLeavesOnlyItsResult(t *testing.T) {
 		op := s.do("/v1/checkpoints/"+cp+"/verify", onTrial)
 		if op.Kind != api.OpDrill || op.Job != id || !strings.Contains(string(op.Result), `"ok":true`) {
 			t.Errorf("the operation: %+v, %s", op.Operation, op.Result)
+		}
+		if plans == 0 {
+			t.Error("nobody was told of the trial's network")
 		}
 		drill := s.checkpointNow(cp).Drill
 		if drill == nil || !drill.OK || drill.RestoreMS <= 0 || len(drill.Nodes) != tasks || drill.Time.IsZero() {

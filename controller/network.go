@@ -89,18 +89,16 @@ func (d *doing) trusted(ctx context.Context) (bool, error) {
 	return trusted, err
 }
 
-// prepareNetwork has every node of the job make the job's network.
+// prepareNetwork has every node of the job make the job's network, unless the command
+// that restores its only task says so, too.
 func (d *doing) prepareNetwork(ctx context.Context) (effect, error) {
-	plan, err := d.plan()
-	if err != nil {
+	within, err := d.networkWithin(ctx)
+	if within || err != nil {
 		return nil, err
 	}
-	trusted, err := d.trusted(ctx)
+	plan, err := d.trustedPlan(ctx)
 	if err != nil {
 		return nil, err
-	}
-	if trusted {
-		plan.Tunnel = TunnelVXLAN
 	}
 	replies, err := d.each(ctx, func(taskRef) *agentpb.Command {
 		return &agentpb.Command{Body: &agentpb.Command_PrepareNetwork{PrepareNetwork: &agentpb.PrepareNetwork{Plan: plan}}}
@@ -116,6 +114,35 @@ func (d *doing) prepareNetwork(ctx context.Context) (effect, error) {
 		}
 		return nil
 	}, nil
+}
+
+// networkWithin reports whether the job's network is made by the command that restores
+// its task.
+func (d *doing) networkWithin(ctx context.Context) (within bool, err error) {
+	if d.op.Checkpoint == "" || d.op.Anew || d.job.Tasks != 1 {
+		return false, nil
+	}
+	err = d.store.View(ctx, func(tx store.Tx) error {
+		node, err := d.nodes.get(tx, d.job.refs()[0].Node)
+		if err == nil {
+			within = node.RestoresWithNetwork
+		}
+		return err
+	})
+	return within, err
+}
+
+// trustedPlan is the plan of the job's network with the tunnel that its nodes use.
+func (d *doing) trustedPlan(ctx context.Context) (*agentpb.NetworkPlan, error) {
+	plan, err := d.plan()
+	if err != nil {
+		return nil, err
+	}
+	trusted, err := d.trusted(ctx)
+	if trusted {
+		plan.Tunnel = TunnelVXLAN
+	}
+	return plan, err
 }
 
 // endpoint is how the other nodes of a job reach its network on one.

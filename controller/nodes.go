@@ -344,7 +344,7 @@ func noteHello(n *nodeRecord, h *agentpb.Hello) {
 	n.CPUs, n.MemBytes = h.GetCpus(), h.GetMemBytes()
 	n.CRIUVersion, n.Kernel, n.Underlay = h.GetCriuVersion(), h.GetKernel(), h.GetUnderlay()
 	n.CPUModel, n.CPUFeatures = h.GetCpuModel(), h.GetCpuFeatures()
-	n.TreeAddress = h.GetTreeAddress()
+	n.TreeAddress, n.RestoresWithNetwork = h.GetTreeAddress(), h.GetRestoresWithNetwork()
 	n.AgentVersion, n.AgentPid = h.GetAgentVersion(), int(h.GetAgentPid())
 }
 

@@ -105,6 +105,24 @@ func TestSingleTaskGoesOnBeforeItsFreezeIsAnswered(t *testing.T) {
 	}
 }
 
+// A job of one task has its network made by the command that restores it, unless the
+// agent does not know that.
+func TestNetworkOfASingleTaskIsMadeByItsRestore(t *testing.T) {
+	for _, newer := range []bool{false, true} {
+		s := newSimulation(t, "east-0")
+		s.renew("east-0", newer)
+		id := s.running(api.JobSpec{})
+		s.do("/v1/jobs/"+id+"/suspend", nil)
+		sent := s.commands(func(c *agentpb.Command) bool {
+			return c.GetPrepareNetwork() != nil || c.GetRestore().GetNetwork() != nil
+		})
+		s.do("/v1/jobs/"+id+"/resume", nil)
+		if list := sent(); len(list) != 1 || (list[0].GetRestore() != nil) != newer {
+			t.Errorf("agent with RestoreTask.network %v: it was sent %v", newer, list)
+		}
+	}
+}
+
 func TestBarriersHoldBetweenTheTasksOfAJob(t *testing.T) {
 	s := newSimulation(t, "east-0", "east-1")
 	id := s.running(api.JobSpec{Tasks: 2})

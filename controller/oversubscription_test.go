@@ -45,6 +45,9 @@ func overSubscribe(t *testing.T, seed uint64) int {
 		nodes = append(nodes, fmt.Sprintf("east-%d", i))
 	}
 	s := newSimulation(t, nodes...)
+	for i, node := range nodes {
+		s.renew(node, i%2 == 0)
+	}
 	random := rand.New(rand.NewPCG(seed, 7))
 	work := newLabour(s.world)
 	breaks := randomFaults(seed)

@@ -160,6 +160,9 @@ type nodeRecord struct {
 	Hellos int64 `json:"hellos,omitempty"`
 	// TreeAddress is where other nodes reach its agent's part of the monitoring tree.
 	TreeAddress string `json:"tree_address,omitempty"`
+	// RestoresWithNetwork says that its agent makes the network of a job of one task
+	// within the command that restores it.
+	RestoresWithNetwork bool `json:"restores_with_network,omitempty"`
 	// Certificates are those that its agent may show.
 	Certificates certificates `json:"certificates,omitzero"`
 	// Further nodes are beyond those that the cloud begins with; GivenBack is set

@@ -258,10 +258,18 @@ func (d *doing) restore(ctx context.Context) (effect, error) {
 	if err != nil {
 		return nil, err
 	}
+	var network *agentpb.NetworkPlan
+	if within, err := d.networkWithin(ctx); err != nil {
+		return nil, err
+	} else if within {
+		if network, err = d.trustedPlan(ctx); err != nil {
+			return nil, err
+		}
+	}
 	replies, err := d.each(ctx, func(ref taskRef) *agentpb.Command {
 		return &agentpb.Command{Body: &agentpb.Command_Restore{Restore: &agentpb.RestoreTask{
 			Checkpoint: d.op.Checkpoint, Spec: spec, VirtualIp: d.job.TaskStatus[ref.Index].VirtualIP, Hosts: d.job.hosts(),
-			Hold: d.job.Tasks > 1,
+			Hold: d.job.Tasks > 1, Network: network,
 		}}}
 	})
 	if err != nil {

@@ -375,7 +375,7 @@ func (w *world) stopAgents() {
 // join makes a node whose agent joins.
 func (w *world) join(node string) *simAgent {
 	cloud, _, _ := strings.Cut(node, "-")
-	a := &simAgent{world: w, node: node, cloud: cloud, tasks: make(map[taskRef]*simTask), answers: make(map[string]*agentpb.Reply), lanes: make(map[string]chan struct{}), appAnswers: make(chan *agentpb.AppAnswer, 16)}
+	a := &simAgent{world: w, node: node, cloud: cloud, tasks: make(map[taskRef]*simTask), networks: make(map[taskRef]bool), answers: make(map[string]*agentpb.Reply), lanes: make(map[string]chan struct{}), appAnswers: make(chan *agentpb.AppAnswer, 16)}
 	w.mu.Lock()
 	w.agents[node] = a
 	w.mu.Unlock()
@@ -420,12 +420,14 @@ type simAgent struct {
 	cut         bool // the network is cut: it cannot connect
 	off         bool // the power is cut: nothing happens any more
 	older       bool // it does not know Freeze.alone
+	newer       bool // it knows RestoreTask.network
 
 	// guarded by world.mu
-	tasks   map[taskRef]*simTask
-	answers map[string]*agentpb.Reply
-	seen    []string                 // steps of commands, in order of arrival
-	lanes   map[string]chan struct{} // closed when the newest command of a lane is done
+	tasks    map[taskRef]*simTask
+	networks map[taskRef]bool // made, of the first task's run
+	answers  map[string]*agentpb.Reply
+	seen     []string                 // steps of commands, in order of arrival
+	lanes    map[string]chan struct{} // closed when the newest command of a lane is done
 
 	appAnswers chan *agentpb.AppAnswer
 
@@ -457,6 +459,19 @@ func (a *simAgent) start() {
 			}
 		}
 	}()
+}
+
+// renew starts an agent again that knows RestoreTask.network, or does not.
+func (s *simulation) renew(node string, newer bool) {
+	s.t.Helper()
+	a := s.agents[node]
+	a.stop()
+	a.newer = newer
+	a.start()
+	s.eventually("node "+node+" has said what it knows", func(tx store.Tx) (bool, error) {
+		n, err := store.Get[nodeRecord](tx, store.Nodes, node)
+		return err == nil && n.State == api.NodeReady && n.RestoresWithNetwork == newer, err
+	})
 }
 
 func (a *simAgent) stop() {
@@ -644,7 +659,7 @@ func (a *simAgent) sendEnded() {
 func (a *simAgent) hello() *agentpb.Hello {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	h := &agentpb.Hello{Node: a.node, Cloud: a.cloud, Cpus: simCPUs, MemBytes: 8 << 30, CriuVersion: "4.2.1", AgentVersion: "sim"}
+	h := &agentpb.Hello{Node: a.node, Cloud: a.cloud, Cpus: simCPUs, MemBytes: 8 << 30, CriuVersion: "4.2.1", AgentVersion: "sim", RestoresWithNetwork: a.newer}
 	for ref, t := range a.tasks {
 		h.Tasks = append(h.Tasks, stateOf(ref, t))
 	}
@@ -742,6 +757,7 @@ func (a *simAgent) carryOut(ctx context.Context, client agentpb.AgentServiceClie
 	needsTask := func() bool { return t != nil && t.alive }
 	switch body := c.GetBody().(type) {
 	case *agentpb.Command_PrepareNetwork:
+		a.networks[ref.run()] = true
 		reply.Result = &agentpb.Reply_Network{Network: &agentpb.NetworkEndpoint{Address: a.node + ":51820", PublicKey: []byte(a.node)}}
 	case *agentpb.Command_ConnectNetwork:
 		for _, peer := range body.ConnectNetwork.GetPeers() {
@@ -765,11 +781,20 @@ func (a *simAgent) carryOut(ctx context.Context, client agentpb.AgentServiceClie
 		t.held = false
 		reply.Result = &agentpb.Reply_Restored{Restored: stateOf(ref, t)}
 	case *agentpb.Command_Start:
+		if !a.networks[ref.run()] {
+			return broken(c, "the job's network was not prepared")
+		}
 		t = a.create(ref, body.Start.GetSpec(), "")
 		reply.Result = &agentpb.Reply_Started{Started: stateOf(ref, t)}
 	case *agentpb.Command_Restore:
 		if _, err := a.repository.LoadManifest(ctx, body.Restore.GetCheckpoint(), nil); err != nil {
 			return broken(c, "%v", err)
+		}
+		if body.Restore.GetNetwork() != nil && a.newer {
+			a.networks[ref.run()] = true
+		}
+		if !a.networks[ref.run()] {
+			return broken(c, "the job's network was not prepared")
 		}
 		t = a.create(ref, body.Restore.GetSpec(), "restored from "+body.Restore.GetCheckpoint()+"\n")
 		t.held = body.Restore.GetHold()
@@ -880,6 +905,9 @@ func (w *world) mustBeOpen(of taskRef) {
 }
 
 // create makes a task. The caller holds the lock.
+// run names the run of a task's job.
+func (r taskRef) run() taskRef { return taskRef{Job: r.Job, Run: r.Run} }
+
 func (a *simAgent) create(ref taskRef, spec []byte, log string) *simTask {
 	t := a.tasks[ref]
 	if t == nil {
@@ -966,6 +994,7 @@ func (s *simulation) end(job string, code int32) {
 func (a *simAgent) cutPower() {
 	a.mu.Lock()
 	a.off = true
+	clear(a.networks)
 	a.mu.Unlock()
 	a.stop()
 	a.mu.Lock()

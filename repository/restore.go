@@ -7,6 +7,7 @@ import (
 	"os"
 	"path"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"sync/atomic"
 
@@ -21,6 +22,9 @@ type RestoreOptions struct {
 	// Only, if set, chooses the entries to restore. The directories that lead
 	// to a chosen entry are restored too; for a hard link, choose its target.
 	Only func(Entry) bool
+	// Local, if set, names a file of this machine that may have the content of an
+	// entry, or is empty. What it has, by the hashes, is not taken from the repository.
+	Local func(Entry) string
 	// Progress is told how many bytes are done in all, from several goroutines.
 	Progress func(bytes int64)
 }
@@ -116,8 +120,16 @@ type fillJob struct {
 // openFile is a file until its last segment is written.
 type openFile struct {
 	fd    int
+	local *os.File // that may have the same content, or nil
 	entry Entry
 	left  atomic.Int64
+}
+
+func (f *openFile) close() {
+	unix.Close(f.fd)
+	if f.local != nil {
+		f.local.Close()
+	}
 }
 
 func (r *restorer) run(ctx context.Context, t *treeRoot) error {
@@ -257,10 +269,10 @@ func (r *restorer) makeFile(ctx context.Context, dir int, name string, e Entry, 
 	if err != nil {
 		return fmt.Errorf("create: %w", err)
 	}
-	f := &openFile{fd: fd, entry: e}
+	f := &openFile{fd: fd, local: r.openLocal(e), entry: e}
 	f.left.Store(int64(len(refs)))
 	if err := unix.Ftruncate(fd, e.Size); err != nil {
-		unix.Close(fd)
+		f.close()
 		return fmt.Errorf("set the size: %w", err)
 	}
 	if len(refs) == 0 {
@@ -273,7 +285,7 @@ func (r *restorer) makeFile(ctx context.Context, dir int, name string, e Entry, 
 		case r.jobs <- fillJob{f, ref, at}:
 		case <-ctx.Done():
 			if f.left.Add(int64(i-len(refs))) == 0 {
-				unix.Close(fd)
+				f.close()
 			}
 			return ctx.Err()
 		}
@@ -282,12 +294,28 @@ func (r *restorer) makeFile(ctx context.Context, dir int, name string, e Entry, 
 	return nil
 }
 
+// openLocal opens a file that may have the content of an entry; nil if there is none.
+func (r *restorer) openLocal(e Entry) *os.File {
+	if r.opts.Local == nil {
+		return nil
+	}
+	path := r.opts.Local(e)
+	if path == "" {
+		return nil
+	}
+	f, err := os.Open(path)
+	if err != nil {
+		return nil
+	}
+	return f
+}
+
 // release counts a segment as done, and completes the file after the last.
 func (f *openFile) release(opts *RestoreOptions, ok bool) error {
 	if f.left.Add(-1) > 0 {
 		return nil
 	}
-	defer unix.Close(f.fd)
+	defer f.close()
 	if !ok {
 		return nil
 	}
@@ -320,16 +348,43 @@ func (r *restorer) fillOne(ctx context.Context, f *fetcher, job *fillJob) error 
 	if err != nil {
 		return err
 	}
-	return f.fetch(ctx, s, job.at, func(p []byte, at int64) error {
-		for len(p) > 0 {
-			n, err := unix.Pwrite(job.file.fd, p, at)
-			if err != nil {
-				return fmt.Errorf("write: %w", err)
-			}
-			p, at = p[n:], at+int64(n)
+	if job.file.local != nil {
+		if s, err = job.file.copyLocal(s, job.at); err != nil {
+			return err
 		}
-		return nil
-	})
+	}
+	return f.fetch(ctx, s, job.at, job.file.write)
+}
+
+func (f *openFile) write(p []byte, at int64) error {
+	for len(p) > 0 {
+		n, err := unix.Pwrite(f.fd, p, at)
+		if err != nil {
+			return fmt.Errorf("write: %w", err)
+		}
+		p, at = p[n:], at+int64(n)
+	}
+	return nil
+}
+
+// copyLocal takes what it can of a segment that begins at an offset from the local
+// file, and returns the segment with holes there.
+func (f *openFile) copyLocal(s *segment, at int64) (*segment, error) {
+	rest := &segment{Chunks: s.Chunks, Runs: slices.Clone(s.Runs)}
+	buf := make([]byte, maxChunk)
+	for i, r := range s.Runs {
+		if r.Chunk != hole && r.Offset == 0 && r.Length <= maxChunk {
+			p := buf[:r.Length]
+			if n, _ := f.local.ReadAt(p, at); n == len(p) && hashOf(p) == s.Chunks[r.Chunk] {
+				if err := f.write(p, at); err != nil {
+					return nil, err
+				}
+				rest.Runs[i].Chunk = hole
+			}
+		}
+		at += r.Length
+	}
+	return rest, nil
 }
 
 // link makes another name of an entry that was made before.

@@ -8,7 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strings"
+	"slices"
 	"sync"
 
 	"golang.org/x/sys/unix"
@@ -54,7 +54,7 @@ func (k *kernelFacts) start(cmd *exec.Cmd, dying func(), netNS *os.File, files [
 		if err != nil {
 			return err
 		}
-		if identify(files) != before {
+		if !slices.Equal(identify(files), before) {
 			return errHidden
 		}
 		if err := k.write(run); err != nil {
@@ -145,32 +145,4 @@ func openIn(dir *os.File, flags int) (*os.File, error) {
 		return nil, &fs.PathError{Op: "open", Path: filepath.Join(runDir, kdatFile), Err: err}
 	}
 	return os.NewFile(uintptr(fd), kdatFile), nil
-}
-
-// contain reports whether one of the files is a directory that is, or has in it,
-// dir.
-func contain(files []string, dir string) bool {
-	if real, err := filepath.EvalSymlinks(dir); err == nil {
-		dir = real
-	}
-	for _, file := range files {
-		if real, err := filepath.EvalSymlinks(file); err == nil {
-			file = real
-		}
-		if file == "/" || dir == file || strings.HasPrefix(dir, file+"/") {
-			return true
-		}
-	}
-	return false
-}
-
-// identify tells which files the calling thread finds under these names.
-func identify(files []string) string {
-	var all strings.Builder
-	for _, file := range files {
-		var st unix.Stat_t
-		err := unix.Stat(file, &st)
-		fmt.Fprintln(&all, st.Dev, st.Ino, err)
-	}
-	return all.String()
 }

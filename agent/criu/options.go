@@ -75,11 +75,11 @@ func dumpOptions(r DumpRequest, images, work *os.File, netNS uint64) *rpc.CriuOp
 	return o
 }
 
-func restoreOptions(r RestoreRequest, images, work *os.File, netNSFD int) *rpc.CriuOpts {
+func restoreOptions(r RestoreRequest, images, work *os.File, ownNetNS bool) *rpc.CriuOpts {
 	o := common(images, work, restoreLog, r.LogLevel)
 	o.Root = proto.String(r.Root)
-	if netNSFD >= 0 {
-		o.InheritFd = []*rpc.InheritFd{{Key: proto.String(netNSKey), Fd: proto.Int32(int32(netNSFD))}}
+	if ownNetNS {
+		o.InheritFd = []*rpc.InheritFd{{Key: proto.String(netNSKey), Fd: proto.Int32(swrkFD + 1)}}
 	}
 	for _, m := range r.ExternalMounts {
 		o.External = append(o.External, fmt.Sprintf("mnt[%s]:%s", m.Key, m.Source))

@@ -19,6 +19,20 @@ type RestoreMount struct {
 	Source string // on this machine
 }
 
+// Birth says where CRIU, and with it a restored tree, is born.
+type Birth struct {
+	// NetNS is the network namespace of the task. Needed if and only if the
+	// dump had ExternalNetNS. It may be furnished while CRIU starts.
+	NetNS *os.File
+	// Cgroup is the directory of the v2 cgroup that CRIU is born in, or nil, and
+	// Tasks are the files "tasks" of the v1 cgroups that it moves itself to before it
+	// does anything: the restored processes inherit them. To be moved by others
+	// takes a process some 10 ms, for which the kernel waits for all its processors
+	// (cgroup_threadgroup_rwsem).
+	Cgroup *os.File
+	Tasks  []string
+}
+
 // RestoreRequest says what to restore and into what.
 type RestoreRequest struct {
 	ImagesDir string
@@ -28,16 +42,6 @@ type RestoreRequest struct {
 	// propagation; after the restore it may be unmounted.
 	Root           string
 	ExternalMounts []RestoreMount
-	// NetNS is the network namespace of the task. Needed if and only if the
-	// dump had ExternalNetNS.
-	NetNS *os.File
-	// Cgroup is the directory of the v2 cgroup that CRIU is born in, or nil, and
-	// Tasks are the files "tasks" of the v1 cgroups that it moves itself to before it
-	// does anything: the restored processes inherit them. To be moved by others
-	// takes a process some 10 ms, for which the kernel waits for all its processors
-	// (cgroup_threadgroup_rwsem).
-	Cgroup *os.File
-	Tasks  []string
 	// Grace is how long a cancelled restore may take to undo itself before CRIU
 	// is killed. Zero: 20 s.
 	Grace time.Duration
@@ -55,45 +59,71 @@ type RestoreResult struct {
 	Wall  time.Duration `json:"wall_ns"` // of the whole call
 }
 
+// PendingRestore is a restore whose CRIU has started and waits to be told what to
+// restore. One of Restore and Abort must be called, once.
+type PendingRestore struct {
+	engine  *Engine
+	options sessionOptions
+	session *session
+}
+
+// PrepareRestore starts the CRIU of a restore. That takes it some 10 ms: a caller
+// that has more to prepare than b does so meanwhile. The files of b stay open until
+// Restore or Abort has returned.
+func (e *Engine) PrepareRestore(b Birth) (*PendingRestore, error) {
+	p := &PendingRestore{engine: e, options: sessionOptions{ownMounts: true, cgroup: b.Cgroup, tasks: b.Tasks}}
+	if b.NetNS != nil {
+		p.options.inherit = []*os.File{b.NetNS}
+	}
+	return p, p.start()
+}
+
+func (p *PendingRestore) start() (err error) {
+	if p.session, err = p.engine.start(p.options); err != nil {
+		return fmt.Errorf("criu restore: start %s: %w", p.engine.path, err)
+	}
+	return nil
+}
+
+// show makes sure that CRIU sees these files as we do, if need be by starting
+// another one.
+func (p *PendingRestore) show(files []string) error {
+	err := p.session.show(files)
+	if err == nil {
+		return nil
+	}
+	p.engine.log.Debug("CRIU gets no mounts of its own", "error", err)
+	p.session.discard()
+	p.options.ownMounts = false
+	return p.start()
+}
+
+// Abort ends CRIU. Nothing was restored.
+func (p *PendingRestore) Abort() {
+	if p.session != nil {
+		p.session.discard()
+	}
+}
+
 // Restore builds a process tree from images. When it returns without an error
 // the tree runs. After an error CRIU has ended and the tree's init was killed;
 // should anything be left, or still be dying, it is in its cgroups:
 // killing those is the caller's part.
-func (e *Engine) Restore(ctx context.Context, r RestoreRequest) (*RestoreResult, error) {
+func (p *PendingRestore) Restore(ctx context.Context, r RestoreRequest) (*RestoreResult, error) {
 	begin := time.Now()
-	if err := r.check(); err != nil {
-		return nil, err
-	}
 	if r.WorkDir == "" {
 		r.WorkDir = r.ImagesDir
 	}
-	dirs, err := openDirs(r.ImagesDir, r.WorkDir)
+	dirs, affinity, err := p.ready(r)
 	if err != nil {
+		p.Abort()
 		return nil, fmt.Errorf("criu restore: %w", err)
 	}
 	defer dirs.close()
-	affinity, err := readAffinity(r.ImagesDir)
-	if err != nil {
-		return nil, fmt.Errorf("criu restore: %w", err)
-	}
-
-	options := sessionOptions{grace: r.Grace, ownMounts: true, files: r.files(), cgroup: r.Cgroup, tasks: r.Tasks}
-	netNSFD := -1
-	if r.NetNS != nil {
-		options.inherit = []*os.File{r.NetNS}
-		netNSFD = swrkFD + 1
-	}
-	s, err := e.start(options)
-	if err != nil {
-		return nil, fmt.Errorf("criu restore: start %s: %w", e.path, err)
-	}
-	if err := noteRunning(r.WorkDir, s.pid()); err != nil {
-		s.discard()
-		return nil, fmt.Errorf("criu restore: %w", err)
-	}
 	defer forgetRunning(r.WorkDir)
+	s := p.session
 	kind := rpc.CriuReqType_RESTORE
-	req := &rpc.CriuReq{Type: &kind, Opts: restoreOptions(r, dirs.images, dirs.work, netNSFD)}
+	req := &rpc.CriuReq{Type: &kind, Opts: restoreOptions(r, dirs.images, dirs.work, len(p.options.inherit) > 0)}
 	root := newborn{pidfd: -1}
 	defer root.close()
 	resp, err := s.call(ctx, req, func(ctx context.Context, event Event, pid int) error {
@@ -117,11 +147,35 @@ func (e *Engine) Restore(ctx context.Context, r RestoreRequest) (*RestoreResult,
 	result := &RestoreResult{Pid: int(resp.GetRestore().GetPid())}
 	if result.Stats, err = ReadRestoreStats(r.WorkDir); err != nil {
 		// Worth no failure: the tree runs.
-		e.log.Debug("restore statistics", "error", err)
+		p.engine.log.Debug("restore statistics", "error", err)
 	}
 	result.Wall = time.Since(begin)
-	e.log.Debug("restored", "pid", result.Pid, "wall", result.Wall)
+	p.engine.log.Debug("restored", "pid", result.Pid, "wall", result.Wall)
 	return result, nil
+}
+
+// ready checks what is asked for, and that CRIU can do it.
+func (p *PendingRestore) ready(r RestoreRequest) (d dirs, affinity []pinned, err error) {
+	if err := r.check(); err != nil {
+		return d, nil, err
+	}
+	if affinity, err = readAffinity(r.ImagesDir); err != nil {
+		return d, nil, err
+	}
+	if err := p.show(r.files()); err != nil {
+		return d, nil, err
+	}
+	if r.Grace > 0 {
+		p.session.grace = r.Grace
+	}
+	if d, err = openDirs(r.ImagesDir, r.WorkDir); err != nil {
+		return d, nil, err
+	}
+	if err := noteRunning(r.WorkDir, p.session.pid()); err != nil {
+		d.close()
+		return d, nil, err
+	}
+	return d, affinity, nil
 }
 
 // newborn is the init of a tree that is being restored.
@@ -152,11 +206,11 @@ func (n *newborn) close() {
 
 func (r RestoreRequest) check() error {
 	if r.Root == "" {
-		return errors.New("criu restore: no root directory given")
+		return errors.New("no root directory given")
 	}
 	for _, m := range r.ExternalMounts {
 		if strings.Contains(m.Key, "]") || m.Key == "" {
-			return fmt.Errorf("criu restore: CRIU cannot name the mount %q", m.Key)
+			return fmt.Errorf("CRIU cannot name the mount %q", m.Key)
 		}
 	}
 	return nil

@@ -322,13 +322,6 @@ func (s *sandbox) tryRestore(ctx context.Context, images string, at func(*sandbo
 	if err := os.Mkdir(root, 0o755); err != nil {
 		s.t.Fatal(err)
 	}
-	if err := unix.Mount("/", root, "", unix.MS_BIND, ""); err != nil {
-		s.t.Fatal(err)
-	}
-	defer unix.Unmount(root, unix.MNT_DETACH)
-	if err := unix.Mount("", root, "", unix.MS_PRIVATE, ""); err != nil {
-		s.t.Fatal(err)
-	}
 	ns := newNetNS(s.t)
 	defer ns.Close()
 	group, err := os.Open(n.cgroup)
@@ -336,13 +329,23 @@ func (s *sandbox) tryRestore(ctx context.Context, images string, at func(*sandbo
 		s.t.Fatal(err)
 	}
 	defer group.Close()
-	result, err := s.engine.Restore(ctx, RestoreRequest{
+	// CRIU starts before its root is there.
+	pending, err := s.engine.PrepareRestore(Birth{NetNS: ns, Cgroup: group})
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	if err := unix.Mount("/", root, "", unix.MS_BIND, ""); err != nil {
+		s.t.Fatal(err)
+	}
+	defer unix.Unmount(root, unix.MNT_DETACH)
+	if err := unix.Mount("", root, "", unix.MS_PRIVATE, ""); err != nil {
+		s.t.Fatal(err)
+	}
+	result, err := pending.Restore(ctx, RestoreRequest{
 		ImagesDir:      images,
 		WorkDir:        n.dir,
 		Root:           root,
 		ExternalMounts: mounts,
-		NetNS:          ns,
-		Cgroup:         group,
 		Notify: func(_ context.Context, event Event, _ int) error {
 			if at == nil {
 				return nil

@@ -76,10 +76,9 @@ type sessionOptions struct {
 	// holds the processes it has stopped; see child.go. May be nil.
 	dying func()
 	// ownMounts lets CRIU have a mount namespace of its own, which must be no
-	// process's that is dumped; files are those of ours that it has to find there.
+	// process's that is dumped; session.show says what of ours it has to find there.
 	// With it, netNS may be the network namespace that CRIU runs in.
 	ownMounts bool
-	files     []string
 	netNS     *os.File
 	cgroup    *os.File // that the process is born in, or nil
 	tasks     []string // of v1 cgroups that it enters first
@@ -122,7 +121,7 @@ func (e *Engine) start(o sessionOptions) (*session, error) {
 		}
 	}
 	if o.ownMounts {
-		s.child, s.run, err = e.kernel.start(cmd, dying, o.netNS, append([]string{cmd.Path, e.path, e.libexec}, o.files...))
+		s.child, s.run, err = e.kernel.start(cmd, dying, o.netNS, []string{cmd.Path, e.path, e.libexec})
 	} else {
 		s.child, err = startChild(cmd, dying)
 	}
@@ -152,6 +151,14 @@ func (e *Engine) environ() []string {
 }
 
 func (s *session) pid() int { return s.child.pid }
+
+// show makes sure that CRIU sees these files of ours.
+func (s *session) show(files []string) error {
+	if s.run == nil {
+		return nil // it has our mounts
+	}
+	return showMounts(s.pid(), files)
+}
 
 // discard ends a child to which nothing has been sent yet.
 func (s *session) discard() {

@@ -145,16 +145,29 @@ func (b *bench) restore(engine *criu.Engine, saved image, s *sandbox.Sandbox, he
 	if out, err := exec.Command("cp", "-a", saved.upper, s.UpperDir()).CombinedOutput(); err != nil {
 		return fmt.Errorf("%w: %s", err, out)
 	}
-	netns, err := b.runtime.MakeNetwork(b.context(), s.Config())
+	netns, err := b.runtime.MakeNetwork(s.Config())
+	if err != nil {
+		return err
+	}
+	defer netns.Close()
+	if err := b.runtime.Connect(b.context(), s.Config(), netns); err != nil {
+		return err
+	}
+	group, tasks, err := s.OpenCgroup()
+	if err != nil {
+		return err
+	}
+	defer group.Close()
+	pending, err := engine.PrepareRestore(criu.Birth{NetNS: netns, Cgroup: group, Tasks: tasks})
 	if err != nil {
 		return err
 	}
 	target, err := s.PrepareRestore(b.context(), netns)
 	if err != nil {
+		pending.Abort()
 		return err
 	}
-	defer target.Close()
-	request := criu.RestoreRequest{ImagesDir: saved.images, WorkDir: b.t.TempDir(), Root: target.Root, NetNS: target.NetNS, Cgroup: target.Cgroup, Tasks: target.Tasks}
+	request := criu.RestoreRequest{ImagesDir: saved.images, WorkDir: b.t.TempDir(), Root: target.Root}
 	for _, x := range target.External {
 		request.ExternalMounts = append(request.ExternalMounts, criu.RestoreMount{Key: x.Key, Source: x.Source})
 	}
@@ -163,10 +176,10 @@ func (b *bench) restore(engine *criu.Engine, saved image, s *sandbox.Sandbox, he
 			if event != criu.EventNetworkUnlock {
 				return nil
 			}
-			return held(target.NetNS)
+			return held(netns)
 		}
 	}
-	result, err := engine.Restore(b.context(), request)
+	result, err := pending.Restore(b.context(), request)
 	if err != nil {
 		return err
 	}
@@ -296,10 +309,11 @@ func TestAFailedRestoreLeavesNothing(t *testing.T) {
 func TestPrepareRestoreRefusesWhatIsNoCheckpoint(t *testing.T) {
 	b := newBench(t)
 	s := b.create(b.config("true"))
-	netns, err := b.runtime.MakeNetwork(b.context(), s.Config())
+	netns, err := b.runtime.MakeNetwork(s.Config())
 	if err != nil {
 		t.Fatal(err)
 	}
+	defer netns.Close()
 	if _, err := s.PrepareRestore(b.context(), netns); err == nil {
 		t.Error("an empty upper layer passed for a checkpoint")
 	}

@@ -20,7 +20,8 @@
 //
 // Restore, with CRIU between the two halves:
 //
-//	Create, MakeNetwork, upper filled by the caller: all at once if need be
+//	Create, MakeNetwork and Connect, upper filled by the caller: all at once if need be
+//	OpenCgroup       CRIU can be started, while the rest is being done
 //	MountTmpfs       file systems in memory, for the caller to fill
 //	PrepareRestore   overlay mounted at DIR/root
 //	FinishRestore    all unmounted again (the tree has its own mounts), pid recorded

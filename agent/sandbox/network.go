@@ -2,7 +2,6 @@ package sandbox
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -24,20 +23,23 @@ type Network interface {
 
 // MakeNetwork makes the network namespace of a sandbox, for PrepareRestore. The
 // sandbox need not be there yet. Without a Network the task's address is on the
-// loopback device.
-func (r *Runtime) MakeNetwork(ctx context.Context, cfg Config) (*os.File, error) {
-	network := r.options.Network
-	if network == nil {
+// loopback device; with one, Connect is still to be called.
+func (r *Runtime) MakeNetwork(cfg Config) (*os.File, error) {
+	if r.options.Network == nil {
 		return newNetwork(cfg.VirtualIP)
 	}
-	netns, err := newNetwork("")
-	if err != nil {
-		return nil, err
+	return newNetwork("")
+}
+
+// Connect puts a namespace that MakeNetwork has made on the network of the task's job.
+func (r *Runtime) Connect(ctx context.Context, cfg Config, netns *os.File) error {
+	if r.options.Network == nil {
+		return nil
 	}
-	if err := network.Join(ctx, cfg.ID, netns); err != nil {
-		return nil, errors.Join(fmt.Errorf("cannot connect sandbox %s to its network: %w", cfg.ID, err), netns.Close())
+	if err := r.options.Network.Join(ctx, cfg.ID, netns); err != nil {
+		return fmt.Errorf("cannot connect sandbox %s to its network: %w", cfg.ID, err)
 	}
-	return netns, nil
+	return nil
 }
 
 // newNetwork makes a network namespace with the loopback device up and, on it,

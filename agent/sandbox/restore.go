@@ -14,55 +14,42 @@ import (
 type RestoreTarget struct {
 	// Root is the sandbox's root, a private mount in the agent's mount
 	// namespace: criu --root.
-	Root string
-	// NetNS is the network namespace: criu --inherit-fd fd[N]:KEY.
-	NetNS *os.File
-	// Cgroup is the v2 cgroup's directory: start criu in it. Tasks are the files
-	// through which it enters the v1 cgroups, before it forks.
-	Cgroup   *os.File
-	Tasks    []string
+	Root     string
 	External []External
 }
 
-// Close lets go of the files; CRIU has its own by then.
-func (t *RestoreTarget) Close() error {
-	return errors.Join(t.NetNS.Close(), t.Cgroup.Close())
+// OpenCgroup opens the v2 cgroup's directory, to start criu in it, and names the
+// files through which that enters the v1 cgroups, before it forks.
+func (s *Sandbox) OpenCgroup() (unified *os.File, tasks []string, err error) {
+	unified, err = os.Open(s.CgroupPath())
+	return unified, s.state.Cgroup.TaskFiles(), err
 }
 
-// PrepareRestore builds what a restored tree lands in, and takes over netns, also
-// when it fails. The caller has filled UpperDir with the checkpoint's upper layer,
-// changes the root as needed through RestoreTarget.Root, runs CRIU, and calls
-// FinishRestore or Destroy.
+// PrepareRestore builds what a restored tree lands in, beside netns. The caller has
+// filled UpperDir with the checkpoint's upper layer, changes the root as needed through
+// RestoreTarget.Root, runs CRIU, and calls FinishRestore or Destroy.
 func (s *Sandbox) PrepareRestore(ctx context.Context, netns *os.File) (*RestoreTarget, error) {
 	if s.Pid() != 0 {
-		return nil, errors.Join(fmt.Errorf("the sandbox %s was started before", s.ID()), netns.Close())
+		return nil, fmt.Errorf("the sandbox %s was started before", s.ID())
 	}
-	target := &RestoreTarget{Root: s.rootDir(), NetNS: netns, Tasks: s.state.Cgroup.TaskFiles(), External: s.External()}
 	err := take(ctx, []step{
-		{do: s.checkUpper, undo: func(context.Context) error { return netns.Close() }},
+		{do: s.checkUpper},
 		{do: func(context.Context) error { return hideNode(s.UpperDir(), s.state.Lower, s.hidden()) }},
 		{
 			do:   func(context.Context) error { return s.mountRoot() },
 			undo: func(context.Context) error { return s.unmountRoot() },
 		},
-		{
-			do: func(context.Context) (err error) {
-				target.Cgroup, err = os.Open(s.CgroupPath())
-				return err
-			},
-			undo: func(context.Context) error { return closeIfOpen(target.Cgroup) },
-		},
 		{do: func(context.Context) (err error) {
 			s.mu.Lock()
 			defer s.mu.Unlock()
-			s.state.NetNS, err = inodeOf(target.NetNS)
+			s.state.NetNS, err = inodeOf(netns)
 			return err
 		}},
 	})
 	if err != nil {
 		return nil, fmt.Errorf("cannot prepare the restore of %s: %w", s.ID(), err)
 	}
-	return target, nil
+	return &RestoreTarget{Root: s.rootDir(), External: s.External()}, nil
 }
 
 // checkUpper makes sure that the upper layer is a sandbox's.
@@ -100,11 +87,4 @@ func (s *Sandbox) FinishRestore(ctx context.Context, pid int) error {
 	}
 	s.runtime.log.Info("sandbox restored", "sandbox", s.ID(), "pid", pid)
 	return s.keepSessions(ctx)
-}
-
-func closeIfOpen(file *os.File) error {
-	if file == nil {
-		return nil
-	}
-	return file.Close()
 }

@@ -185,11 +185,14 @@ func (s *Sandbox) launch(ctx context.Context, setup *pid1.Setup) error {
 	if err != nil {
 		return fmt.Errorf("cannot tell pid 1 what to do: %w", err)
 	}
-	network, err := s.runtime.MakeNetwork(ctx, s.state.Config)
+	network, err := s.runtime.MakeNetwork(s.state.Config)
 	if err != nil {
 		return err
 	}
 	defer network.Close()
+	if err := s.runtime.Connect(ctx, s.state.Config, network); err != nil {
+		return err
+	}
 	group, err := os.Open(s.CgroupPath())
 	if err != nil {
 		return fmt.Errorf("cannot open the cgroup: %w", err)

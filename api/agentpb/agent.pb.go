@@ -579,9 +579,11 @@ type Hello struct {
 	Underlay string `protobuf:"bytes,12,opt,name=underlay,proto3" json:"underlay,omitempty"`
 	// Where other nodes of the cloud reach the node's TreeService, IP:PORT. Empty:
 	// nowhere.
-	TreeAddress   string `protobuf:"bytes,13,opt,name=tree_address,json=treeAddress,proto3" json:"tree_address,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	TreeAddress string `protobuf:"bytes,13,opt,name=tree_address,json=treeAddress,proto3" json:"tree_address,omitempty"`
+	// The agent does what RestoreTask.network asks for.
+	RestoresWithNetwork bool `protobuf:"varint,14,opt,name=restores_with_network,json=restoresWithNetwork,proto3" json:"restores_with_network,omitempty"`
+	unknownFields       protoimpl.UnknownFields
+	sizeCache           protoimpl.SizeCache
 }
 
 func (x *Hello) Reset() {
@@ -703,6 +705,13 @@ func (x *Hello) GetTreeAddress() string {
 		return x.TreeAddress
 	}
 	return ""
+}
+
+func (x *Hello) GetRestoresWithNetwork() bool {
+	if x != nil {
+		return x.RestoresWithNetwork
+	}
+	return false
 }
 
 // Welcome answers Hello: what the agent needs from its controller, and the
@@ -2312,7 +2321,10 @@ type RestoreTask struct {
 	Hosts      []*HostEntry           `protobuf:"bytes,5,rep,name=hosts,proto3" json:"hosts,omitempty"`
 	// Build everything and then wait, cut off the network and with no process
 	// running, for OpenNetwork and ReleaseTask.
-	Hold          bool `protobuf:"varint,6,opt,name=hold,proto3" json:"hold,omitempty"`
+	Hold bool `protobuf:"varint,6,opt,name=hold,proto3" json:"hold,omitempty"`
+	// Of a job with one task: what PrepareNetwork would have done before, while the
+	// rest is being built. Only for agents that said restores_with_network.
+	Network       *NetworkPlan `protobuf:"bytes,7,opt,name=network,proto3" json:"network,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2389,8 +2401,16 @@ func (x *RestoreTask) GetHold() bool {
 	return false
 }
 
+func (x *RestoreTask) GetNetwork() *NetworkPlan {
+	if x != nil {
+		return x.Network
+	}
+	return nil
+}
+
 // PrepareNetwork makes the job's network on the node of a task: the first
-// command of every run. It is made once for all of the job's tasks on the node.
+// command of every run, unless RestoreTask says what it would. It is made once for
+// all of the job's tasks on the node.
 type PrepareNetwork struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Plan          *NetworkPlan           `protobuf:"bytes,1,opt,name=plan,proto3" json:"plan,omitempty"`
@@ -3639,7 +3659,7 @@ const file_agent_proto_rawDesc = "" +
 	"app_answer\x18\x04 \x01(\v2\x1c.dormouse.agent.v1.AppAnswerH\x00R\tappAnswer\x12L\n" +
 	"\x0ftree_assignment\x18\x05 \x01(\v2!.dormouse.agent.v1.TreeAssignmentH\x00R\x0etreeAssignment\x127\n" +
 	"\btree_ack\x18\x06 \x01(\v2\x1a.dormouse.agent.v1.TreeAckH\x00R\atreeAckB\x06\n" +
-	"\x04body\"\x92\x03\n" +
+	"\x04body\"\xc6\x03\n" +
 	"\x05Hello\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x12\x14\n" +
 	"\x05cloud\x18\x02 \x01(\tR\x05cloud\x12\x12\n" +
@@ -3654,7 +3674,8 @@ const file_agent_proto_rawDesc = "" +
 	" \x01(\x03R\bagentPid\x122\n" +
 	"\x05tasks\x18\v \x03(\v2\x1c.dormouse.agent.v1.TaskStateR\x05tasks\x12\x1a\n" +
 	"\bunderlay\x18\f \x01(\tR\bunderlay\x12!\n" +
-	"\ftree_address\x18\r \x01(\tR\vtreeAddress\"\xaa\x02\n" +
+	"\ftree_address\x18\r \x01(\tR\vtreeAddress\x122\n" +
+	"\x15restores_with_network\x18\x0e \x01(\bR\x13restoresWithNetwork\"\xaa\x02\n" +
 	"\aWelcome\x12\x17\n" +
 	"\anode_id\x18\x01 \x01(\tR\x06nodeId\x12!\n" +
 	"\fheartbeat_ms\x18\x02 \x01(\x03R\vheartbeatMs\x12\x19\n" +
@@ -3777,7 +3798,7 @@ const file_agent_proto_rawDesc = "" +
 	"\aDiscard\x12\x1e\n" +
 	"\n" +
 	"checkpoint\x18\x01 \x01(\tR\n" +
-	"checkpoint\"\xc4\x01\n" +
+	"checkpoint\"\xfe\x01\n" +
 	"\vRestoreTask\x12\x1e\n" +
 	"\n" +
 	"checkpoint\x18\x01 \x01(\tR\n" +
@@ -3787,7 +3808,8 @@ const file_agent_proto_rawDesc = "" +
 	"\n" +
 	"virtual_ip\x18\x04 \x01(\tR\tvirtualIp\x122\n" +
 	"\x05hosts\x18\x05 \x03(\v2\x1c.dormouse.agent.v1.HostEntryR\x05hosts\x12\x12\n" +
-	"\x04hold\x18\x06 \x01(\bR\x04hold\"D\n" +
+	"\x04hold\x18\x06 \x01(\bR\x04hold\x128\n" +
+	"\anetwork\x18\a \x01(\v2\x1e.dormouse.agent.v1.NetworkPlanR\anetwork\"D\n" +
 	"\x0ePrepareNetwork\x122\n" +
 	"\x04plan\x18\x01 \x01(\v2\x1e.dormouse.agent.v1.NetworkPlanR\x04plan\"\xed\x01\n" +
 	"\vNetworkPlan\x12\x16\n" +
@@ -3993,31 +4015,32 @@ var file_agent_proto_depIdxs = []int32{
 	32, // 40: dormouse.agent.v1.Reply.network:type_name -> dormouse.agent.v1.NetworkEndpoint
 	18, // 41: dormouse.agent.v1.StartTask.hosts:type_name -> dormouse.agent.v1.HostEntry
 	18, // 42: dormouse.agent.v1.RestoreTask.hosts:type_name -> dormouse.agent.v1.HostEntry
-	30, // 43: dormouse.agent.v1.PrepareNetwork.plan:type_name -> dormouse.agent.v1.NetworkPlan
-	31, // 44: dormouse.agent.v1.NetworkPlan.publish:type_name -> dormouse.agent.v1.Publish
-	34, // 45: dormouse.agent.v1.ConnectNetwork.peers:type_name -> dormouse.agent.v1.NetworkPeer
-	32, // 46: dormouse.agent.v1.NetworkPeer.endpoint:type_name -> dormouse.agent.v1.NetworkEndpoint
-	10, // 47: dormouse.agent.v1.AppRequest.task:type_name -> dormouse.agent.v1.TaskRef
-	38, // 48: dormouse.agent.v1.AppRequest.checkpoint:type_name -> dormouse.agent.v1.AppCheckpoint
-	15, // 49: dormouse.agent.v1.AppAnswer.failure:type_name -> dormouse.agent.v1.Failure
-	43, // 50: dormouse.agent.v1.OpenStream.logs:type_name -> dormouse.agent.v1.Logs
-	44, // 51: dormouse.agent.v1.OpenStream.exec:type_name -> dormouse.agent.v1.Exec
-	48, // 52: dormouse.agent.v1.Exec.env:type_name -> dormouse.agent.v1.Exec.EnvEntry
-	46, // 53: dormouse.agent.v1.Frame.exit:type_name -> dormouse.agent.v1.Exit
-	47, // 54: dormouse.agent.v1.Frame.resize:type_name -> dormouse.agent.v1.WindowSize
-	0,  // 55: dormouse.agent.v1.AgentService.Join:input_type -> dormouse.agent.v1.JoinRequest
-	2,  // 56: dormouse.agent.v1.AgentService.Renew:input_type -> dormouse.agent.v1.RenewRequest
-	4,  // 57: dormouse.agent.v1.AgentService.Connect:input_type -> dormouse.agent.v1.FromAgent
-	45, // 58: dormouse.agent.v1.AgentService.Attach:input_type -> dormouse.agent.v1.Frame
-	1,  // 59: dormouse.agent.v1.AgentService.Join:output_type -> dormouse.agent.v1.JoinResponse
-	3,  // 60: dormouse.agent.v1.AgentService.Renew:output_type -> dormouse.agent.v1.RenewResponse
-	5,  // 61: dormouse.agent.v1.AgentService.Connect:output_type -> dormouse.agent.v1.ToAgent
-	45, // 62: dormouse.agent.v1.AgentService.Attach:output_type -> dormouse.agent.v1.Frame
-	59, // [59:63] is the sub-list for method output_type
-	55, // [55:59] is the sub-list for method input_type
-	55, // [55:55] is the sub-list for extension type_name
-	55, // [55:55] is the sub-list for extension extendee
-	0,  // [0:55] is the sub-list for field type_name
+	30, // 43: dormouse.agent.v1.RestoreTask.network:type_name -> dormouse.agent.v1.NetworkPlan
+	30, // 44: dormouse.agent.v1.PrepareNetwork.plan:type_name -> dormouse.agent.v1.NetworkPlan
+	31, // 45: dormouse.agent.v1.NetworkPlan.publish:type_name -> dormouse.agent.v1.Publish
+	34, // 46: dormouse.agent.v1.ConnectNetwork.peers:type_name -> dormouse.agent.v1.NetworkPeer
+	32, // 47: dormouse.agent.v1.NetworkPeer.endpoint:type_name -> dormouse.agent.v1.NetworkEndpoint
+	10, // 48: dormouse.agent.v1.AppRequest.task:type_name -> dormouse.agent.v1.TaskRef
+	38, // 49: dormouse.agent.v1.AppRequest.checkpoint:type_name -> dormouse.agent.v1.AppCheckpoint
+	15, // 50: dormouse.agent.v1.AppAnswer.failure:type_name -> dormouse.agent.v1.Failure
+	43, // 51: dormouse.agent.v1.OpenStream.logs:type_name -> dormouse.agent.v1.Logs
+	44, // 52: dormouse.agent.v1.OpenStream.exec:type_name -> dormouse.agent.v1.Exec
+	48, // 53: dormouse.agent.v1.Exec.env:type_name -> dormouse.agent.v1.Exec.EnvEntry
+	46, // 54: dormouse.agent.v1.Frame.exit:type_name -> dormouse.agent.v1.Exit
+	47, // 55: dormouse.agent.v1.Frame.resize:type_name -> dormouse.agent.v1.WindowSize
+	0,  // 56: dormouse.agent.v1.AgentService.Join:input_type -> dormouse.agent.v1.JoinRequest
+	2,  // 57: dormouse.agent.v1.AgentService.Renew:input_type -> dormouse.agent.v1.RenewRequest
+	4,  // 58: dormouse.agent.v1.AgentService.Connect:input_type -> dormouse.agent.v1.FromAgent
+	45, // 59: dormouse.agent.v1.AgentService.Attach:input_type -> dormouse.agent.v1.Frame
+	1,  // 60: dormouse.agent.v1.AgentService.Join:output_type -> dormouse.agent.v1.JoinResponse
+	3,  // 61: dormouse.agent.v1.AgentService.Renew:output_type -> dormouse.agent.v1.RenewResponse
+	5,  // 62: dormouse.agent.v1.AgentService.Connect:output_type -> dormouse.agent.v1.ToAgent
+	45, // 63: dormouse.agent.v1.AgentService.Attach:output_type -> dormouse.agent.v1.Frame
+	60, // [60:64] is the sub-list for method output_type
+	56, // [56:60] is the sub-list for method input_type
+	56, // [56:56] is the sub-list for extension type_name
+	56, // [56:56] is the sub-list for extension extendee
+	0,  // [0:56] is the sub-list for field type_name
 }
 
 func init() { file_agent_proto_init() }
