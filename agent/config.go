@@ -9,9 +9,10 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
-	"regexp"
 
 	"gopkg.in/yaml.v3"
+
+	"dormouse/internal/lazyregexp"
 )
 
 // Config is what an agent needs to know. Its names in JSON and YAML are the
@@ -88,7 +89,7 @@ func LoadConfig(path string) (Config, error) {
 }
 
 // validName keeps names usable as file and cgroup names.
-var validName = regexp.MustCompile(`^[a-zA-Z0-9][a-zA-Z0-9._-]{0,62}$`)
+var validName = lazyregexp.New(`^[a-zA-Z0-9][a-zA-Z0-9._-]{0,62}$`)
 
 // complete checks c and fills in what was left out.
 func (c Config) complete() (Config, error) {

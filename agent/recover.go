@@ -7,15 +7,15 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"regexp"
 
 	"dormouse/agent/criu"
 	"dormouse/agent/sandbox"
 	"dormouse/api/agentpb"
+	"dormouse/internal/lazyregexp"
 )
 
 // validID keeps names of tasks usable as file and cgroup names.
-var validID = regexp.MustCompile(`^[a-zA-Z0-9][a-zA-Z0-9._-]{0,127}$`)
+var validID = lazyregexp.New(`^[a-zA-Z0-9][a-zA-Z0-9._-]{0,127}$`)
 
 func (a *Agent) taskDir(ref *agentpb.TaskRef) string { return filepath.Join(a.tasksDir(), taskID(ref)) }
 

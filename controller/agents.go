@@ -8,7 +8,6 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"regexp"
 	"time"
 
 	"google.golang.org/grpc"
@@ -21,6 +20,7 @@ import (
 	"dormouse/api/agentpb"
 	"dormouse/controller/store"
 	"dormouse/drivers"
+	"dormouse/internal/lazyregexp"
 )
 
 // tokenLife is how long a new machine may take to boot and join.
@@ -80,7 +80,7 @@ func dropTokens(tx store.Tx, node string) error {
 	return err
 }
 
-var nodeName = regexp.MustCompile(`^[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?$`)
+var nodeName = lazyregexp.New(`^[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?$`)
 
 // Join implements agentpb.AgentServiceServer.
 func (s *agentService) Join(ctx context.Context, request *agentpb.JoinRequest) (*agentpb.JoinResponse, error) {

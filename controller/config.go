@@ -9,7 +9,6 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strings"
 	"time"
@@ -20,6 +19,7 @@ import (
 	"dormouse/controller/interval"
 	"dormouse/controller/pki"
 	"dormouse/drivers"
+	"dormouse/internal/lazyregexp"
 )
 
 // Config is what `dormouse controller --config F` reads, and what `dormouse up`
@@ -207,7 +207,7 @@ const (
 	driverStatic = "static" // no driver: agents join by themselves
 )
 
-var cloudName = regexp.MustCompile(`^[a-z][a-z0-9-]{0,31}$`)
+var cloudName = lazyregexp.New(`^[a-z][a-z0-9-]{0,31}$`)
 
 // ReadConfig reads a configuration file. Fields it does not know are refused.
 func ReadConfig(file string) (Config, error) {

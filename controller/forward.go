@@ -13,7 +13,6 @@ import (
 	"net/http"
 	"net/http/httputil"
 	"net/url"
-	"regexp"
 	"strings"
 	"time"
 
@@ -22,6 +21,7 @@ import (
 	"dormouse/api"
 	"dormouse/controller/pki"
 	"dormouse/controller/store/etcd"
+	"dormouse/internal/lazyregexp"
 )
 
 const (
@@ -39,7 +39,7 @@ const (
 
 // fromStore are the requests that the store alone answers. What is not named here
 // needs what only the leader has: streams to agents, or the right to write.
-var fromStore = regexp.MustCompile(`^/(healthz|metrics|openapi[^/]*|v1/(version|controllers|clouds|nodes|events|whoami|tokens|audit|backup|jobs|jobs/[^/]+|jobs/[^/]+/(wait|checkpoints)|checkpoints|checkpoints/[^/]+|operations|operations/[^/]+))$`)
+var fromStore = lazyregexp.New(`^/(healthz|metrics|openapi[^/]*|v1/(version|controllers|clouds|nodes|events|whoami|tokens|audit|backup|jobs|jobs/[^/]+|jobs/[^/]+/(wait|checkpoints)|checkpoints|checkpoints/[^/]+|operations|operations/[^/]+))$`)
 
 // follow answers requests while another controller leads.
 func (m *member) follow() http.Handler {

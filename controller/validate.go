@@ -3,7 +3,6 @@ package controller
 import (
 	"encoding/json"
 	"path"
-	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -14,6 +13,7 @@ import (
 
 	"dormouse/api"
 	"dormouse/controller/interval"
+	"dormouse/internal/lazyregexp"
 	"dormouse/monitor/policy"
 )
 
@@ -28,10 +28,10 @@ const (
 )
 
 var (
-	jobName    = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$`)
-	labelText  = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._/-]{0,62}$`)
-	capName    = regexp.MustCompile(`^(CAP_)?[A-Z_]+$`)
-	userName   = regexp.MustCompile(`^[A-Za-z0-9._-]+(:[A-Za-z0-9._-]+)?$`)
+	jobName    = lazyregexp.New(`^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$`)
+	labelText  = lazyregexp.New(`^[A-Za-z0-9][A-Za-z0-9._/-]{0,62}$`)
+	capName    = lazyregexp.New(`^(CAP_)?[A-Z_]+$`)
+	userName   = lazyregexp.New(`^[A-Za-z0-9._-]+(:[A-Za-z0-9._-]+)?$`)
 	baselines  = []string{"", "native", "x86-64-v2", "x86-64-v3", "x86-64-v4"}
 	explicitly = []string{"cpus", "mem_bytes", "tasks"} // a zero that was written is not a default
 )
@@ -200,7 +200,7 @@ func checkLaunch(s *api.JobSpec) error {
 }
 
 // launcher are the programs of the MPIs that start the others themselves.
-var launcher = regexp.MustCompile(`^(mpirun|mpiexec|orterun|oshrun|prterun)([.-][a-z0-9.]+)?$`)
+var launcher = lazyregexp.New(`^(mpirun|mpiexec|orterun|oshrun|prterun)([.-][a-z0-9.]+)?$`)
 
 // checkNetwork checks what the job's network lets in and out.
 func checkNetwork(s *api.JobSpec) error {

@@ -6,11 +6,12 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"regexp"
 	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"dormouse/internal/lazyregexp"
 )
 
 // Reasons on which a caller may decide; an Error from Dump or Restore wraps at
@@ -83,7 +84,7 @@ var harmless = []string{
 
 // logLine is "(00.012345)    123: Error (criu/files.c:45): text"; the pid and
 // the time are optional.
-var logLine = regexp.MustCompile(`^(?:\(\d+\.\d+\)\s*)?(?:pie:\s*)?(?:\d+:\s*)?(Error \([^)]*\): .*)$`)
+var logLine = lazyregexp.New(`^(?:\(\d+\.\d+\)\s*)?(?:pie:\s*)?(?:\d+:\s*)?(Error \([^)]*\): .*)$`)
 
 // errorLines reads CRIU's error lines from a log.
 func errorLines(r io.Reader) []string {

@@ -5,7 +5,8 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
-	"regexp"
+
+	"dormouse/internal/lazyregexp"
 )
 
 // Kinds of tunnel between the nodes of a job.
@@ -85,7 +86,7 @@ func (e *PortTakenError) Error() string {
 }
 
 // validJob keeps names of jobs usable in file and cgroup names.
-var validJob = regexp.MustCompile(`^[a-zA-Z0-9][a-zA-Z0-9_-]{0,62}$`)
+var validJob = lazyregexp.New(`^[a-zA-Z0-9][a-zA-Z0-9_-]{0,62}$`)
 
 func (k Key) check() error {
 	if !validJob.MatchString(k.Job) || k.Run < 0 {

@@ -6,11 +6,11 @@ import (
 	"math"
 	"net/netip"
 	"path/filepath"
-	"regexp"
 	"strings"
 
 	"dormouse/agent/sandbox/oci"
 	"dormouse/api"
+	"dormouse/internal/lazyregexp"
 )
 
 // Errors that a caller decides on. Each comes wrapped in a full sentence.
@@ -110,7 +110,7 @@ func ParseRoot(s string) (Root, error) {
 	return Root{}, refuse("the root %q is none of host, dir:PATH, oci:PATH, oci:REFERENCE or an absolute path", s)
 }
 
-var validID = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$`)
+var validID = lazyregexp.New(`^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$`)
 
 // validate finds what is wrong with a Config without looking at the machine.
 func (c *Config) validate() error {

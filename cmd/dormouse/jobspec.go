@@ -10,7 +10,6 @@ import (
 	"os"
 	"path"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -19,6 +18,7 @@ import (
 
 	"dormouse/api"
 	"dormouse/controller/interval"
+	"dormouse/internal/lazyregexp"
 	"dormouse/monitor/policy"
 )
 
@@ -33,7 +33,7 @@ const (
 )
 
 // jobName is what a job may be called: it appears in host names, files, tables.
-var jobName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$`)
+var jobName = lazyregexp.New(`^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$`)
 
 var cpuBaselines = []string{"native", "x86-64-v2", "x86-64-v3", "x86-64-v4"}
 

@@ -10,7 +10,6 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"regexp"
 	"runtime"
 	"slices"
 	"strconv"
@@ -23,6 +22,7 @@ import (
 	"dormouse/agent/criu"
 	"dormouse/api"
 	"dormouse/controller"
+	"dormouse/internal/lazyregexp"
 )
 
 const (
@@ -41,7 +41,7 @@ const (
 // tunnels are the values of --tunnel.
 var tunnels = []string{controller.TunnelAuto, controller.TunnelWireGuard, controller.TunnelVXLAN}
 
-var cloudName = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?$`)
+var cloudName = lazyregexp.New(`^[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?$`)
 
 // upOptions are the values of up's flags.
 type upOptions struct {

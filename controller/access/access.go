@@ -25,11 +25,11 @@ import (
 	"encoding/base64"
 	"encoding/hex"
 	"fmt"
-	"regexp"
 	"strings"
 	"time"
 
 	"dormouse/api"
+	"dormouse/internal/lazyregexp"
 )
 
 // prefix tells people, and tools that look for leaked secrets, what a token is.
@@ -104,8 +104,8 @@ func denied(format string, args ...any) error {
 }
 
 var (
-	tokenName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$`)
-	userName  = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9._-]{0,31}$`)
+	tokenName = lazyregexp.New(`^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$`)
+	userName  = lazyregexp.New(`^[A-Za-z_][A-Za-z0-9._-]{0,31}$`)
 )
 
 // Check refuses what cannot be a token's name, role and user.

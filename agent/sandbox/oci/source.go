@@ -11,7 +11,6 @@ import (
 	"os"
 	"path"
 	"path/filepath"
-	"regexp"
 	"runtime"
 	"strings"
 
@@ -21,6 +20,8 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/layout"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 	"github.com/google/go-containerregistry/pkg/v1/tarball"
+
+	"dormouse/internal/lazyregexp"
 )
 
 // source is an image that can be read until close.
@@ -147,7 +148,7 @@ func (r readCloser) Close() error { return r.close() }
 
 // blobName is the only kind of file, besides the two indexes, that a layout
 // needs; nothing else is unpacked from its archive.
-var blobName = regexp.MustCompile(`^blobs/sha(256|512)/[0-9a-f]{64,128}$`)
+var blobName = lazyregexp.New(`^blobs/sha(256|512)/[0-9a-f]{64,128}$`)
 
 // fromLayoutArchive spreads a layout into a temporary directory of the cache.
 func (c *Cache) fromLayoutArchive(ctx context.Context, file string, opener func() (io.ReadCloser, error)) (_ *source, err error) {
