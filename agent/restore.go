@@ -176,7 +176,9 @@ type built struct {
 	cgroup  *os.File
 	netns   *os.File
 	network errgroup.Group // that connects netns
+	target  *sandbox.RestoreTarget
 	tmpfs   []sandbox.Tmpfs
+	work    string // of the CRIU
 }
 
 // close gives up what was built for a task that is not woken; its sandbox is the
@@ -218,16 +220,21 @@ func (a *Agent) build(ctx context.Context, t *task, r *record, part *repository.
 		}
 		return memory.attach()
 	})
-	group.Go(func() error {
+	group.Go(func() (err error) {
 		if err := part.RestoreTree(all, upperTree, upper, repository.RestoreOptions{Local: a.ownInit}); err != nil {
 			return err
 		}
 		select {
 		case <-made:
-			return restoreFiles(all, part, b.box, upper, t.dir)
 		case <-all.Done():
 			return all.Err()
 		}
+		if err := restoreFiles(all, part, b.box, upper, t.dir); err != nil {
+			return err
+		}
+		failpoint.Hit("agent.restore.files")
+		b.target, err = b.box.PrepareRestore(all, b.netns)
+		return err
 	})
 	group.Go(func() (err error) {
 		if b.box, err = a.createBox(all, t, r); err != nil {
@@ -238,12 +245,13 @@ func (a *Agent) build(ctx context.Context, t *task, r *record, part *repository.
 		if err := a.startCRIU(b); err != nil {
 			return err
 		}
-		b.tmpfs, err = restoreTmpfs(all, part, b.box)
+		if b.tmpfs, err = restoreTmpfs(all, part, b.box); err != nil {
+			return err
+		}
+		b.work, err = a.makeWorkDir(t)
 		return err
 	})
-	err = group.Wait()
-	failpoint.Hit("agent.restore.files")
-	if err == nil {
+	if err = group.Wait(); err == nil {
 		// Not before: what was waited for is little, and would wait for the disk.
 		memory.reader.Begin()
 	}
@@ -289,6 +297,15 @@ func (a *Agent) startCRIU(b *built) (err error) {
 	b.cgroup = birth.Cgroup
 	b.criu, err = a.criu.PrepareRestore(birth)
 	return err
+}
+
+// makeWorkDir makes CRIU's work directory, where the next agent would look for it.
+func (a *Agent) makeWorkDir(t *task) (string, error) {
+	work := a.workDir(t.id())
+	if err := os.Mkdir(work, 0o700); err != nil {
+		return "", err
+	}
+	return work, t.note(func(r *record) { r.Work = work })
 }
 
 // restoreTmpfs makes and fills those file systems in memory that CRIU has left to
@@ -382,19 +399,8 @@ func restoreFiles(ctx context.Context, part *repository.PartReader, box *sandbox
 func (a *Agent) wake(ctx context.Context, t *task, h *restoring, b *built, images string, memory *memorySource) error {
 	defer b.close()
 	box := b.box
-	target, err := box.PrepareRestore(ctx, b.netns)
-	if err != nil {
-		return err
-	}
-	work := a.workDir(t.id())
-	if err := os.Mkdir(work, 0o700); err != nil {
-		return err
-	}
-	if err := t.note(func(r *record) { r.Work = work }); err != nil {
-		return err
-	}
 	request := criu.RestoreRequest{
-		ImagesDir: images, WorkDir: work, Root: target.Root,
+		ImagesDir: images, WorkDir: b.work, Root: b.target.Root,
 		Notify: func(ctx context.Context, event criu.Event, root int) error {
 			switch event {
 			case criu.EventPostSetupNamespaces:
@@ -423,7 +429,7 @@ func (a *Agent) wake(ctx context.Context, t *task, h *restoring, b *built, image
 			return nil
 		},
 	}
-	external := target.External
+	external := b.target.External
 	for _, t := range b.tmpfs {
 		external = append(external, t.External())
 	}

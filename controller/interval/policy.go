@@ -3,12 +3,11 @@ package interval
 import (
 	"errors"
 	"fmt"
+	"regexp"
 	"strings"
 	"time"
 
 	"github.com/robfig/cron/v3"
-
-	"dormouse/internal/lazyregexp"
 )
 
 // Auto is the text of the policy that chooses the interval itself.
@@ -29,7 +28,7 @@ type Policy struct {
 }
 
 // zoned are the ways to name a time zone in a cron line.
-var zoned = lazyregexp.New(`^(CRON_)?TZ=`)
+var zoned = regexp.MustCompile(`^(CRON_)?TZ=`)
 
 // Parse reads a duration such as 10m, a cron line of five fields such as
 // "0 * * * *" or a name such as @hourly, both in UTC, or auto. Nothing is the

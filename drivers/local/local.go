@@ -28,12 +28,12 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"sync"
 
 	"dormouse/drivers"
-	"dormouse/internal/lazyregexp"
 )
 
 // Options make a Driver.
@@ -69,7 +69,7 @@ type Driver struct {
 	nodes map[string]*node
 }
 
-var validName = lazyregexp.New(`^[a-zA-Z0-9][a-zA-Z0-9._-]{0,62}$`)
+var validName = regexp.MustCompile(`^[a-zA-Z0-9][a-zA-Z0-9._-]{0,62}$`)
 
 // New returns the driver of one cloud of virtual nodes. Nodes that an earlier
 // process left are known; those whose agents still run are watched again by

@@ -11,7 +11,6 @@ import (
 	"time"
 
 	"dormouse/api"
-	"dormouse/internal/lazyregexp"
 )
 
 // What holds where a health check says nothing.
@@ -31,7 +30,7 @@ const (
 )
 
 // target is [:PORT]/PATH.
-var target = lazyregexp.New(`^(?::([0-9]{1,5}))?(/[^\s#]*)$`)
+var target = regexp.MustCompile(`^(?::([0-9]{1,5}))?(/[^\s#]*)$`)
 
 // Check refuses what a job cannot ask for, in one sentence.
 func Check(spec api.JobSpec) error {
