@@ -433,7 +433,11 @@ func (c *controller) do(node string, ref *agentpb.TaskRef, body any) *agentpb.Re
 		c.mustDo(node, ref, &agentpb.PrepareNetwork{Plan: c.plan})
 	case *agentpb.RestoreTask:
 		b.VirtualIp = cmp.Or(b.VirtualIp, firstAddress)
-		c.mustDo(node, ref, &agentpb.PrepareNetwork{Plan: c.plan})
+		if b.GetHold() {
+			c.mustDo(node, ref, &agentpb.PrepareNetwork{Plan: c.plan})
+		} else {
+			b.Network = c.plan
+		}
 	}
 	c.mu.Lock()
 	c.next++
