@@ -8,8 +8,8 @@
 // RPC (protobuf messages over a SOCK_SEQPACKET socket pair):
 //
 //	dump                                     restore
-//	1 start criu, send the request           1 start criu, put it into the target cgroups
-//	2 answer its notifications:              2 send the request
+//	1 start criu, send the request           1 start criu in the target cgroups
+//	2 answer its notifications:              2 show it what was mounted since, send the request
 //	    pre-dump, post-dump                  3 answer its notifications:
 //	3 at pre-dump, when the caller has           pre-restore, setup-namespaces,
 //	  frozen the tree, note affinities           post-setup-namespaces, post-restore,

@@ -75,12 +75,15 @@ func (e *Engine) PrepareRestore(b Birth) (*PendingRestore, error) {
 	if b.NetNS != nil {
 		p.options.inherit = []*os.File{b.NetNS}
 	}
-	return p, p.start()
+	if err := p.start(); err != nil {
+		return nil, fmt.Errorf("criu restore: %w", err)
+	}
+	return p, nil
 }
 
 func (p *PendingRestore) start() (err error) {
 	if p.session, err = p.engine.start(p.options); err != nil {
-		return fmt.Errorf("criu restore: start %s: %w", p.engine.path, err)
+		return fmt.Errorf("start %s: %w", p.engine.path, err)
 	}
 	return nil
 }

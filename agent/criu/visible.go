@@ -12,23 +12,6 @@ import (
 	"dormouse/internal/thread"
 )
 
-// contain reports whether one of the files is a directory that is, or has in it,
-// dir.
-func contain(files []string, dir string) bool {
-	if real, err := filepath.EvalSymlinks(dir); err == nil {
-		dir = real
-	}
-	for _, file := range files {
-		if real, err := filepath.EvalSymlinks(file); err == nil {
-			file = real
-		}
-		if file == "/" || dir == file || strings.HasPrefix(dir, file+"/") {
-			return true
-		}
-	}
-	return false
-}
-
 // showMounts mounts for a CRIU with mounts of its own what was mounted on one of the
 // files since it was started.
 func showMounts(pid int, files []string) error {
@@ -74,6 +57,23 @@ func showMounts(pid int, files []string) error {
 		}
 		return nil
 	})
+}
+
+// contain reports whether one of the files is a directory that is, or has in it,
+// dir.
+func contain(files []string, dir string) bool {
+	if real, err := filepath.EvalSymlinks(dir); err == nil {
+		dir = real
+	}
+	for _, file := range files {
+		if real, err := filepath.EvalSymlinks(file); err == nil {
+			file = real
+		}
+		if file == "/" || dir == file || strings.HasPrefix(dir, file+"/") {
+			return true
+		}
+	}
+	return false
 }
 
 // carry mounts what the calling thread, which is in the mount namespace ours, finds
