@@ -1,6 +1,8 @@
 package repository
 
 import (
+	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"iter"
@@ -8,11 +10,14 @@ import (
 	"path/filepath"
 	"reflect"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"dormouse/repository/backend"
 )
 
 // needRoot skips a test that makes devices, owners and trusted attributes.
@@ -413,5 +418,60 @@ func TestOnlyWhatDiffersIsRestored(t *testing.T) {
 	must(t, err)
 	if fi.Mode().Perm() != 0o750 {
 		t.Errorf("a directory on the way has mode %o, want 750", fi.Mode().Perm())
+	}
+}
+
+// readCounter counts the bytes that are read of packs.
+type readCounter struct {
+	backend.Backend
+	bytes atomic.Int64
+}
+
+func (c *readCounter) ReadAt(ctx context.Context, h backend.Handle, p []byte, off int64) (int, error) {
+	n, err := c.Backend.ReadAt(ctx, h, p, off)
+	c.bytes.Add(int64(n))
+	return n, err
+}
+
+func TestWhatALocalFileHasIsNotReadFromTheRepository(t *testing.T) {
+	src := t.TempDir()
+	content := contiguousBytes(3<<20 + 17)
+	must(t, os.WriteFile(filepath.Join(src, "program"), content, 0o755))
+	sparse(t, filepath.Join(src, "sparse"), 20<<20, map[int64]string{70_000: "x", 15 << 20: "y"})
+	r := newTestRepo(t)
+	counter := &readCounter{Backend: r.be}
+	r.be = counter
+	r = openTestRepo(t, r)
+	res, _ := r.upload(t, "", PartOptions{}, map[string]string{"upper": src})
+
+	changed := bytes.Clone(content)
+	changed[1<<20] ^= 1
+	local := filepath.Join(t.TempDir(), "local")
+	for _, c := range []struct {
+		name   string
+		local  []byte // nil: no such file
+		atMost int64
+	}{
+		{"the same", content, 1 << 20}, {"another byte", changed, 1 << 20}, {"longer", append(bytes.Clone(content), 'x'), 1 << 20},
+		{"shorter", content[:2<<20], 2 << 20}, {"empty", []byte{}, 4 << 20}, {"missing", nil, 4 << 20},
+	} {
+		os.Remove(local)
+		if c.local != nil {
+			must(t, os.WriteFile(local, c.local, 0o600))
+		}
+		p, err := r.OpenPart(t.Context(), res.ID)
+		must(t, err)
+		counter.bytes.Store(0)
+		dest := filepath.Join(t.TempDir(), "dest")
+		must(t, p.RestoreTree(t.Context(), "upper", dest, RestoreOptions{Local: func(e Entry) string {
+			if e.Path == "program" || e.Path == "sparse" {
+				return local
+			}
+			return ""
+		}}))
+		wantSameFiles(t, src, dest)
+		if n := counter.bytes.Load(); n > c.atMost {
+			t.Errorf("%s: %d bytes were read from the repository, want at most %d", c.name, n, c.atMost)
+		}
 	}
 }
