@@ -160,10 +160,12 @@ func (s *session) show(files []string) error {
 	return showMounts(s.pid(), files)
 }
 
-// discard ends a child to which nothing has been sent yet.
+// discard ends a child to which nothing has been sent yet. It holds nothing, so it is
+// killed: one that stands still in a frozen cgroup would not see the connection's end.
 func (s *session) discard() {
-	unix.Close(s.sock)
+	s.child.kill()
 	s.child.close()
+	unix.Close(s.sock)
 	s.kernel.learn(s.run)
 }
 
