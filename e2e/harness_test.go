@@ -244,10 +244,14 @@ func (p *platform) lines(job string) int {
 	return strings.Count(p.output(job), "\n")
 }
 
-// waitLines waits until the job has written at least n lines.
+// waitLines waits until the job has written at least n lines, and the controller knows
+// that it runs: it learns so a little later.
 func (p *platform) waitLines(job string, n int) {
 	p.t.Helper()
-	p.until(job, "it has written enough lines", func() bool { return p.lines(job) >= n })
+	onItsWay := []api.Phase{api.PhaseStarting, api.PhaseRestoring, api.PhaseRecovering}
+	p.until(job, "it has written enough lines", func() bool {
+		return p.lines(job) >= n && !slices.Contains(onItsWay, p.inspect(job).Phase)
+	})
 }
 
 // moves waits until the job has written more lines than now.
