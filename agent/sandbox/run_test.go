@@ -646,3 +646,22 @@ func TestDestroyIsIdempotentAndComplete(t *testing.T) {
 		}
 	}
 }
+
+// The machine may crash before a record is on the disk.
+func TestASandboxWithAnEmptyRecordIsNone(t *testing.T) {
+	b := newBench(t)
+	s := b.create(b.config("true"))
+	record := filepath.Join(s.Dir(), "sandbox.json")
+	if err := os.Truncate(record, 0); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := b.runtime.Open(b.context(), s.Dir()); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("opened: %v", err)
+	}
+	if err := os.WriteFile(record, []byte("{"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := b.runtime.Open(b.context(), s.Dir()); err == nil || errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("a damaged record: %v", err)
+	}
+}

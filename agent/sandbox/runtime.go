@@ -78,7 +78,7 @@ func (r *Runtime) Create(ctx context.Context, cfg Config) (*Sandbox, error) {
 		{do: s.makeDirs, undo: s.removeDirs},
 		{do: s.foresee}, // so that after a crash the next agent knows what to remove
 		{do: s.makeCgroup, undo: s.removeCgroup},
-		{do: s.save},
+		{do: s.note},
 	})
 	if err != nil {
 		return nil, err
@@ -171,7 +171,7 @@ func (s *Sandbox) removeDirs(context.Context) error {
 // foresee records the cgroups that makeCgroup may make, before it does.
 func (s *Sandbox) foresee(ctx context.Context) error {
 	s.state.Cgroup = s.runtime.hierarchies.Foresee(s.cgroupPath())
-	return s.save(ctx)
+	return s.note(ctx)
 }
 
 func (s *Sandbox) cgroupPath() string { return filepath.Join(s.runtime.parent, s.state.Config.ID) }

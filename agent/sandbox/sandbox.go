@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -52,24 +53,33 @@ type state struct {
 const stateFile = "sandbox.json"
 
 // save writes the state so that a crash leaves the old one or the new one.
-func (s *Sandbox) save(context.Context) error {
+func (s *Sandbox) save(context.Context) error { return s.write(true) }
+
+// note records the sandbox without waiting for the disk: no process, mount or cgroup
+// outlives the machine.
+func (s *Sandbox) note(context.Context) error { return s.write(false) }
+
+func (s *Sandbox) write(durably bool) error {
 	content, err := json.MarshalIndent(&s.state, "", "  ")
 	if err != nil {
 		return fmt.Errorf("cannot record the sandbox %s: %w", s.ID(), err)
 	}
-	if err := writeFileAtomically(filepath.Join(s.dir, stateFile), content); err != nil {
+	if err := writeFileAtomically(filepath.Join(s.dir, stateFile), content, durably); err != nil {
 		return fmt.Errorf("cannot record the sandbox %s: %w", s.ID(), err)
 	}
 	return nil
 }
 
-func writeFileAtomically(name string, content []byte) error {
+func writeFileAtomically(name string, content []byte, durably bool) error {
 	draft, err := os.OpenFile(name+".new", os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
 	if err != nil {
 		return err
 	}
 	_, err = draft.Write(content)
-	if err := errors.Join(err, draft.Sync(), draft.Close()); err != nil {
+	if err == nil && durably {
+		err = draft.Sync()
+	}
+	if err := errors.Join(err, draft.Close()); err != nil {
 		return err
 	}
 	return os.Rename(name+".new", name)
@@ -79,6 +89,9 @@ func (s *Sandbox) load() error {
 	content, err := os.ReadFile(filepath.Join(s.dir, stateFile))
 	if err != nil {
 		return fmt.Errorf("cannot read what the sandbox is: %w", err)
+	}
+	if len(content) == 0 {
+		return fmt.Errorf("the machine crashed before the sandbox's record was on the disk: %w", fs.ErrNotExist)
 	}
 	if err := json.Unmarshal(content, &s.state); err != nil {
 		return fmt.Errorf("the sandbox's record %s is damaged: %w", filepath.Join(s.dir, stateFile), err)
