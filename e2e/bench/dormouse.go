@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -29,6 +30,7 @@ type dormouseResult struct {
 	durable  time.Duration // from the command to durable
 	restore  time.Duration // from `resume` to the first instruction, chunks on the disk
 	warm     time.Duration // the same, chunks in the page cache
+	placed   time.Duration // of warm, from the decision on which node
 	stored   int64
 	second   time.Duration // the checkpoint after 1 % was rewritten, to durable
 	pause2   time.Duration
@@ -73,10 +75,10 @@ func (d *dormouse) round(ctx context.Context, s scenario, scratch string) (resul
 		return result, err
 	}
 	result.second, result.pause2, result.newBytes = milliseconds(second.DurableMS), pause, second.NewBytes
-	if result.restore, err = d.sleep(ctx, job, tickFile, func() error { return nil }); err != nil {
+	if result.restore, _, err = d.sleep(ctx, job, tickFile, func() error { return nil }); err != nil {
 		return result, err
 	}
-	if result.warm, err = d.sleep(ctx, job, tickFile, d.readPacks); err != nil {
+	if result.warm, result.placed, err = d.sleep(ctx, job, tickFile, d.readPacks); err != nil {
 		return result, err
 	}
 	result.peak, err = watch.stop()
@@ -84,20 +86,45 @@ func (d *dormouse) round(ctx context.Context, s scenario, scratch string) (resul
 }
 
 // sleep suspends the job and resumes it after meanwhile, and returns how long it took
-// from there to its first instruction.
-func (d *dormouse) sleep(ctx context.Context, job, tickFile string, meanwhile func() error) (time.Duration, error) {
+// from there to its first instruction, and how long from the decision on which node.
+func (d *dormouse) sleep(ctx context.Context, job, tickFile string, meanwhile func() error) (all, placed time.Duration, err error) {
 	if _, err := d.c.Run(ctx, "suspend", job); err != nil {
-		return 0, err
+		return 0, 0, err
 	}
 	if err := meanwhile(); err != nil {
-		return 0, err
+		return 0, 0, err
 	}
 	begin := time.Now()
 	if _, err := d.c.Run(ctx, "resume", job); err != nil {
-		return 0, err
+		return 0, 0, err
 	}
 	tick, err := firstTick(ctx, tickFile, begin)
-	return tick.Sub(begin), err
+	if err != nil {
+		return 0, 0, err
+	}
+	decided, err := d.lastPlaced(ctx, job)
+	return tick.Sub(begin), tick.Sub(decided), err
+}
+
+// lastPlaced is when the controller last decided where the job is to run.
+func (d *dormouse) lastPlaced(ctx context.Context, job string) (last time.Time, err error) {
+	out, err := d.c.Run(ctx, "-o", "json", "events", job)
+	if err != nil {
+		return last, err
+	}
+	for line := range strings.Lines(out) {
+		var event api.Event
+		if err := json.Unmarshal([]byte(line), &event); err != nil {
+			return last, fmt.Errorf("events of %s: %w in %q", job, err, line)
+		}
+		if event.Type == "placed" {
+			last = event.Time
+		}
+	}
+	if last.IsZero() {
+		return last, fmt.Errorf("job %s was never placed", job)
+	}
+	return last, nil
 }
 
 // readPacks brings all packs into the page cache: the images of plain CRIU are in

@@ -186,6 +186,7 @@ type row struct {
 	RawPauseMS  []float64 `json:"raw_pause_ms"`
 	RestoreMS   []float64 `json:"restore_ms"`
 	WarmMS      []float64 `json:"warm_restore_ms"`
+	PlacedMS    []float64 `json:"warm_restore_from_placed_ms"`
 	RawRestore  []float64 `json:"raw_restore_ms"`
 	BoxPauseMS  []float64 `json:"boxed_pause_ms"`
 	BoxRestore  []float64 `json:"boxed_restore_ms"`
@@ -233,6 +234,7 @@ func (r *row) add(plain rawResult, inBox boxedResult, ours dormouseResult) {
 	r.RawPauseMS = append(r.RawPauseMS, ms(plain.pause))
 	r.RestoreMS = append(r.RestoreMS, ms(ours.restore))
 	r.WarmMS = append(r.WarmMS, ms(ours.warm))
+	r.PlacedMS = append(r.PlacedMS, ms(ours.placed))
 	r.RawRestore = append(r.RawRestore, ms(plain.restore))
 	r.BoxPauseMS = append(r.BoxPauseMS, ms(inBox.pause))
 	r.BoxRestore = append(r.BoxRestore, ms(inBox.restore))
@@ -266,8 +268,9 @@ func printTable(rows []row) {
 		both("pause, ms", r.PauseMS, r.RawPauseMS, 1, "%.0f")
 		both("  the same beside plain CRIU in a sandbox, ms", r.PauseMS, r.BoxPauseMS, 1, "%.0f")
 		both("restore to first instruction, chunks in memory as plain CRIU's images, ms", r.WarmMS, r.RawRestore, 1, "%.0f")
-		both("  the same beside plain CRIU in a sandbox that is there, ms", r.WarmMS, r.BoxRestore, 1, "%.0f")
-		both("  the same beside the floor: plain CRIU that verifies and writes down, ms", r.WarmMS, r.FloorMS, 1, "%.0f")
+		both("  of it from the decision on which node, ms", r.PlacedMS, r.RawRestore, 1, "%.0f")
+		both("  all of it beside plain CRIU in a sandbox that is there, ms", r.WarmMS, r.BoxRestore, 1, "%.0f")
+		both("  all of it beside the floor: plain CRIU that verifies and writes down, ms", r.WarmMS, r.FloorMS, 1, "%.0f")
 		both("restore to first instruction, chunks on the disk, ms", r.RestoreMS, r.RawRestore, 1, "%.0f")
 		both("durable (plain: cp and sync of the images), ms", r.DurableMS, r.CopySyncMS, 1, "%.0f")
 		both("stored (plain: images), MiB", r.Stored, r.ImageBytes, mib, "%.1f")
