@@ -217,7 +217,11 @@ func TestPublishedPortsAreReachedOnTheNodeOfTheTask(t *testing.T) {
 	before := p.placement(job)
 	p.run("restart", job, "--cloud", p.otherCloud(job))
 	reached()
+	after := p.placement(job)
 	for task, node := range before {
+		if after[task] == node {
+			continue // the job was in both clouds
+		}
 		if got, err := ask(fmt.Sprintf("%s:%d", p.underlay(node), 28080+task)); err == nil {
 			t.Errorf("node %s, which task %d has left, answers %q", node, task, got)
 		}
