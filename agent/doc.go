@@ -42,13 +42,13 @@
 // Where no other task has to be waited for, Freeze goes as far as Thaw.
 //
 // A restore is the mirror: small images and files are fetched while CRIU starts and
-// the network is made, and then memory begins to
-// be fetched and verified, of which never all is held (pages.go). CRIU builds the
-// processes, and reads what memory they may share from a file system of ours (where
-// the kernel has no FUSE, it waits until that is in the spool); the rest, most of
-// it, the agent writes into the processes itself before they run. What the node lacks of the task's
-// closure is put into its upper layer. Whatever fails, nothing of the new task is
-// left: a task runs only after all of its memory was verified.
+// the network is made, and then memory begins to be fetched and verified, of which
+// never all is held (pages.go). CRIU builds the processes, and reads what memory
+// they may share from a file system of ours (where the kernel has no FUSE, it waits
+// until that is in the spool); the rest, most of it, the agent writes into the
+// processes itself before they run. What the node lacks of the task's closure is
+// put into its upper layer. Whatever fails, nothing of the new task is left: a task
+// runs only after all of its memory was verified.
 //
 // # Jobs of several tasks
 //
