@@ -28,6 +28,7 @@ type link struct {
 	session  *session // nil while there is none
 	lost     bool
 	lastSeen time.Time
+	excused  time.Duration        // of the silence since, in which nobody listened
 	beats    *failures.Accrual    // judges its silence; nil before it was first heard of
 	changed  chan struct{}        // closed when session or lost change
 	calls    map[string]*callSite // by the command's id
@@ -64,7 +65,7 @@ func (f *fleet) link(node string) *link {
 
 // hear notes that the node was heard of; the caller holds the lock.
 func (f *fleet) hear(l *link, now time.Time) {
-	l.lastSeen = now
+	l.lastSeen, l.excused = now, 0
 	if l.beats == nil {
 		l.beats = failures.NewAccrual(f.bounds, now)
 		return
@@ -77,7 +78,8 @@ func (f *fleet) hear(l *link, now time.Time) {
 func (f *fleet) suspect(node string, now time.Time) (why string, suspect bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	beats := f.link(node).beats
+	l := f.link(node)
+	beats, now := l.beats, now.Add(-l.excused)
 	if beats == nil || !beats.Suspect(now) {
 		return "", false
 	}
@@ -105,7 +107,7 @@ func (f *fleet) attach(s *session, now time.Time) {
 		s.end(&nodeLostError{s.node}) // between its welcome and now
 		return
 	}
-	l.session, l.lastSeen = s, now // its Hello was heard when it was revived
+	l.session, l.lastSeen, l.excused = s, now, 0 // its Hello was heard when it was revived
 	l.change()
 }
 
@@ -145,11 +147,33 @@ func (f *fleet) renew(s *session, now time.Time) bool {
 	return true
 }
 
+// silence is how long the node was not heard of while somebody listened.
+func (l *link) silence(now time.Time) time.Duration {
+	return now.Sub(l.lastSeen) - l.excused
+}
+
+// silence is how long the node was not heard of while somebody listened.
+func (f *fleet) silence(node string, now time.Time) time.Duration {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.link(node).silence(now)
+}
+
+// excuse takes d, in which the controller itself stood still until now, off the
+// silence of every node.
+func (f *fleet) excuse(d time.Duration, now time.Time) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, l := range f.links {
+		l.excused = min(l.excused+d, max(0, now.Sub(l.lastSeen)))
+	}
+}
+
 // expire takes a node for lost if it was silent for longer than limit. From
 // then on its lease is not renewed.
 func (f *fleet) expire(node string, now time.Time, limit time.Duration) bool {
 	f.mu.Lock()
-	expired := now.Sub(f.link(node).lastSeen) > limit
+	expired := f.link(node).silence(now) > limit
 	if expired {
 		f.link(node).lost = true
 	}

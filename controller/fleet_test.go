@@ -66,6 +66,26 @@ func TestWhatWasLearnedNeverOutlastsTheLease(t *testing.T) {
 	}
 }
 
+// What the controller slept through is no silence of the nodes, and no more than
+// they were silent for.
+func TestSilenceInWhichNobodyListenedIsExcused(t *testing.T) {
+	f, s, last := beating(100, func(int) time.Duration { return time.Second })
+	slept := last.Add(60 * time.Second)
+	f.excuse(59*time.Second, slept)
+	if why, suspect := f.suspect("n", slept); suspect || f.expire("n", slept, 40*time.Second) {
+		t.Errorf("the node is suspect or lost: %s", why)
+	}
+	if !f.expire("n", slept.Add(40*time.Second), 40*time.Second) {
+		t.Error("the node was not lost a lease after the controller woke")
+	}
+	f.revive("n", slept)
+	f.attach(s, slept)
+	f.excuse(time.Hour, slept.Add(time.Second))
+	if quiet := f.silence("n", slept.Add(2*time.Second)); quiet != time.Second {
+		t.Errorf("the node is said to be silent for %s, want 1s", quiet)
+	}
+}
+
 func TestANodeNeverHeardOfIsNotSuspect(t *testing.T) {
 	f := newFleet(func() bool { return true }, accrualBounds(Parts{Heartbeat: time.Second, Lease: 30 * time.Second}))
 	if why, suspect := f.suspect("n", time.Now()); suspect {

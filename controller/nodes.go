@@ -112,14 +112,23 @@ func (c *Controller) nodeStarts(ctx context.Context, id string) error {
 	})
 }
 
-// watchNodes looks at every node's silence, once per heartbeat.
+// watchNodes looks at every node's silence, once per heartbeat. When it comes to
+// that later than the margin allows for, the controller stood still, or its store
+// did: nobody was heard of.
 func (c *Controller) watchNodes(ctx context.Context) {
+	looked := c.clock.Now()
 	for {
 		select {
 		case <-c.clock.After(c.parts.Heartbeat):
 		case <-ctx.Done():
 			return
 		}
+		now := c.clock.Now()
+		if late := now.Sub(looked) - c.parts.Heartbeat; late > c.parts.Margin {
+			c.log.Warn("the controller or its store stood still: no node's silence counts meanwhile", "for", late.Round(time.Millisecond))
+			c.fleet.excuse(late, now)
+		}
+		looked = now
 		if err := c.checkLeases(ctx); err != nil && ctx.Err() == nil {
 			c.log.Error("the nodes' leases cannot be checked", "error", err)
 		}
@@ -135,16 +144,20 @@ func (c *Controller) checkLeases(ctx context.Context) error {
 		nodes, err = c.nodes.all(tx)
 		return err
 	})
-	now := c.clock.Now()
+	now, lease := c.clock.Now(), c.parts.Lease+c.parts.Margin
 	for _, n := range nodes {
 		if n.State != api.NodeReady && n.State != api.NodeUnreachable && n.State != api.NodeCordoned {
 			continue
 		}
-		seen, _ := c.fleet.lastSeen(n.ID)
-		quiet := now.Sub(seen)
+		quiet := c.fleet.silence(n.ID, now)
 		switch {
-		case c.fleet.expire(n.ID, now, c.parts.Lease+c.parts.Margin):
-			err = errors.Join(err, c.loseNode(ctx, n.ID, fmt.Sprintf("its agent was silent for %s, longer than its lease", quiet.Round(time.Millisecond))))
+		case quiet > lease:
+			if prompt, broken := c.storeIsPrompt(ctx); !prompt {
+				return errors.Join(err, broken)
+			}
+			if c.fleet.expire(n.ID, now, lease) {
+				err = errors.Join(err, c.loseNode(ctx, n.ID, fmt.Sprintf("its agent was silent for %s, longer than its lease", quiet.Round(time.Millisecond))))
+			}
 		case n.State != api.NodeUnreachable:
 			if why, suspect := c.fleet.suspect(n.ID, now); suspect {
 				err = errors.Join(err, c.changeNode(ctx, n.ID, api.NodeUnreachable, why+"; its tasks may still run"))
@@ -152,6 +165,14 @@ func (c *Controller) checkLeases(ctx context.Context) error {
 		}
 	}
 	return err
+}
+
+// storeIsPrompt reports whether the store can be written to within the margin.
+// Where it cannot, what comes from the agents waits for it, their heartbeats too.
+func (c *Controller) storeIsPrompt(ctx context.Context) (bool, error) {
+	asked := c.clock.Now()
+	err := c.store.Update(ctx, func(store.Tx) error { return nil })
+	return err == nil && c.clock.Now().Sub(asked) <= c.parts.Margin, err
 }
 
 // changeNode writes a node's new state.

@@ -4,7 +4,10 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"os"
+	"os/exec"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -602,10 +605,7 @@ func TestCutOffNodeIsLostAfterItsLeaseAndItsTasksAreDestroyedWhenItReturns(t *te
 	node := s.jobNow(id).TaskStatus[0].Node
 	a := s.agent(node)
 	a.cutNetwork(true)
-	s.eventually("the node is unreachable", func(tx store.Tx) (bool, error) {
-		n, err := store.Get[nodeRecord](tx, store.Nodes, node)
-		return err == nil && n.State == api.NodeUnreachable, err
-	})
+	s.awaitState(api.NodeUnreachable, node)
 	a.fence() // its lease has ended before the controller's patience does
 	s.eventually("the job runs elsewhere", func(tx store.Tx) (bool, error) {
 		job, err := getJob(tx, id)
@@ -627,17 +627,61 @@ func TestShortSilenceChangesNothing(t *testing.T) {
 	id := s.running(api.JobSpec{})
 	a := s.agent("east-0")
 	a.cutNetwork(true)
-	s.eventually("the node is unreachable", func(tx store.Tx) (bool, error) {
-		n, err := store.Get[nodeRecord](tx, store.Nodes, "east-0")
-		return err == nil && n.State == api.NodeUnreachable, err
-	})
+	s.awaitState(api.NodeUnreachable, "east-0")
 	a.cutNetwork(false)
-	s.eventually("the node is ready", func(tx store.Tx) (bool, error) {
-		n, err := store.Get[nodeRecord](tx, store.Nodes, "east-0")
-		return err == nil && n.State == api.NodeReady, err
-	})
+	s.awaitState(api.NodeReady, "east-0")
 	if job := s.jobNow(id); job.Phase != api.PhaseRunning || job.Run != 1 {
 		t.Errorf("the job: %+v", job.Job)
+	}
+}
+
+// TestAStoreThatStandsStillLosesNoNode, though the Hello of a node that was out
+// of reach waits for the store for longer than a lease.
+func TestAStoreThatStandsStillLosesNoNode(t *testing.T) {
+	s := newSimulation(t, "east-0")
+	s.lease = 500 * time.Millisecond
+	s.restart()
+	s.awaitReady("east-0")
+	id := s.running(api.JobSpec{})
+	a := s.agent("east-0")
+	a.cutNetwork(true)
+	s.awaitState(api.NodeUnreachable, "east-0")
+	err := s.store.Update(t.Context(), func(store.Tx) error {
+		a.cutNetwork(false)
+		time.Sleep(4 * s.lease)
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.awaitReady("east-0")
+	s.neverLost(id)
+}
+
+// TestAControllerThatStoodStillLosesNoNode: nobody listened meanwhile.
+func TestAControllerThatStoodStillLosesNoNode(t *testing.T) {
+	s := newSimulation(t, "east-0", "west-0")
+	s.lease = 500 * time.Millisecond
+	s.restart()
+	s.awaitReady("east-0", "west-0")
+	id := s.running(api.JobSpec{})
+	self := strconv.Itoa(os.Getpid())
+	if out, err := exec.Command("sh", "-c", "kill -STOP $0 && sleep 2; kill -CONT $0", self).CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	s.do("/v1/jobs/"+id+"/checkpoints", nil)
+	s.awaitReady("east-0", "west-0")
+	s.neverLost(id)
+}
+
+// neverLost checks that no node was ever lost, and that the job is in its first run.
+func (s *simulation) neverLost(id string) {
+	s.t.Helper()
+	if job := s.awaitPhase(id, api.PhaseRunning); job.Run != 1 {
+		s.t.Errorf("the job is in run %d", job.Run)
+	}
+	if events := s.dump(); strings.Contains(events, "is lost") {
+		s.t.Errorf("a node was lost:\n%s", events)
 	}
 }
 
@@ -782,10 +826,7 @@ func TestPlacementWaitsForNodesThatMayComeBack(t *testing.T) {
 	s.do("/v1/jobs/"+id+"/suspend", nil)
 	a := s.agent("east-0")
 	a.cutNetwork(true)
-	s.eventually("the node is unreachable", func(tx store.Tx) (bool, error) {
-		n, err := store.Get[nodeRecord](tx, store.Nodes, "east-0")
-		return err == nil && n.State == api.NodeUnreachable, err
-	})
+	s.awaitState(api.NodeUnreachable, "east-0")
 	// As an operation that was under way when the controller was killed.
 	var op *opRecord
 	err := s.store.Update(t.Context(), func(tx store.Tx) error {

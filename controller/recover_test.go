@@ -95,14 +95,11 @@ func TestALostNodeIsAnIncidentSinceItWasHeardOfLast(t *testing.T) {
 	id := s.running(api.JobSpec{MaxRestarts: 1})
 	a := s.agent(s.jobNow(id).TaskStatus[0].Node)
 	a.cutNetwork(true)
-	s.eventually("the node is unreachable", func(tx store.Tx) (bool, error) {
-		n, err := store.Get[nodeRecord](tx, store.Nodes, a.node)
-		return err == nil && n.State == api.NodeUnreachable, err
-	})
+	s.awaitState(api.NodeUnreachable, a.node)
 	a.fence()
 	job := s.awaitRun(id, 2)
-	if silent := job.Incidents[0].Detected.Sub(job.Incidents[0].Lost); silent < 900*time.Millisecond || job.Incidents[0].Cause != "node" {
-		t.Errorf("a node that was silent for a lease of 1 s is said to be lost for %s when noticed", silent)
+	if silent := job.Incidents[0].Detected.Sub(job.Incidents[0].Lost); silent < s.lease*9/10 || job.Incidents[0].Cause != "node" {
+		t.Errorf("a node that was silent for a lease of %s is said to be lost for %s when noticed", s.lease, silent)
 	}
 }
 

@@ -52,6 +52,7 @@ type world struct {
 	repository *memoryRepository
 	recovery   failures.Policy
 	relief     Relief
+	lease      time.Duration
 
 	mu     sync.Mutex
 	agents map[string]*simAgent
@@ -86,6 +87,7 @@ const adminToken = "secret-of-the-admin"
 func newSimulation(t *testing.T, nodes ...string) *simulation {
 	t.Helper()
 	w := &world{t: t, dir: t.TempDir(), repository: newMemoryRepository(), agents: make(map[string]*simAgent)}
+	w.lease = 3 * time.Second // many heartbeats: these machines stand still at times
 	w.relief = Relief{Rest: 100 * time.Millisecond, Lull: 100 * time.Millisecond}
 	w.recovery = failures.Policy{First: 20 * time.Millisecond}
 	s := &simulation{world: w, token: adminToken}
@@ -104,10 +106,16 @@ func newSimulation(t *testing.T, nodes ...string) *simulation {
 // awaitReady waits until the nodes are ready.
 func (s *simulation) awaitReady(nodes ...string) {
 	s.t.Helper()
-	s.eventually("all nodes are ready", func(tx store.Tx) (bool, error) {
+	s.awaitState(api.NodeReady, nodes...)
+}
+
+// awaitState waits until all nodes are in a state.
+func (s *simulation) awaitState(state api.NodeState, nodes ...string) {
+	s.t.Helper()
+	s.eventually(fmt.Sprintf("%s: %s", strings.Join(nodes, ", "), state), func(tx store.Tx) (bool, error) {
 		for _, node := range nodes {
 			n, err := store.Get[nodeRecord](tx, store.Nodes, node)
-			if err != nil || n.State != api.NodeReady {
+			if err != nil || n.State != state {
 				return false, ignoreMissing(err)
 			}
 		}
@@ -139,7 +147,7 @@ func (s *simulation) open() {
 	s.c, err = New(Parts{
 		Store: s.store, PKI: keys, Repository: s.repository, RepositoryConfig: json.RawMessage(`{"backend":"memory"}`),
 		AdminToken: adminToken, JoinToken: "shared", Version: "test",
-		Heartbeat: 100 * time.Millisecond, Lease: time.Second, Margin: 300 * time.Millisecond, Grace: 200 * time.Millisecond, Retry: 200 * time.Millisecond, Watch: 100 * time.Millisecond,
+		Heartbeat: 100 * time.Millisecond, Lease: s.lease, Margin: 300 * time.Millisecond, Grace: 200 * time.Millisecond, Retry: 200 * time.Millisecond, Watch: 100 * time.Millisecond,
 		Recovery: s.recovery, Round: 200 * time.Millisecond, Relief: s.relief,
 		AgentURL: func(string) string { return "https://" + s.addr },
 	})
