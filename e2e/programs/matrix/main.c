@@ -1,4 +1,5 @@
 #include "matrix.h"
+#include <setjmp.h>
 #include <stdarg.h>
 #include <sys/prctl.h>
 
@@ -6,10 +7,15 @@ struct row *rows;
 const char *row_arg;
 long tick;
 
+static jmp_buf again;
+static int spare; /* times that the present check may still fail */
+
 void broken(const char *format, ...)
 {
 	va_list args;
 
+	if (spare-- > 0)
+		longjmp(again, 1);
 	va_start(args, format);
 	printf("BROKEN: ");
 	vprintf(format, args);
@@ -148,6 +154,8 @@ int main(int argc, char **argv)
 	for (tick = 1;; tick++) {
 		struct timespec left = { .tv_nsec = 50 * 1000 * 1000 };
 
+		spare = r->lossy;
+		(void)setjmp(again);
 		r->check();
 		printf("ok %ld\n", tick);
 		while (nanosleep(&left, &left) && errno == EINTR)

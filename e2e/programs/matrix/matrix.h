@@ -34,6 +34,7 @@ struct row {
 	const char *fate;      /* "carried": must survive; "refused": must be named before the freeze */
 	const char *caps;      /* capabilities beyond a container's default ones, separated by commas */
 	void (*setup)(void);
+	int lossy;             /* what it has queued in the kernel may be lost: a check that fails is made once more */
 	void (*check)(void);   /* called every 50 ms; calls broken() when the state is wrong */
 	struct row *next;
 };
@@ -42,13 +43,16 @@ extern struct row *rows;
 extern const char *row_arg;    /* third argument, or NULL */
 extern long tick;              /* number of the present check, from 1 */
 
-#define ROW(id, fate_, caps_)                                                                  \
-	static struct row row_##id = { #id, fate_, caps_, id##_setup, id##_check, NULL };      \
+#define ROW(id, fate_, caps_) ROW_OF(id, fate_, caps_, 0)
+#define ROW_OF(id, fate_, caps_, lossy_)                                                       \
+	static struct row row_##id = { #id, fate_, caps_, id##_setup, lossy_, id##_check, NULL }; \
 	__attribute__((constructor)) static void add_##id(void) { row_##id.next = rows; rows = &row_##id; }
 #define CARRIED(id) ROW(id, "carried", "")
+/* LOSSY is CARRIED but for what is on its way when a checkpoint comes between two steps of a check. */
+#define LOSSY(id, caps_) ROW_OF(id, "carried", caps_, 1)
 #define REFUSED(id) ROW(id, "refused", "")
 
-/* broken reports lost state and ends the program. */
+/* broken reports lost state and ends the program, or has a lossy row checked again. */
 void broken(const char *format, ...) __attribute__((format(printf, 1, 2), noreturn));
 /* unavailable reports a kernel or a sandbox that cannot make the feature. */
 void unavailable(const char *what) __attribute__((noreturn));

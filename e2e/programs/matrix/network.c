@@ -190,7 +190,7 @@ static void udp_setup(void)
 	must(connect(server, (void *)&b_address, sizeof b_address), "connect");
 }
 static void udp_check(void) { tcp_check(); }
-CARRIED(udp)
+LOSSY(udp, "")
 
 /* UDP may lose: what must survive is the socket; a queued datagram is either still whole or gone. */
 static void udp_queued_setup(void)
@@ -238,7 +238,7 @@ static void icmp_check(void)
 		expect(readable(client) && recv(client, &packet, sizeof packet, 0) > 0, "echo reply");
 	while (packet.icmp.type != ICMP_ECHOREPLY || packet.icmp.un.echo.sequence != echo.un.echo.sequence);
 }
-CARRIED(icmp)
+LOSSY(icmp, "")
 
 static void packet_setup(void)
 {
@@ -260,7 +260,7 @@ static void packet_check(void)
 	while (recv(listener, frame, sizeof frame, MSG_DONTWAIT) > 0)
 		;
 }
-CARRIED(packet)
+LOSSY(packet, "")
 
 static void netlink_setup(void)
 {
@@ -285,7 +285,7 @@ static void netlink_check(void)
 	} while (head->nlmsg_type != NLMSG_DONE);
 	expect(links > 0, "netlink names no device");
 }
-CARRIED(netlink)
+LOSSY(netlink, "")
 
 /* CRIU cannot carry a multipath listener; where the sandbox's network has no multipath the program falls back. */
 static void mptcp_setup(void) { listener = listening(IPPROTO_MPTCP, 16); }
