@@ -399,6 +399,7 @@ func restoreFiles(ctx context.Context, part *repository.PartReader, box *sandbox
 func (a *Agent) wake(ctx context.Context, t *task, h *restoring, b *built, images string, memory *memorySource) error {
 	defer b.close()
 	box := b.box
+	var tree *sandbox.Restored
 	request := criu.RestoreRequest{
 		ImagesDir: images, WorkDir: b.work, Root: b.target.Root,
 		Notify: func(ctx context.Context, event criu.Event, root int) error {
@@ -425,6 +426,10 @@ func (a *Agent) wake(ctx context.Context, t *task, h *restoring, b *built, image
 					return h.wait(ctx, b.netns)
 				}
 				return a.resume(ctx, &r, b.netns)
+			case criu.EventPreResume:
+				var err error
+				tree, err = box.Recognize(root)
+				return err
 			}
 			return nil
 		},
@@ -446,14 +451,17 @@ func (a *Agent) wake(ctx context.Context, t *task, h *restoring, b *built, image
 		}
 	}
 	failpoint.Hit("agent.restore.before-criu")
-	result, err := b.criu.Restore(ctx, request)
+	_, err = b.criu.Restore(ctx, request)
 	b.criu = nil
 	if failed := errors.Join(memory.failure(), b.network.Wait()); failed != nil {
-		return failed // CRIU only says that it was told to give up
+		err = failed // CRIU only says that it was told to give up
+	} else if err != nil {
+		err = a.keepLog(err, t.id())
 	}
 	if err != nil {
-		return a.keepLog(err, t.id())
+		tree.Close()
+		return err
 	}
 	failpoint.Hit("agent.restore.after-criu")
-	return box.FinishRestore(ctx, result.Pid)
+	return box.FinishRestore(ctx, tree)
 }

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"dormouse/agent/criu"
 	"dormouse/agent/sandbox"
@@ -124,7 +125,7 @@ func (b *bench) resume(engine *criu.Engine, saved image) *sandbox.Sandbox {
 
 func (b *bench) tryResume(engine *criu.Engine, saved image) (*sandbox.Sandbox, error) {
 	s := b.create(b.again(saved))
-	return s, b.restore(engine, saved, s, nil)
+	return s, b.restore(engine, saved, s, nil, nil)
 }
 
 // again is the configuration of a copy.
@@ -137,8 +138,8 @@ func (b *bench) again(saved image) sandbox.Config {
 
 // restore puts an image into a sandbox that was created for it. Without an
 // error of held, which is given the sandbox's network while no process runs, it
-// goes on.
-func (b *bench) restore(engine *criu.Engine, saved image, s *sandbox.Sandbox, held func(netns *os.File) error) error {
+// goes on; woken is given pid 1 then.
+func (b *bench) restore(engine *criu.Engine, saved image, s *sandbox.Sandbox, held func(netns *os.File) error, woken func(pid int)) error {
 	if err := os.Remove(s.UpperDir()); err != nil {
 		return err
 	}
@@ -171,19 +172,25 @@ func (b *bench) restore(engine *criu.Engine, saved image, s *sandbox.Sandbox, he
 	for _, x := range target.External {
 		request.ExternalMounts = append(request.ExternalMounts, criu.RestoreMount{Key: x.Key, Source: x.Source})
 	}
-	if held != nil {
-		request.Notify = func(_ context.Context, event criu.Event, _ int) error {
-			if event != criu.EventNetworkUnlock {
-				return nil
-			}
+	var tree *sandbox.Restored
+	request.Notify = func(_ context.Context, event criu.Event, pid int) (err error) {
+		switch {
+		case event == criu.EventNetworkUnlock && held != nil:
 			return held(netns)
+		case event == criu.EventPreResume:
+			tree, err = s.Recognize(pid)
 		}
+		return err
 	}
 	result, err := pending.Restore(b.context(), request)
 	if err != nil {
+		tree.Close()
 		return err
 	}
-	return s.FinishRestore(b.context(), result.Pid)
+	if woken != nil {
+		woken(result.Pid)
+	}
+	return s.FinishRestore(b.context(), tree)
 }
 
 func TestCheckpointAndRestoreOverGenerations(t *testing.T) {
@@ -291,6 +298,29 @@ func TestExecSurvivesACheckpointAndEndsWithARestoreElsewhere(t *testing.T) {
 		code, _, _ := b.exec(elsewhere, "grep -q 'while read' /proc/[3-9]*/cmdline")
 		return code != 0
 	})
+}
+
+// A program may be over before anybody looks: one that was about to end.
+func TestWhatEndsAsSoonAsItIsRestoredHasItsOwnExitStatus(t *testing.T) {
+	engine := newEngine(t)
+	b := newBench(t)
+	s := b.start(b.config(`exec bash -c 'echo ready; a=$EPOCHREALTIME; until b=$EPOCHREALTIME; ((${b/./} - ${a/./} > 300000)); do a=$b; done; exit 7'`))
+	b.logs(s, "ready")
+	saved := b.suspend(engine, s)
+	time.Sleep(300 * time.Millisecond) // what it waits for
+	again := b.create(b.again(saved))
+	ended := func(pid int) {
+		b.eventually("it has ended", func() bool {
+			state, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+			return err != nil || strings.Contains(string(state), ") Z ")
+		})
+	}
+	if err := b.restore(engine, saved, again, nil, ended); err != nil {
+		t.Fatal(err)
+	}
+	if got := b.wait(again); got.Code != 7 {
+		t.Errorf("got %+v, want exit status 7", got)
+	}
 }
 
 func TestAFailedRestoreLeavesNothing(t *testing.T) {

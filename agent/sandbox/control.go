@@ -189,11 +189,13 @@ func (s *Sandbox) keepSessions(ctx context.Context) error {
 		return nil // nobody would answer; Unquiesce follows
 	}
 	conn, _, err := s.open(ctx, &pid1.Request{Op: pid1.OpKeep})
-	if err != nil {
-		s.runtime.log.Warn("the sandbox's pid 1 does not answer", "sandbox", s.ID(), "error", err)
-		return context.Cause(ctx)
+	if err == nil {
+		err = finish(conn)
 	}
-	return finish(conn)
+	if err != nil && s.Running() {
+		s.runtime.log.Warn("the sandbox's pid 1 does not answer", "sandbox", s.ID(), "error", err)
+	}
+	return context.Cause(ctx)
 }
 
 // dropSessions ends every exec session of this agent.

@@ -24,6 +24,7 @@
 //	OpenCgroup       CRIU can be started, while the rest is being done
 //	MountTmpfs       file systems in memory, for the caller to fill
 //	PrepareRestore   overlay mounted at DIR/root
+//	Recognize        pid 1 held, before it runs: afterwards it may end at any moment
 //	FinishRestore    all unmounted again (the tree has its own mounts), pid recorded
 //
 // Tasks of one job (parallel.go). Options.Network connects the namespaces; host

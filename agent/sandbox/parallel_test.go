@@ -478,7 +478,7 @@ func (p *parallel) resumeAll(engine *criu.Engine, images []image) []*sandbox.San
 			opened.Done()
 			opened.Wait()
 			return err
-		})
+		}, nil)
 	})
 	return tasks
 }

@@ -27,7 +27,8 @@ func (s *Sandbox) OpenCgroup() (unified *os.File, tasks []string, err error) {
 
 // PrepareRestore builds what a restored tree lands in, beside netns. The caller has
 // filled UpperDir with the checkpoint's upper layer, changes the root as needed through
-// RestoreTarget.Root, runs CRIU, and calls FinishRestore or Destroy.
+// RestoreTarget.Root, runs CRIU, calls Recognize before the tree runs, and
+// FinishRestore or Destroy.
 func (s *Sandbox) PrepareRestore(ctx context.Context, netns *os.File) (*RestoreTarget, error) {
 	if s.Pid() != 0 {
 		return nil, fmt.Errorf("the sandbox %s was started before", s.ID())
@@ -61,30 +62,48 @@ func (s *Sandbox) checkUpper(context.Context) error {
 	return nil
 }
 
-// FinishRestore takes over the restored tree, whose pid 1 is pid in the agent's
-// pid namespace. Exec sessions from before the checkpoint are hung up: their
-// users are on another node.
-func (s *Sandbox) FinishRestore(ctx context.Context, pid int) error {
+// Restored is a tree that CRIU has built for a sandbox.
+type Restored struct{ init *first }
+
+// Close gives up a tree that FinishRestore was not given. r may be nil.
+func (r *Restored) Close() {
+	if r != nil {
+		r.init.process.Close()
+	}
+}
+
+// Recognize takes hold of the tree that was restored for the sandbox, whose pid 1
+// is pid in the agent's pid namespace. None of it runs yet: once it does, it may
+// end at any moment.
+func (s *Sandbox) Recognize(pid int) (*Restored, error) {
 	if inside, err := s.state.Cgroup.Contains(pid); err != nil || !inside {
-		return errors.Join(fmt.Errorf("the restored process %d is not in the cgroup of sandbox %s", pid, s.ID()), err)
+		return nil, errors.Join(fmt.Errorf("the restored process %d is not in the cgroup of sandbox %s", pid, s.ID()), err)
 	}
 	network, err := os.Open(fmt.Sprintf("/proc/%d/ns/net", pid))
 	if err != nil {
-		return fmt.Errorf("cannot find the restored network namespace: %w", err)
+		return nil, fmt.Errorf("cannot find the restored network namespace: %w", err)
 	}
 	defer network.Close()
 	if inode, err := inodeOf(network); err != nil || inode != s.NetNS() {
-		return errors.Join(fmt.Errorf("the restored process %d is not in the network namespace made for sandbox %s", pid, s.ID()), err)
+		return nil, errors.Join(fmt.Errorf("the restored process %d is not in the network namespace made for sandbox %s", pid, s.ID()), err)
 	}
-	if err := s.adopt(pid, network); err != nil {
-		return err
+	init, err := s.take(pid, network)
+	if err != nil {
+		return nil, err
 	}
+	return &Restored{init}, nil
+}
+
+// FinishRestore takes over the restored tree, which runs or has ended. Exec
+// sessions from before the checkpoint are hung up: their users are on another node.
+func (s *Sandbox) FinishRestore(ctx context.Context, r *Restored) error {
+	s.adopt(r.init)
 	if err := s.save(ctx); err != nil {
 		return err
 	}
 	if err := errors.Join(s.unmountRoot(), s.unmountTmpfs()); err != nil {
 		return err
 	}
-	s.runtime.log.Info("sandbox restored", "sandbox", s.ID(), "pid", pid)
+	s.runtime.log.Info("sandbox restored", "sandbox", s.ID(), "pid", s.Pid())
 	return s.keepSessions(ctx)
 }

@@ -230,9 +230,11 @@ func (s *Sandbox) launch(ctx context.Context, setup *pid1.Setup) error {
 	_ = child.Release()
 	setupRead.Close()
 	statusWrite.Close()
-	if err := s.adopt(pid, network); err != nil {
+	init, err := s.take(pid, network)
+	if err != nil {
 		return err
 	}
+	s.adopt(init)
 	// It does nothing before it has been told everything, so by then it is in
 	// all its cgroups and on record.
 	if err := s.state.Cgroup.EnterV1(pid); err != nil {
@@ -248,29 +250,38 @@ func (s *Sandbox) launch(ctx context.Context, setup *pid1.Setup) error {
 	return s.born(ctx, statusRead)
 }
 
-// adopt takes hold of pid 1 and notes how to find it again.
-func (s *Sandbox) adopt(pid int, network *os.File) error {
-	p, err := openProcess(pid, 0)
-	if err != nil {
-		return fmt.Errorf("cannot take hold of pid 1 of sandbox %s: %w", s.ID(), err)
+// first is a hold on a sandbox's pid 1, with what tells how to find it again.
+type first struct {
+	process *process
+	began   uint64
+	boot    string
+	netns   uint64
+}
+
+// take takes hold of pid 1, which is in a network namespace.
+func (s *Sandbox) take(pid int, network *os.File) (f *first, err error) {
+	f = &first{}
+	if f.process, err = openProcess(pid, 0); err != nil {
+		return nil, fmt.Errorf("cannot take hold of pid 1 of sandbox %s: %w", s.ID(), err)
 	}
-	began, err := startTimeOf(pid)
-	if err != nil {
-		return errors.Join(err, p.Close())
+	if f.began, err = startTimeOf(pid); err == nil {
+		f.boot, err = bootID()
 	}
-	boot, err := bootID()
-	if err != nil {
-		return errors.Join(err, p.Close())
+	if err == nil {
+		f.netns, err = inodeOf(network)
 	}
-	inode, err := inodeOf(network)
 	if err != nil {
-		return errors.Join(err, p.Close())
+		return nil, errors.Join(err, f.process.Close())
 	}
+	return f, nil
+}
+
+// adopt makes it the sandbox's.
+func (s *Sandbox) adopt(f *first) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.process = p
-	s.state.Pid, s.state.StartTime, s.state.Boot, s.state.NetNS = pid, began, boot, inode
-	return nil
+	s.process = f.process
+	s.state.Pid, s.state.StartTime, s.state.Boot, s.state.NetNS = f.process.pid, f.began, f.boot, f.netns
 }
 
 func inodeOf(file *os.File) (uint64, error) {
