@@ -48,7 +48,7 @@ extern long tick;              /* number of the present check, from 1 */
 	static struct row row_##id = { #id, fate_, caps_, id##_setup, lossy_, id##_check, NULL }; \
 	__attribute__((constructor)) static void add_##id(void) { row_##id.next = rows; rows = &row_##id; }
 #define CARRIED(id) ROW(id, "carried", "")
-/* LOSSY is CARRIED but for what is on its way when a checkpoint comes between two steps of a check. */
+/* LOSSY is CARRIED but for what was not read yet when a checkpoint comes: a restore does not bring it back. */
 #define LOSSY(id, caps_) ROW_OF(id, "carried", caps_, 1)
 #define REFUSED(id) ROW(id, "refused", "")
 

@@ -285,7 +285,7 @@ static void netlink_check(void)
 	} while (head->nlmsg_type != NLMSG_DONE);
 	expect(links > 0, "netlink names no device");
 }
-LOSSY(netlink, "")
+CARRIED(netlink)
 
 /* CRIU cannot carry a multipath listener; where the sandbox's network has no multipath the program falls back. */
 static void mptcp_setup(void) { listener = listening(IPPROTO_MPTCP, 16); }
