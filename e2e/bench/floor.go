@@ -16,8 +16,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// floor measures what a restore by a system like Dormouse costs at the very
-// least on this machine, beside the plain one. In a row:
+// floor measures what a restore costs a system that makes Dormouse's promises in
+// the simplest way, beside the plain one. It is no lower bound: who does more of
+// it at once, as Dormouse does, may be quicker. In a row:
 //
 //   - a command is started (`dormouse version`, which asks nobody);
 //   - one record is written and synced, for state is written before it is acted
@@ -27,7 +28,7 @@ import (
 //
 // The floor ends at the first instruction or with the last hash, whichever is
 // later: nothing may run that was not verified. It has no network, no sandbox, no
-// files and no daemons, and takes the images from memory, unpacked. It is a floor
+// files and no daemons, and takes the images from memory, unpacked. It is made
 // for two processors: with more, several threads could hash.
 type floor struct {
 	raw    *raw
