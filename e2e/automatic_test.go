@@ -216,7 +216,7 @@ func TestNothingOfADrillIsLeftWhateverIsKilled(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			p, once := faulty(t, name, "kill")
-			prog := tasksOf(3, "clients and a server", "pair.py", "100000") // longer than the test
+			prog := talkers()
 			job := p.submitDespite(append([]string{"--tasks", strconv.Itoa(prog.tasks), "--mem", "64M", "--env", "MARK=" + once, "--"}, prog.command...)...)
 			p.waitLines(job, 5)
 			cp := p.checkpoint(job)

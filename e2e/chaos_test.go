@@ -109,7 +109,7 @@ func (s *site) submitForChaos(random *rand.Rand, long time.Duration) []*chaosJob
 		steps, flags := usual(200 * time.Millisecond)
 		j := &chaosJob{steps: steps}
 		if i < 6 {
-			j.prog = parallel{tasks: 2 + i%2, command: []string{"python3", program("pair.py"), strconv.Itoa(steps), "200"}}
+			j.prog = parallel{tasks: 2 + i%2, steps: 2, command: []string{"python3", program("pair.py"), strconv.Itoa(steps), "200"}}
 		} else {
 			j.prog = parallel{tasks: 2, mpi: openMPI, steps: 3,
 				command: []string{openMPI, program("stencil" + suffix[openMPI]), "64", strconv.Itoa(steps), "10", "200", stopFile}}
@@ -261,18 +261,21 @@ func (s *site) mustBeRight(j *chaosJob) {
 
 func (s *site) parallelMustBeRight(j *chaosJob) {
 	s.t.Helper()
-	want := j.prog.undisturbed(s.t, s.outputOf(j.id, 0))
-	for task := range j.prog.tasks {
-		if got := s.outputOf(j.id, task); got != want[task] {
+	got := make([]string, j.prog.tasks)
+	for task := range got {
+		got[task] = s.outputOf(j.id, task)
+	}
+	for task, want := range j.prog.undisturbed(s.t, got) {
+		if got[task] != want {
 			s.t.Errorf("job %s, task %d:", j.id, task)
-			sameOutput(s.t, got, want[task])
+			sameOutput(s.t, got[task], want)
 		}
 	}
 	last := j.prog.tasks - 1
 	if j.prog.mpi != "" {
 		last = 0
 	}
-	if got := lineNumber.FindAllStringSubmatch(s.outputOf(j.id, last), -1); len(got) == 0 || got[len(got)-1][1] != strconv.Itoa(j.steps) {
+	if stepsOf(got[last]) != j.steps {
 		s.t.Errorf("job %s has not taken %d steps", j.id, j.steps)
 	}
 }

@@ -3,6 +3,7 @@ package e2e
 import (
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -23,7 +24,7 @@ var distributedSteps = map[api.OperationKind]string{
 
 // talkers is what the fault tests disturb: three tasks in which nothing may be
 // lost, repeated or changed on the way.
-func talkers() parallel { return tasksOf(3, "clients and a server", "pair.py", "500") }
+func talkers() parallel { return tasksOf(3, "clients and a server", "pair.py") }
 
 // faulty starts an `up` whose processes act at the named step, with three nodes
 // more than talkers need.
@@ -73,7 +74,7 @@ func parallelKilledAt(t *testing.T, name string) {
 		}
 	})
 	prog := talkers()
-	job := p.submitDespite(append([]string{"--tasks", strconv.Itoa(prog.tasks), "--mem", "64M", "--env", "MARK=" + once, "--"}, prog.command...)...)
+	job := p.submitDespite(slices.Concat([]string{"--tasks", strconv.Itoa(prog.tasks), "--mem", "64M", "--env", "MARK=" + once}, untilAsked, []string{"--"}, prog.command)...)
 	p.waitLines(job, 5)
 	p.despite(job, api.PhaseRunning, "checkpoint", job)
 	p.moves(job)

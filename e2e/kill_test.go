@@ -96,8 +96,6 @@ func killedAt(t *testing.T, name string) {
 	if unavailable != "" {
 		t.Skip(unavailable)
 	}
-	const length = "500"
-	want := undisturbed(t, "python3", program("tree.py"), length, "0")
 	p, dir := &platform{t: t}, directory(t)
 	once := filepath.Join(dir, "once")
 	env := []string{"DORMOUSE_FAILPOINT=" + name + "=kill", "DORMOUSE_FAILPOINT_ONCE=" + once}
@@ -110,18 +108,19 @@ func killedAt(t *testing.T, name string) {
 		}
 	})
 
-	job := p.submitDespite("--mem", "64M", "--env", "MARK="+dir, "--", "python3", program("tree.py"), length, "20")
+	tree := script("python3", "tree.py")
+	job := p.submitDespite(slices.Concat([]string{"--mem", "64M", "--env", "MARK=" + dir}, untilAsked, []string{"--"}, tree(forever, pace))...)
 	p.waitLines(job, 5)
 	p.despite(job, api.PhaseRunning, "checkpoint", job)
-	prefixOutput(t, p.output(job), want)
+	seen := []string{p.output(job)}
 	p.despite(job, api.PhaseRunning, "restart", job, "--cloud", p.otherCloud(job))
-	prefixOutput(t, p.output(job), want)
+	seen = append(seen, p.output(job))
 	p.alone(job, dir)
 	p.moves(job)
 	p.despite(job, api.PhaseSuspended, "suspend", job)
 	p.despite(job, api.PhaseRunning, "resume", job)
 	p.alone(job, dir)
-	sameOutput(t, p.completes(job), want)
+	p.endsAsSeen(job, tree, seen...)
 	p.run("verify")
 	p.run("restart", job) // so that there is something to kill
 	p.try("kill", job)

@@ -122,7 +122,7 @@ func build(dir string) error {
 		func() error { return gcc(built.programs+"/memory", "programs/memory.c") },
 		func() error { return goBuild(built.programs+"/web", "", "./programs/web") },
 		func() error {
-			return tool(nil, "cp", "programs/tree.py", "programs/terminal.py", "programs/files.py", "programs/load.py", "programs/thrash.py", "programs/direct.py", "programs/pipeline.sh", "programs/server.js",
+			return tool(nil, "cp", "programs/steps.py", "programs/tree.py", "programs/terminal.py", "programs/files.py", "programs/load.py", "programs/thrash.py", "programs/direct.py", "programs/pipeline.sh", "programs/server.js",
 				"programs/parallel/pair.py", "programs/parallel/redis_pair.py", "programs/parallel/workers.py", "programs/parallel/asks.sh", "programs/parallel/outside.py", built.programs)
 		},
 	}

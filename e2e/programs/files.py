@@ -12,6 +12,8 @@ import sys
 import tempfile
 import time
 
+from steps import steps
+
 
 def held(path, lock):
     with open(path, "r+b") as other:
@@ -35,7 +37,7 @@ def digest(file):
 
 
 def main():
-    steps, pace = int(sys.argv[1]), float(sys.argv[2]) / 1000
+    pace = float(sys.argv[2]) / 1000
     directory = tempfile.mkdtemp(dir="/var/tmp", prefix="files-")
     flocked = open(f"{directory}/flock", "w+b")
     fcntl.flock(flocked, fcntl.LOCK_EX)
@@ -59,7 +61,7 @@ def main():
     sparse = open(f"{directory}/sparse", "w+b")
     sparse.truncate(1 << 30)
     log = open(f"{directory}/log", "ab", buffering=0)
-    for step in range(1, steps + 1):
+    for step in steps():
         line = b"line %d\n" % step
         for file in (deleted, linked):
             file.seek(0, os.SEEK_END)

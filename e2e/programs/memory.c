@@ -131,6 +131,7 @@ int main(int argc, char **argv)
 	}
 	size_t words = ((size_t)atol(argv[1]) << 20) / 8;
 	long pace = atol(argv[4]);
+	const char *stop = getenv("STOP_FILE");
 	struct timespec pause = { pace / 1000, pace % 1000 * 1000000 };
 
 	threads = atol(argv[2]);
@@ -152,6 +153,8 @@ int main(int argc, char **argv)
 	pthread_barrier_wait(&end);
 	for (long step = 1; step <= steps; step++) {
 		pthread_barrier_wait(&begin);
+		if (stop && !access(stop, F_OK))
+			steps = step; /* the threads read it after the barrier */
 		pthread_barrier_wait(&end);
 		printf("step %ld %016llx\n", step, (unsigned long long)all());
 		nanosleep(&pause, NULL);

@@ -5,7 +5,7 @@ steps=$1
 sum=0
 pause=$(awk "BEGIN { print $2 / 1000 }")
 i=0
-while [ "$i" -lt "$steps" ]; do
+while [ "$i" -lt "$steps" ] && [ ! -e "$STOP_FILE" ]; do
 	i=$((i + 1))
 	echo "$i $(expr "$i" '*' 7 % 101)"
 	sleep "$pause"

@@ -1,6 +1,7 @@
 // server.js STEPS PACE_MS: a web server and its client in one process over one kept-alive connection, a worker thread and
 // timers. Each step posts the newest link of a hash chain; server and worker each add theirs.
 'use strict';
+const fs = require('fs');
 const http = require('http');
 const crypto = require('crypto');
 const { Worker } = require('worker_threads');
@@ -38,7 +39,7 @@ const post = (text) => new Promise((resolve, reject) => {
 
 server.listen(0, '127.0.0.1', async () => {
   let link = 'begin';
-  for (let step = 1; step <= steps; step++) {
+  for (let step = 1; step <= steps && !fs.existsSync(process.env.STOP_FILE || ''); step++) {
     link = await viaWorker(await post(link));
     console.log(`step ${step} ${link} connections ${connections}`);
     await new Promise((resolve) => setTimeout(resolve, pace));

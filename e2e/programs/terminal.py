@@ -11,6 +11,8 @@ import sys
 import termios
 import time
 
+from steps import steps
+
 
 def read_until(fd, end):
     data = b""
@@ -20,14 +22,14 @@ def read_until(fd, end):
 
 
 def main():
-    steps, pace = int(sys.argv[1]), float(sys.argv[2]) / 1000
+    pace = float(sys.argv[2]) / 1000
     pid, terminal = pty.fork()
     if pid == 0:
         os.environ["PS1"] = ""
         os.execvp("sh", ["sh", "-c", 'stty -echo; echo begin; sum=0; while read n; do sum=$(( (sum * 31 + n) % 1000003 )); echo "$n -> $sum"; done; echo over'])
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
     read_until(terminal, b"begin\r\n")
-    for step in range(1, steps + 1):
+    for step in steps():
         os.write(terminal, b"%d\n" % step)
         answer = read_until(terminal, b"\r\n").decode().strip()
         size = struct.unpack("HHHH", fcntl.ioctl(terminal, termios.TIOCGWINSZ, b"\0" * 8))[:2]

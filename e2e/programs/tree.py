@@ -10,6 +10,8 @@ import subprocess
 import sys
 import time
 
+from steps import steps
+
 
 def worker(number, requests, answers):
     chain = b"worker %d" % number
@@ -34,12 +36,12 @@ def start(number):
 
 
 def main():
-    steps, pace = int(sys.argv[1]), float(sys.argv[2]) / 1000
+    pace = float(sys.argv[2]) / 1000
     alarms = []
     signal.signal(signal.SIGUSR1, lambda *_: alarms.append(1))
     workers = [start(number) for number in range(3)]
     cat = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    for step in range(1, steps + 1):
+    for step in steps():
         cat.stdin.write(b"%d\n" % step)
         cat.stdin.flush()
         line = cat.stdout.readline()

@@ -2,10 +2,12 @@
 
 Client and server of a connection keep the same chain of hashes. Every message carries its number, where the chain stands
 and some kilobytes made from it, and the receiver compares all of it with its own: nothing can be lost, repeated or
-changed unseen. Each client prints a line per step, the server one at the end for each client.
+changed unseen. Each client prints a line per step, the server one at the end for each client. The server says after each
+step whether the client is to go on: it looks whether it was asked to end.
 """
 
 import hashlib
+import itertools
 import os
 import socket
 import struct
@@ -13,8 +15,11 @@ import sys
 import threading
 import time
 
+from steps import asked_to_end, steps
+
 PORT = 6397
-STEPS, PACE = int(sys.argv[1]), float(sys.argv[2]) / 1000
+PACE = float(sys.argv[2]) / 1000
+END = struct.pack(">I", 0)
 TASK, TASKS = int(os.environ["DORMOUSE_TASK"]), int(os.environ["DORMOUSE_TASKS"])
 HOST = os.environ["DORMOUSE_HOSTS"].split(",")[0]
 
@@ -41,10 +46,10 @@ class Line:
         self.chain = hashlib.sha256(self.chain + b"%d" % number).digest()
         self.connection.sendall(message(self.chain, number))
 
-    def receive(self, number):
+    def receive(self, number, begin=b""):
         self.chain = hashlib.sha256(self.chain + b"%d" % number).digest()
         expected = message(self.chain, number)
-        got = exactly(self.connection, len(expected))
+        got = begin + exactly(self.connection, len(expected) - len(begin))
         if got != expected:
             raise ValueError(f"message {number} is not what was sent")
 
@@ -52,11 +57,13 @@ class Line:
 def serve(connection, digests):
     client = struct.unpack(">I", exactly(connection, 4))[0]
     line = Line(connection, client)
-    for number in range(1, STEPS + 1):
-        line.receive(number)
+    for number in itertools.count(1):
+        if (begin := exactly(connection, len(END))) == END:
+            break
+        line.receive(number, begin)
         line.send(-number & 0xFFFF)
+        connection.sendall(b"e" if asked_to_end() else b"+")
     digests[client] = line.chain.hex()
-    exactly(connection, 1)  # goodbye
 
 
 def server():
@@ -83,12 +90,15 @@ def client():
     connection = connect()
     connection.sendall(struct.pack(">I", TASK))
     line = Line(connection, TASK)
-    for number in range(1, STEPS + 1):
+    for number in steps():
         line.send(number)
         line.receive(-number & 0xFFFF)
+        last = exactly(connection, 1) == b"e"
         print("step", number, line.chain.hex()[:16], flush=True)
+        if last:
+            break
         time.sleep(PACE)
-    connection.sendall(b".")
+    connection.sendall(END)
 
 
 server() if TASK == 0 else client()

@@ -1,4 +1,4 @@
-"""redis_pair.py STEPS PACE_MS: task 0 is a redis-server, task 1 loads it over the job's network and verifies all it answers (see load.py)."""
+"""redis_pair.py STEPS PACE_MS: task 1 is a redis-server, task 0 loads it over the job's network and verifies all it answers (see load.py)."""
 
 import os
 import sys
@@ -17,8 +17,8 @@ def connect(host):
             time.sleep(0.02)
 
 
-if os.environ["DORMOUSE_TASK"] == "0":
+if os.environ["DORMOUSE_TASK"] == "1":
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.execvp("redis-server", ["redis-server", "--port", str(PORT), "--protected-mode", "no", "--save", "", "--appendonly", "no"])
-host = os.environ["DORMOUSE_HOSTS"].split(",")[0]
-drive(connect(host), connect(host), int(sys.argv[1]), float(sys.argv[2]) / 1000)
+host = os.environ["DORMOUSE_HOSTS"].split(",")[1]
+drive(connect(host), connect(host), float(sys.argv[2]) / 1000)

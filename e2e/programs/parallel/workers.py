@@ -3,6 +3,7 @@ tasks, two in each, take items from one and put results into the other. Task 0 p
 """
 
 import hashlib
+import itertools
 import multiprocessing
 import os
 import queue
@@ -11,8 +12,10 @@ import threading
 import time
 from multiprocessing.managers import BaseManager
 
+from steps import steps
+
 PORT, KEY = 6398, b"workers"
-ITEMS, PACE = int(sys.argv[1]), float(sys.argv[2]) / 1000
+PACE = float(sys.argv[2]) / 1000
 TASK, TASKS = int(os.environ["DORMOUSE_TASK"]), int(os.environ["DORMOUSE_TASKS"])
 HOST = os.environ["DORMOUSE_HOSTS"].split(",")[0]
 work, results = queue.Queue(maxsize=16), queue.Queue()
@@ -54,11 +57,11 @@ def serve():
     workers = 2 * (TASKS - 1)
 
     def feed():
-        for item in [*range(ITEMS), *[None] * workers]:
+        for item in itertools.chain(steps(), [None] * workers):
             work.put(item)
 
     threading.Thread(target=feed, daemon=True).start()
-    early, following = {}, 0
+    early, following = {}, 1
     while workers:
         result = results.get()
         if result is None:

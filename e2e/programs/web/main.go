@@ -35,7 +35,7 @@ func main() {
 	in, out := row(20)
 	link := "begin"
 	timer := time.NewTicker(time.Duration(max(pace, 1)) * time.Millisecond)
-	for step := 1; step <= steps; step++ {
+	for step := 1; step <= steps && !askedToEnd(); step++ {
 		in <- post(url, link)
 		link = <-out
 		fmt.Printf("step %d %s connections %d\n", step, link, connections.Load())
@@ -44,6 +44,12 @@ func main() {
 		}
 	}
 	fmt.Println("end", link)
+}
+
+// askedToEnd tells whether the file is there that STOP_FILE names.
+func askedToEnd() bool {
+	_, err := os.Stat(os.Getenv("STOP_FILE"))
+	return err == nil
 }
 
 func hash(text string) string {
