@@ -102,7 +102,7 @@ func (s *site) submitForChaos(random *rand.Rand, long time.Duration) []*chaosJob
 		j := &chaosJob{steps: steps, seen: filepath.Join(s.dir, fmt.Sprintf("shared%d", i), "seen")}
 		s.must(os.Mkdir(filepath.Dir(j.seen), 0o777))
 		flags = append(flags, "--volume", filepath.Dir(j.seen)+":/shared", "--")
-		j.id = s.submit(append(flags, "sh", "-c", strings.Replace(fmt.Sprintf(witness, steps), "sleep 0.1", "sleep 0.25", 1))...)
+		j.id = s.submit(append(flags, "sh", "-c", strings.Replace(fmt.Sprintf(witness, strconv.Itoa(steps)), "sleep 0.1", "sleep 0.25", 1))...)
 		jobs = append(jobs, j)
 	}
 	for i := range 10 {

@@ -360,15 +360,15 @@ func (s *site) nodeState(name string) api.NodeState {
 	return ""
 }
 
-// witness is a job whose standard output is 1, 2, 3 and so on, and which appends
-// the same to a file that all nodes share.
-const witness = `i=0; while [ $i -lt %d ]; do i=$((i+1)); echo $i; echo $i >>/shared/seen; sleep 0.1; done`
+// witness is a job whose standard output is 1, 2, 3 and so on, up to a number or
+// until it is asked to end, and which appends the same to a file that all nodes share.
+const witness = `i=0; while [ $i -lt %s ] && [ ! -e "$STOP_FILE" ]; do i=$((i+1)); echo $i; echo $i >>/shared/seen; sleep 0.1; done`
 
-func (s *site) submitWitness(lines int) (job string, seen func() []int) {
+func (s *site) submitWitness() (job string, seen func() []int) {
 	s.t.Helper()
 	shared := filepath.Join(s.dir, "shared")
 	s.must(os.Mkdir(shared, 0o777))
-	job = s.submit("--max-restarts", "3", "--mem", "64M", "--volume", shared+":/shared", "--", "sh", "-c", fmt.Sprintf(witness, lines))
+	job = s.submit(slices.Concat(untilAsked, []string{"--max-restarts", "3", "--mem", "64M", "--volume", shared + ":/shared", "--", "sh", "-c", fmt.Sprintf(witness, forever)})...)
 	return job, func() []int {
 		text, err := os.ReadFile(filepath.Join(shared, "seen"))
 		if errors.Is(err, fs.ErrNotExist) {
@@ -401,9 +401,8 @@ func (s *site) hang(m *machine)   { s.t.Helper(); s.must(m.agent.Process.Signal(
 func (s *site) unhang(m *machine) { s.t.Helper(); s.must(m.agent.Process.Signal(syscall.SIGCONT)) }
 
 func fencedFirst(t *testing.T, number int, away, back func(*site, *machine)) {
-	const lines = 300
 	s := newSite(t, number, 2, 4*time.Second, api.StarvationIgnore)
-	job, seen := s.submitWitness(lines)
+	job, seen := s.submitWitness()
 	s.until(job, "it writes", func() bool { return len(seen()) >= 5 })
 	s.checkpoint(job)
 	safe := s.lines(job)
@@ -429,11 +428,8 @@ func fencedFirst(t *testing.T, number int, away, back func(*site, *machine)) {
 	back(s, left)
 	s.until(job, "the node is ready again", func() bool { return s.nodeState(left.name) == api.NodeReady })
 	s.until(job, "the old copy is destroyed", func() bool { populated, _ := left.tasks(); return !populated })
-	counts(t, s.completes(job))
-	if got := strings.Count(s.output(job), "\n"); got != lines {
-		t.Errorf("the job has written %d lines, want %d", got, lines)
-	}
-	goesBackOnce(t, seen(), safe, lines)
+	s.countsToItsEnd(job)
+	goesBackOnce(t, seen(), safe, s.lines(job))
 }
 
 // goesBack are the places where a number is not the next one.
@@ -467,9 +463,8 @@ func goesBackOnce(t *testing.T, seen []int, safe, lines int) {
 
 // TestCutShorterThanTheLeaseChangesNothing: the job does not even stop.
 func TestCutShorterThanTheLeaseChangesNothing(t *testing.T) {
-	const lines = 150
 	s := newSite(t, 2, 2, 30*time.Second, api.StarvationIgnore)
-	job, seen := s.submitWitness(lines)
+	job, seen := s.submitWitness()
 	s.until(job, "it writes", func() bool { return len(seen()) >= 5 })
 	left := s.machine(s.node(job))
 	s.cut(left)
@@ -488,7 +483,7 @@ func TestCutShorterThanTheLeaseChangesNothing(t *testing.T) {
 		}
 		return s.nodeState(left.name) == api.NodeReady
 	})
-	counts(t, s.completes(job))
+	s.countsToItsEnd(job)
 	for i, n := range seen() {
 		if n != i+1 {
 			t.Fatalf("step %d is %d: the job did not just run on", i, n)
@@ -503,9 +498,9 @@ func TestCutShorterThanTheLeaseChangesNothing(t *testing.T) {
 // which one is cut off. Each compares every message with what it should be, so a
 // copy too many, or a message lost or repeated, ends the job with an error.
 func TestParallelJobOfACutOffNodeGoesOnOnce(t *testing.T) {
-	const steps = 250
 	s := newSite(t, 3, 3, 4*time.Second, api.StarvationIgnore)
-	job := s.submit("--tasks", "2", "--cpus", "2", "--max-restarts", "3", "--mem", "64M", "--", "python3", program("pair.py"), strconv.Itoa(steps), "60")
+	prog := tasksOf(2, "a server and its client", "pair.py")
+	job := s.submitParallel(prog, "--cpus", "2", "--max-restarts", "3", "--mem", "64M")
 	s.until(job, "its tasks talk", func() bool { return strings.Count(s.outputOf(job, 1), "\n") >= 5 })
 	s.checkpoint(job)
 	on := s.placement(job)
@@ -525,13 +520,5 @@ func TestParallelJobOfACutOffNodeGoesOnOnce(t *testing.T) {
 	}
 	s.heal(left)
 	s.until(job, "the old copy is destroyed", func() bool { populated, _ := left.tasks(); return !populated })
-	s.waitFor(job, api.PhaseCompleted)
-	for number, line := range strings.Split(strings.TrimSpace(s.outputOf(job, 1)), "\n") {
-		if want := fmt.Sprintf("step %d ", number+1); !strings.HasPrefix(line, want) {
-			t.Fatalf("line %d of the client is %q, want %q: a step was lost or came twice", number+1, line, want)
-		}
-	}
-	if got := strings.Count(s.outputOf(job, 1), "\n"); got != steps {
-		t.Errorf("the client has taken %d steps, want %d", got, steps)
-	}
+	s.ends(job, prog)
 }
