@@ -193,6 +193,9 @@ func (n *notes) take(r DumpRequest) error {
 	if err != nil {
 		return err
 	}
+	if err := unreadEvents(pids); err != nil {
+		return err
+	}
 	if n.affinity, err = recordAffinity(pids); err != nil {
 		return fmt.Errorf("read CPU affinities: %w", err)
 	}

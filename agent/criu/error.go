@@ -20,9 +20,10 @@ var (
 	// ErrInFlight: a TCP connection was being established or not accepted yet. Thaw the job for
 	// some 100 ms and dump again.
 	ErrInFlight = errors.New("a TCP connection is being established or waits to be accepted")
-	// ErrUnread: a program has not read yet what the kernel answered to it, which CRIU
-	// does not carry. Thaw the job for some 100 ms and dump again.
-	ErrUnread = errors.New("a netlink socket has an answer that was not read yet")
+	// ErrUnread: a program has not read yet what the kernel told it by a netlink socket or
+	// by the watches of inotify or fanotify, which CRIU does not carry. Thaw the job for
+	// some 100 ms and dump again.
+	ErrUnread = errors.New("CRIU does not carry what was not read yet")
 	// ErrBusy: a process could not be stopped in time, mostly because it was
 	// inside vfork. Thaw the job for some 100 ms and dump again.
 	ErrBusy = errors.New("a process could not be stopped in time")

@@ -63,7 +63,8 @@ func NewRefusal(pid int, what, fix string) Refusal {
 }
 
 // Preflight looks through /proc for everything in a task that CRIU cannot
-// capture or would silently lose. Nothing is stopped; processes that end or
+// capture or would silently lose. It is ErrUnread, beside a report, when that can
+// be otherwise at the next look. Nothing is stopped; processes that end or
 // change during the look are no error. Its cost is some microseconds for each
 // descriptor and mapping. Connections that leave the job are none of its
 // business: they can be captured, but have another end (package plugins).
@@ -98,6 +99,9 @@ func (e *Engine) Preflight(ctx context.Context, r PreflightRequest) (*PreflightR
 	}
 	if err := i.checkUnixPeers(); err != nil {
 		return nil, fmt.Errorf("preflight: %w", err)
+	}
+	if len(i.report.Refusals) == 0 { // which would come again, too
+		return i.report, unreadEvents(tree)
 	}
 	return i.report, nil
 }
@@ -326,7 +330,7 @@ func (i *inspection) checkDescriptors(pid int) error {
 			}
 		case strings.HasPrefix(link, "/"):
 			i.checkFile(pid, fd, link)
-		case link == "anon_inode:inotify" || link == "anon_inode:[fanotify]":
+		case link == inotifyLink || link == fanotifyLink:
 			i.checkWatches(pid, fd)
 		}
 	}

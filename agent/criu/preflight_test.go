@@ -1,6 +1,7 @@
 package criu
 
 import (
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -192,6 +193,30 @@ func TestPreflightNamesWatchesThatCannotBeFoundAgain(t *testing.T) {
 			}
 			s.kill()
 		}
+	}
+}
+
+func TestEventsThatWereNotReadAreNotLost(t *testing.T) {
+	e := newEngine(t)
+	for _, kind := range []string{"inotify", "fanotify"} {
+		s := startSandbox(t, e, objects(t), kind+"-unread")
+		if out := s.output(); !strings.Contains(out, "ready") {
+			t.Fatal(out)
+		}
+		_, looked := e.Preflight(t.Context(), PreflightRequest{Pid: s.pid, Cgroup: s.cgroup})
+		_, dumped := e.Dump(t.Context(), s.request())
+		for _, err := range []error{looked, dumped} {
+			if !errors.Is(err, ErrUnread) || !strings.Contains(err.Error(), "process 1 (job) has ") || !strings.Contains(err.Error(), "(descriptor 3)") {
+				t.Errorf("%s: got %v, want ErrUnread, the process and the descriptor from preflight and dump", kind, err)
+			}
+		}
+		if err := unix.Kill(s.pid, unix.SIGUSR1); err != nil {
+			t.Fatal(err)
+		}
+		waitFor(t, "the program to read", func() bool { return strings.Contains(s.output(), "has read") })
+		preflight(t, s, nil)
+		mustDump(t, s, s.request())
+		s.kill()
 	}
 }
 

@@ -71,6 +71,60 @@ func (i *inspection) checkWatches(pid, fd int) {
 	}
 }
 
+// unreadEvents is ErrUnread when one of the processes has events of its watches to
+// read: CRIU restores the watches, but not what they have seen.
+func unreadEvents(pids []int) error {
+	for _, pid := range pids {
+		dir := procPath(pid, "fd")
+		entries, err := os.ReadDir(dir)
+		if err != nil {
+			continue // it has ended
+		}
+		for _, entry := range entries {
+			link, err := os.Readlink(filepath.Join(dir, entry.Name()))
+			if err != nil || link != inotifyLink && link != fanotifyLink {
+				continue
+			}
+			fd, err := strconv.Atoi(entry.Name())
+			if err != nil {
+				continue
+			}
+			if n := unreadBytes(pid, fd); n > 0 {
+				unread := NewRefusal(pid, fmt.Sprintf("has %d bytes of events of its watches to read (descriptor %d)", n, fd), "have it read them first")
+				return fmt.Errorf("%s: %w", unread, ErrUnread)
+			}
+		}
+	}
+	return nil
+}
+
+// The links in /proc/PID/fd of what has watches.
+const (
+	inotifyLink  = "anon_inode:inotify"
+	fanotifyLink = "anon_inode:[fanotify]"
+)
+
+// unreadBytes asks a descriptor of another process how much there is to read;
+// zero when it is not there any more. The request is FIONREAD of inotify(7), by its
+// other name.
+func unreadBytes(pid, fd int) int {
+	pidfd, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		return 0
+	}
+	defer unix.Close(pidfd)
+	own, err := unix.PidfdGetfd(pidfd, fd, 0)
+	if err != nil {
+		return 0
+	}
+	defer unix.Close(own)
+	n, err := unix.IoctlGetInt(own, unix.TIOCINQ)
+	if err != nil {
+		return 0
+	}
+	return n
+}
+
 // foundAnyway are directories in which CRIU looks for a watched file by its
 // inode when the handle does not help (CRIU, irmap.c).
 var foundAnyway = []string{"/etc", "/var/spool", "/var/log"}

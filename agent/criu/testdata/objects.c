@@ -220,6 +220,35 @@ static void secret(void)
 	close(fd);
 }
 
+static void noted(int signal) { (void)signal; }
+
+/* Has an event of a watch to read, reads it at SIGUSR1 and says so. */
+static void unread(int inotify)
+{
+	const char *dir = "/tmp/watched";
+	struct fanotify_event_metadata *event;
+	char events[4096];
+	int fd;
+
+	signal(SIGUSR1, noted);
+	must(mkdir(dir, 0700), dir);
+	if (inotify) {
+		fd = must(inotify_init1(0), "inotify");
+		must(inotify_add_watch(fd, dir, IN_CREATE), dir);
+	} else {
+		fd = must(fanotify_init(FAN_CLASS_NOTIF, O_RDONLY), "fanotify");
+		must(fanotify_mark(fd, FAN_MARK_ADD, FAN_OPEN | FAN_EVENT_ON_CHILD, AT_FDCWD, dir), dir);
+	}
+	close(must(open("/tmp/watched/seen", O_RDWR | O_CREAT, 0600), "seen"));
+	dprintf(1, "ready\n");
+	pause();
+	must(read(fd, events, sizeof(events)), "read");
+	event = (struct fanotify_event_metadata *)events;
+	if (!inotify)
+		close(event->fd);
+	dprintf(1, "has read\n");
+}
+
 /* Many kinds that can be captured, all at once. */
 static void plain(void)
 {
@@ -296,6 +325,8 @@ int main(int argc, char **argv)
 		uint64_t handled[1] = { 1 };
 		must(syscall(SYS_landlock_create_ruleset, handled, sizeof(handled), 0), "landlock");
 	}
+	KIND("inotify-unread") unread(1);
+	KIND("fanotify-unread") unread(0);
 	KIND("timer") timer();
 	KIND("backlog") backlog();
 	KIND("files") files();
