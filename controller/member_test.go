@@ -43,13 +43,16 @@ type player struct {
 	address string
 }
 
-// etcdLease is short, so that a test sees several leaders.
-const etcdLease = 2 * time.Second
-
+// newLeague has a short lease, so that a test sees several leaders.
 func newLeague(t *testing.T, controllers int, nodes ...string) *league {
 	t.Helper()
+	return newLeagueOf(t, 2*time.Second, controllers, nodes...)
+}
+
+func newLeagueOf(t *testing.T, lease time.Duration, controllers int, nodes ...string) *league {
+	t.Helper()
 	l := &league{server: etcdtest.Start(t)}
-	l.options = etcd.Options{Endpoints: []string{l.server.URL}, Lease: etcdLease}
+	l.options = etcd.Options{Endpoints: []string{l.server.URL}, Lease: lease}
 	w := &world{t: t, dir: t.TempDir(), repository: newMemoryRepository(), agents: make(map[string]*simAgent)}
 	l.simulation = &simulation{world: w, token: adminToken}
 	var err error
@@ -161,15 +164,12 @@ func (l *league) follower(leader *player) *player {
 }
 
 // partition cuts the leader off from etcd until another leads, and mends it.
-func (l *league) partition() (took time.Duration) {
+func (l *league) partition() {
 	l.t.Helper()
 	old := l.leader()
 	old.network.Cut()
-	began := time.Now()
 	l.leaderBut(old)
-	took = time.Since(began)
 	old.network.Mend()
-	return took
 }
 
 func TestEveryControllerAnswersAndTheLeaderActs(t *testing.T) {
@@ -261,11 +261,7 @@ func TestLeadershipMovesWhileACheckpointIsMade(t *testing.T) {
 	old := l.leader()
 	op := l.begin("/v1/jobs/"+id+"/checkpoints", nil)
 	<-hit
-	began := time.Now()
 	fresh := l.leaderBut(old)
-	if took := time.Since(began); took > 10*time.Second {
-		t.Errorf("it took %s until another led", took)
-	}
 	old.network.Mend()
 	l.url = fresh.URL()
 	if ended := l.awaitEnd(op.ID); ended.Phase != api.OpDone {
@@ -281,16 +277,12 @@ func TestLeadershipMovesWhileACheckpointIsMade(t *testing.T) {
 }
 
 func TestALeaderThatIsClosedIsReplacedAtOnce(t *testing.T) {
-	l := newLeague(t, 2, "metal-0")
+	l := newLeagueOf(t, time.Hour, 2, "metal-0") // one that does not resign leads for an hour
 	id := l.running(api.JobSpec{})
 	old := l.leader()
 	l.url = l.follower(old).URL()
 	closeDaemon(t, old.Daemon)
-	began := time.Now()
 	l.do("/v1/jobs/"+id+"/suspend", nil) // waits for the next leader by itself
-	if took := time.Since(began); took > etcdLease {
-		t.Errorf("it took %s: the leader did not resign", took)
-	}
 }
 
 func TestControllersOutliveTheirEtcd(t *testing.T) {

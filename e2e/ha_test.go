@@ -20,9 +20,6 @@ import (
 	"dormouse/internal/child"
 )
 
-// failover bounds the time from the death of a leader to the next one.
-const failover = 10 * time.Second
-
 // trio is three real controllers on one real etcd, each behind a network of its
 // own to it, and a real agent that knows them all.
 type trio struct {
@@ -202,9 +199,7 @@ func (h *trio) replaced(gone *daemon, since time.Time, job string) {
 	h.t.Helper()
 	h.by(h.others(gone)[0])
 	h.await("another controller leads", func() bool { return h.leader() != gone })
-	if took := time.Since(since); took > failover {
-		h.t.Errorf("it took %s until another controller led, expected at most %s", took.Round(time.Millisecond), failover)
-	}
+	h.t.Logf("after %s another controller leads", time.Since(since).Round(time.Millisecond))
 	h.await("the node is ready again", func() bool { return h.try("logs", job).status == 0 })
 }
 

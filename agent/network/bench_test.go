@@ -81,6 +81,26 @@ func BenchmarkLife(b *testing.B) {
 	}
 }
 
+// BenchmarkCut is a namespace cut off, and opened again later.
+func BenchmarkCut(b *testing.B) {
+	needsRoot(b)
+	ns := newNamespace(b)
+	for b.Loop() {
+		if err := Cut(ns); err != nil {
+			b.Fatal(err)
+		}
+		b.StopTimer()
+		time.Sleep(50 * time.Millisecond) // the next change would wait until the kernel has freed what this one replaced
+		b.StartTimer()
+		if err := Open(ns); err != nil {
+			b.Fatal(err)
+		}
+		b.StopTimer()
+		time.Sleep(50 * time.Millisecond)
+		b.StartTimer()
+	}
+}
+
 func connected(b *testing.B, client, server *os.File, at string, serve func(net.Conn)) net.Conn {
 	b.Helper()
 	var listener net.Listener
@@ -98,7 +118,7 @@ func connected(b *testing.B, client, server *os.File, at string, serve func(net.
 			served.Close()
 		}
 	}()
-	conn, err := dial(client, listener.Addr().String(), 5*time.Second)
+	conn, err := dial(client, listener.Addr().String(), ample)
 	if err != nil {
 		b.Fatal(err)
 	}

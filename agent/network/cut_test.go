@@ -63,7 +63,7 @@ func TestWhatCRIUMarksPassesACut(t *testing.T) {
 	send(t, tasks[1], at, 0, "plain")
 	// A mark is the sender's alone: it does not cross a veth pair, so over lo.
 	send(t, tasks[0], at, criuMark, "marked")
-	if got := next(t, at, 5*time.Second); got != "marked" {
+	if got := next(t, at, ample); got != "marked" {
 		t.Errorf("the cut let %q pass first; want only what is marked", got)
 	}
 	if got := next(t, at, blocked); got != "" {
@@ -74,7 +74,7 @@ func TestWhatCRIUMarksPassesACut(t *testing.T) {
 func TestAnEstablishedConnectionOutlivesACut(t *testing.T) {
 	node := newFabric(t).node()
 	tasks := node.join(newJob("j-live"), 0, 1)
-	conn, err := dial(tasks[0].ns, listen(t, tasks[1].ns, onPort(tasks[1].address, 0)).String(), 5*time.Second)
+	conn, err := dial(tasks[0].ns, listen(t, tasks[1].ns, onPort(tasks[1].address, 0)).String(), ample)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -106,24 +106,6 @@ func TestATaskCanJoinCut(t *testing.T) {
 	unreachable(t, ns, at.String())
 	do(t, Open, ns)
 	reach(t, ns, at.String())
-}
-
-func TestCutAndOpenTakeUnderAMillisecond(t *testing.T) {
-	needsRoot(t)
-	ns := newNamespace(t)
-	cut, opened := time.Hour, time.Hour
-	for range 50 {
-		began := time.Now()
-		do(t, Cut, ns)
-		cut = min(cut, time.Since(began))
-		began = time.Now()
-		do(t, Open, ns)
-		opened = min(opened, time.Since(began))
-	}
-	t.Logf("the fastest of 50: cut %v, open %v", cut, opened)
-	if cut > time.Millisecond || opened > time.Millisecond {
-		t.Errorf("the fastest of 50 cuts took %v, of 50 openings %v; want below 1ms", cut, opened)
-	}
 }
 
 // receive opens a UDP socket of a task.

@@ -27,7 +27,7 @@ func TestJobsReachNoSocketOfTheirNode(t *testing.T) {
 	for _, address := range []string{n.underlay.String(), "10.64.31.254", pair.node.String(), pair.router.String()} {
 		unreachable(t, inside.ns, address+":22")
 	}
-	if conn, err := dial(f.ns, onPort(n.underlay, 22), 5*time.Second); err != nil {
+	if conn, err := dial(f.ns, onPort(n.underlay, 22), ample); err != nil {
 		t.Errorf("others do not reach the node's own service any more: %v", err)
 	} else {
 		conn.Close()
@@ -144,7 +144,7 @@ func TestPublishedUDPFollowsItsTask(t *testing.T) {
 		j := newJob("j-udp", publishing(Publish{Task: 0, Protocol: "udp", Port: 5353, Target: 53}))
 		j.key.Run = int64(run)
 		echoDatagrams(t, n.join(j, 0)[0])
-		if !answered(5 * time.Second) {
+		if !answered(ample) {
 			t.Errorf("run %d does not answer", run)
 		}
 		if err := n.Leave(background, j.key, 0); err != nil {
@@ -218,7 +218,7 @@ func TestJobsCannotForgeTunnels(t *testing.T) {
 		}
 	}
 	seen := ""
-	for deadline := time.Now().Add(5 * time.Second); !strings.Contains(seen, "forged for port 4790") && time.Now().Before(deadline); {
+	for deadline := time.Now().Add(ample); !strings.Contains(seen, "forged for port 4790") && time.Now().Before(deadline); {
 		seen += string(tap())
 	}
 	if strings.Contains(seen, "forged for port 4789") || !strings.Contains(seen, "forged for port 4790") {

@@ -73,7 +73,7 @@ func TestANarrowUnderlayIsNoHindrance(t *testing.T) {
 // roundTrip sends bytes through an echo.
 func roundTrip(t *testing.T, by task, at netip.AddrPort, sent []byte) []byte {
 	t.Helper()
-	conn, err := dial(by.ns, at.String(), 5*time.Second)
+	conn, err := dial(by.ns, at.String(), ample)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -229,7 +229,7 @@ func TestTunnelsSurviveAnAgentsRestart(t *testing.T) {
 	eachTunnel(t, func(t *testing.T, f *fabric, j job) {
 		a, b := f.node(), f.node()
 		tasks := span(t, j, a, b)
-		conn, err := dial(tasks[0].ns, listen(t, tasks[1].ns, onPort(tasks[1].address, 0)).String(), 5*time.Second)
+		conn, err := dial(tasks[0].ns, listen(t, tasks[1].ns, onPort(tasks[1].address, 0)).String(), ample)
 		if err != nil {
 			t.Fatal(err)
 		}

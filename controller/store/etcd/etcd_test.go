@@ -288,7 +288,9 @@ func TestEtcdRefusesALeaderWhoseLeaseEnded(t *testing.T) {
 	}
 }
 
-func TestADeadLeaderIsReplacedWithinTenSeconds(t *testing.T) {
+// The dead one's lease runs out in time for it to be replaced within ten
+// seconds on a machine that is not slow.
+func TestADeadLeaderIsReplaced(t *testing.T) {
 	t.Parallel()
 	server := etcdtest.Start(t)
 	place := newPlace(server)
@@ -296,13 +298,21 @@ func TestADeadLeaderIsReplacedWithinTenSeconds(t *testing.T) {
 	cut := place
 	cut.Endpoints = []string{network.URL}
 	elect(t, cut.open(t), "old")
+	client := server.Client(t)
+	leases, err := client.Leases(t.Context())
+	if err != nil || len(leases.Leases) != 1 {
+		t.Fatalf("leases: %+v, %v", leases, err)
+	}
+	lease, err := client.TimeToLive(t.Context(), leases.Leases[0].ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if lease.GrantedTTL > 5 {
+		t.Errorf("etcd holds on to a dead leader for %d s, want 5", lease.GrantedTTL)
+	}
 	s := place.open(t)
 	network.Cut()
-	began := time.Now()
 	elect(t, s, "new")
-	if took := time.Since(began); took > 10*time.Second {
-		t.Errorf("it took %s", took)
-	}
 }
 
 func TestNobodyElseWritesWhileAControllerLeads(t *testing.T) {
