@@ -345,7 +345,7 @@ func TestJobIsSuspendedBeforeItsWalltimeEnds(t *testing.T) {
 		t.Errorf("the reason is %q", slept.Reason)
 	}
 	s.do("/v1/jobs/"+id+"/resume", nil)
-	if job := s.awaitPhase(id, api.PhaseRunning); time.Until(job.walltimeEnds()) < 8*time.Second {
+	if job := s.awaitPhase(id, api.PhaseRunning); time.Until(job.walltimeEnds()) < 4*time.Second {
 		t.Errorf("a resumed job has %s left, want its whole walltime again", time.Until(job.walltimeEnds()))
 	}
 }

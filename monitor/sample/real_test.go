@@ -23,14 +23,14 @@ func collect(t testing.TB, c *sample.Collector) sample.Task {
 // until calls done with fresh samples until it is content.
 func until(t *testing.T, c *sample.Collector, what string, done func(sample.Task) bool) sample.Task {
 	t.Helper()
-	deadline := time.Now().Add(10 * time.Second)
+	deadline := time.Now().Add(time.Minute)
 	for {
 		task := collect(t, c)
 		if done(task) {
 			return task
 		}
 		if time.Now().After(deadline) {
-			t.Fatalf("not seen within 10 s: %s; last %+v", what, task)
+			t.Fatalf("not seen within a minute: %s; last %+v", what, task)
 		}
 		time.Sleep(20 * time.Millisecond)
 	}
