@@ -35,7 +35,8 @@ type Agent struct {
 	lock     *os.File // flock on the state directory
 	lease    *lease
 	criu     *criu.Engine
-	criuErr  error // why there is no engine; tasks run, checkpoints are refused
+	criuErr  error                    // why there is no engine; tasks run, checkpoints are refused
+	cpu      func() (criu.CPU, error) // the same from the machine's start to its end
 	boxes    *sandbox.Runtime
 	networks *network.Manager
 	plugins  []plugins.Plugin // quiesced in this order, resumed in the reverse one
@@ -86,8 +87,8 @@ func New(config Config) (_ *Agent, err error) {
 	a := &Agent{
 		config: config, log: config.Logger, life: context.Background(), now: time.Now, after: time.After,
 		lanes: newLanes(), answers: newAnswers(), bandwidth: newBandwidth(),
-		plugins: []plugins.Plugin{tcp.Plugin{}},
-		tasks:   map[string]*task{}, captures: map[string]*capturing{},
+		plugins: []plugins.Plugin{tcp.Plugin{}}, cpu: sync.OnceValues(criu.CPUInfo),
+		tasks: map[string]*task{}, captures: map[string]*capturing{},
 		requests: requests{waiting: map[string]*agentpb.AppRequest{}},
 	}
 	defer func() {

@@ -10,7 +10,6 @@ import (
 	"github.com/shirou/gopsutil/v3/mem"
 	"golang.org/x/sys/unix"
 
-	"dormouse/agent/criu"
 	"dormouse/api/agentpb"
 )
 
@@ -28,7 +27,7 @@ func (a *Agent) hello() *agentpb.Hello {
 		h.Underlay = underlay.String()
 		h.TreeAddress = a.links.listen(underlay)
 	}
-	if cpu, err := criu.CPUInfo(); err == nil {
+	if cpu, err := a.cpu(); err == nil {
 		h.CpuModel, h.CpuFeatures = cpu.Model, cpu.Features
 	}
 	for _, t := range a.allTasks() {

@@ -115,7 +115,7 @@ func (a *Agent) canRun(entry *repository.TaskManifest) error {
 	if err := json.Unmarshal(entry.Extra, &need); err != nil {
 		return fmt.Errorf("what it needs of a node: %w", err)
 	}
-	have, err := criu.CPUInfo()
+	have, err := a.cpu()
 	if err != nil {
 		return err
 	}
@@ -205,12 +205,16 @@ func (a *Agent) build(ctx context.Context, t *task, r *record, part *repository.
 			b.close()
 		}
 	}()
-	if err := a.startNetwork(ctx, t, r, plan, b); err != nil {
-		return nil, err
-	}
 	upper := filepath.Join(t.dir, upperTree)
-	made := make(chan struct{})
+	networked, made := make(chan struct{}), make(chan struct{})
 	group, all := errgroup.WithContext(ctx)
+	group.Go(func() error {
+		if err := a.startNetwork(ctx, t, r, plan, b); err != nil {
+			return err
+		}
+		close(networked)
+		return nil
+	})
 	group.Go(func() error {
 		err := part.RestoreImages(all, memory.images, repository.RestoreOptions{
 			Only: func(e repository.Entry) bool { return !isPages(e.Path) },
@@ -224,12 +228,10 @@ func (a *Agent) build(ctx context.Context, t *task, r *record, part *repository.
 		if err := part.RestoreTree(all, upperTree, upper, repository.RestoreOptions{Local: a.ownInit}); err != nil {
 			return err
 		}
-		select {
-		case <-made:
-		case <-all.Done():
-			return all.Err()
+		if err := await(all, networked, made); err != nil {
+			return err
 		}
-		if err := restoreFiles(all, part, b.box, upper, t.dir); err != nil {
+		if err := restoreFiles(all, part, a.known, b.box, upper, t.dir); err != nil {
 			return err
 		}
 		failpoint.Hit("agent.restore.files")
@@ -242,6 +244,9 @@ func (a *Agent) build(ctx context.Context, t *task, r *record, part *repository.
 		}
 		t.setBox(b.box)
 		close(made)
+		if err := await(all, networked); err != nil {
+			return err
+		}
 		if err := a.startCRIU(b); err != nil {
 			return err
 		}
@@ -256,6 +261,18 @@ func (a *Agent) build(ctx context.Context, t *task, r *record, part *repository.
 		memory.reader.Begin()
 	}
 	return b, err
+}
+
+// await returns when all of them are closed.
+func await(ctx context.Context, all ...<-chan struct{}) error {
+	for _, closed := range all {
+		select {
+		case <-closed:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+	return nil
 }
 
 // startNetwork makes the namespace of the task's network, and begins to connect it.
@@ -373,12 +390,12 @@ func rootIsMissing(text string) bool {
 
 // restoreFiles completes the upper layer: the task's own files, which are in the
 // directory upper, and those of its closure that this node does not have.
-func restoreFiles(ctx context.Context, part *repository.PartReader, box *sandbox.Sandbox, upper, dir string) error {
+func restoreFiles(ctx context.Context, part *repository.PartReader, known *repository.FileCache, box *sandbox.Sandbox, upper, dir string) error {
 	// Over the sandbox's own, which is empty: rename(2) does, os.Rename does not.
 	if err := unix.Rename(upper, box.UpperDir()); err != nil {
 		return &os.LinkError{Op: "rename", Old: upper, New: box.UpperDir(), Err: err}
 	}
-	differing, err := capture.Differing(ctx, part, closureTree, box.LowerDir())
+	differing, err := capture.Differing(ctx, part.Knowing(known), closureTree, box.LowerDir())
 	if err != nil || len(differing) == 0 {
 		return err
 	}

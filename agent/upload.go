@@ -51,7 +51,11 @@ func (a *Agent) upload(ctx context.Context, ref *agentpb.TaskRef, checkpoint str
 	steps := c.result.Steps
 	steps.UploadMS, steps.UploadCPUMS = milliseconds(time.Since(begun)), milliseconds(processorTime()-worked)
 	steps.StoredBytes, steps.NewBytes = part.StoredBytes, part.NewBytes
-	entry, err := c.manifestEntry(part)
+	cpu, err := a.cpu()
+	if err != nil {
+		return nil, err
+	}
+	entry, err := c.manifestEntry(part, cpu)
 	if err != nil {
 		return nil, err
 	}
@@ -171,11 +175,7 @@ type needs struct {
 	CPU criu.CPU `json:"cpu"`
 }
 
-func (c *capturing) manifestEntry(part *repository.PartResult) (*repository.TaskManifest, error) {
-	cpu, err := criu.CPUInfo()
-	if err != nil {
-		return nil, err
-	}
+func (c *capturing) manifestEntry(part *repository.PartResult, cpu criu.CPU) (*repository.TaskManifest, error) {
 	extra, err := json.Marshal(needs{CPU: cpu})
 	if err != nil {
 		return nil, err

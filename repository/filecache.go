@@ -1,6 +1,7 @@
 package repository
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -134,6 +135,14 @@ func (k FileKey) header() []byte {
 type cachedSegment struct {
 	encoded []byte
 	length  int64
+}
+
+// is reports whether ref refers to it.
+func (s cachedSegment) is(ref segmentRef) bool {
+	if ref.Chunk == nil {
+		return s.length == ref.Bytes && bytes.Equal(s.encoded, ref.Inline)
+	}
+	return s.length == ref.Bytes && hashOf(s.encoded) == *ref.Chunk
 }
 
 // get returns the content of a file that is unchanged.

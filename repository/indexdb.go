@@ -224,19 +224,47 @@ func decodeLocation(pack ID, v []byte) location {
 // lookup finds a chunk in any pack that avoid does not hold.
 func (x *indexDB) lookup(id ID, avoid map[ID]bool) (loc location, found bool, err error) {
 	err = x.db.View(func(tx *bolt.Tx) error {
-		packs, c := tx.Bucket(bucketPacks), tx.Bucket(bucketChunks).Cursor()
-		for k, v := c.Seek(id[:]); bytes.HasPrefix(k, id[:]); k, v = c.Next() {
-			pack := packs.Get(k[32:])
-			if binary.BigEndian.Uint32(pack[32:]) == 0 || avoid[ID(pack[:32])] {
-				continue
-			}
-			found = true
-			loc = decodeLocation(ID(pack[:32]), v)
-			return nil
-		}
+		loc, found = finderIn(tx).find(id, avoid)
 		return nil
 	})
 	return loc, found, err
+}
+
+// lookupAll finds chunks, or the first that no pack contains.
+func (x *indexDB) lookupAll(ids []ID) (found []location, unknown *ID, err error) {
+	found = make([]location, len(ids))
+	err = x.db.View(func(tx *bolt.Tx) error {
+		finder := finderIn(tx)
+		for i, id := range ids {
+			var ok bool
+			if found[i], ok = finder.find(id, nil); !ok {
+				unknown = &id
+				break
+			}
+		}
+		return nil
+	})
+	return found, unknown, err
+}
+
+// finder finds chunks within a transaction.
+type finder struct {
+	packs  *bolt.Bucket
+	chunks *bolt.Cursor
+}
+
+func finderIn(tx *bolt.Tx) finder {
+	return finder{tx.Bucket(bucketPacks), tx.Bucket(bucketChunks).Cursor()}
+}
+
+func (f finder) find(id ID, avoid map[ID]bool) (loc location, found bool) {
+	for k, v := f.chunks.Seek(id[:]); bytes.HasPrefix(k, id[:]); k, v = f.chunks.Next() {
+		pack := f.packs.Get(k[32:])
+		if binary.BigEndian.Uint32(pack[32:]) > 0 && !avoid[ID(pack[:32])] {
+			return decodeLocation(ID(pack[:32]), v), true
+		}
+	}
+	return loc, false
 }
 
 // packsOf returns the packs that an index object lists.

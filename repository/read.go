@@ -19,6 +19,8 @@ type PartReader struct {
 	repo *Repository
 	id   ID
 	part part
+
+	known *FileCache // nil: nothing is known
 }
 
 // OpenPart reads a part object, whose id comes from a manifest that was verified.
@@ -358,16 +360,19 @@ func (f *fetcher) locate(ctx context.Context, s *segment, at int64) ([]wanted, e
 		at += r.Length
 	}
 	used := list[:0]
+	var ids []ID
 	for i, w := range list {
-		if len(w.runs) == 0 {
-			continue
+		if len(w.runs) > 0 {
+			w.id = s.Chunks[i]
+			used, ids = append(used, w), append(ids, w.id)
 		}
-		var err error
-		w.id = s.Chunks[i]
-		if w.loc, err = f.repo.find(ctx, w.id); err != nil {
-			return nil, err
-		}
-		used = append(used, w)
+	}
+	found, err := f.repo.find(ctx, ids...)
+	if err != nil {
+		return nil, err
+	}
+	for i := range used {
+		used[i].loc = found[i]
 	}
 	slices.SortFunc(used, func(a, b wanted) int {
 		if c := bytes.Compare(a.loc.Pack[:], b.loc.Pack[:]); c != 0 {

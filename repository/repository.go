@@ -260,30 +260,31 @@ func (p packReader) ReadAt(b []byte, off int64) (int, error) {
 	return p.be.ReadAt(p.ctx, backend.Handle{Kind: backend.Pack, Name: p.pack.String()}, b, off)
 }
 
-// find returns where a chunk lies, after one look at the backend's index if
-// the local copy does not know it.
-func (r *Repository) find(ctx context.Context, id ID) (location, error) {
-	loc, found, err := r.db.lookup(id, nil)
-	if err != nil || found {
-		return loc, err
+// find returns where chunks lie, after one look at the backend's index if the
+// local copy does not know them all.
+func (r *Repository) find(ctx context.Context, ids ...ID) ([]location, error) {
+	found, unknown, err := r.db.lookupAll(ids)
+	if err != nil || unknown == nil {
+		return found, err
 	}
 	if err := r.sync(ctx); err != nil {
-		return loc, err
+		return nil, err
 	}
-	loc, found, err = r.db.lookup(id, nil)
-	if err == nil && !found {
-		err = &DamagedError{Object: "the repository in " + r.be.Location(), Chunk: id.String(), Err: errors.New("no pack contains it")}
+	found, unknown, err = r.db.lookupAll(ids)
+	if err == nil && unknown != nil {
+		err = &DamagedError{Object: "the repository in " + r.be.Location(), Chunk: unknown.String(), Err: errors.New("no pack contains it")}
 	}
-	return loc, err
+	return found, err
 }
 
 // loadChunk reads one chunk, for metadata; content is read by fetch.
 func (r *Repository) loadChunk(ctx context.Context, id ID) ([]byte, error) {
 	for attempt := 0; ; attempt++ {
-		loc, err := r.find(ctx, id)
+		found, err := r.find(ctx, id)
 		if err != nil {
 			return nil, err
 		}
+		loc := found[0]
 		stored := make([]byte, loc.Stored)
 		err = r.readPack(ctx, loc.Pack, stored, int64(loc.Offset))
 		if errors.Is(err, backend.ErrNotExist) && attempt == 0 {

@@ -6,6 +6,7 @@ import (
 	"io"
 	"iter"
 	"os"
+	"slices"
 )
 
 // StoredEntry is an entry of a part, and what its content is.
@@ -39,16 +40,27 @@ func (p *PartReader) Images(ctx context.Context) iter.Seq2[StoredEntry, error] {
 	return p.Entries(ctx, imagesTree)
 }
 
-// SameContent reports whether the content of f is that of a stored file. It
-// reads f and no chunk of content, so it answers by hash. It may say no of a
-// file that is the same but was stored with other bounds of chunks, which none
-// that AddTree stores is.
+// Knowing is the same part, read on a machine of whose files known remembers the
+// content.
+func (p *PartReader) Knowing(known *FileCache) *PartReader {
+	knowing := *p
+	knowing.known = known
+	return &knowing
+}
+
+// SameContent reports whether the content of f is that of a stored file. Unless
+// its content is known, it reads f and no chunk of content, so it answers by hash.
+// It may say no of a file that is the same but was stored with other bounds of
+// chunks, which none that AddTree stores is.
 func (p *PartReader) SameContent(ctx context.Context, e StoredEntry, f *os.File) (bool, error) {
 	fi, err := f.Stat()
 	if err != nil || fi.Size() != e.Size || !fi.Mode().IsRegular() {
 		return false, err
 	}
-	c := comparison{f: f, chunk: make([]byte, 0, maxChunk), zero: make([]byte, 1<<20)}
+	if cached, ok := p.known.get(FileKeyOf(fi)); ok && slices.EqualFunc(cached, e.content, cachedSegment.is) {
+		return true, nil
+	}
+	c := comparison{f: f, chunk: make([]byte, 0, maxChunk)}
 	for i := range e.content {
 		s, err := p.repo.segment(ctx, &e.content[i])
 		if err != nil {
@@ -72,7 +84,7 @@ type comparison struct {
 	at    int64
 	id    ID
 	chunk []byte // so far
-	zero  []byte
+	read  []byte // where a hole is to be
 }
 
 func (c *comparison) run(s *segment, r run) (bool, error) {
@@ -105,8 +117,11 @@ func (c *comparison) ends() bool {
 }
 
 func (c *comparison) isHole(length int64) (bool, error) {
+	if c.read == nil {
+		c.read = make([]byte, 1<<20)
+	}
 	for length > 0 {
-		p := c.zero[:min(length, int64(len(c.zero)))]
+		p := c.read[:min(length, int64(len(c.read)))]
 		if _, err := c.f.ReadAt(p, c.at); err != nil && err != io.EOF {
 			return false, err
 		}

@@ -421,6 +421,43 @@ func TestOnlyWhatDiffersIsRestored(t *testing.T) {
 	}
 }
 
+// What is known of a file of this machine is believed as long as it is the file
+// that was looked at.
+func TestAKnownFileIsComparedWithoutReadingIt(t *testing.T) {
+	src := t.TempDir()
+	file := filepath.Join(src, "program")
+	must(t, os.WriteFile(file, contiguousBytes(5<<20+17), 0o755))
+	cache, err := OpenFileCache(filepath.Join(t.TempDir(), "files.db"))
+	must(t, err)
+	defer cache.Close()
+	r := newTestRepo(t)
+	res, _ := r.upload(t, "", PartOptions{FileCache: cache, Captured: time.Now().Add(time.Minute)}, map[string]string{"closure": src})
+	p, err := r.OpenPart(t.Context(), res.ID)
+	must(t, err)
+	same := func(p *PartReader) (bool, error) {
+		f, err := os.OpenFile(file, os.O_WRONLY, 0)
+		must(t, err)
+		defer f.Close()
+		for e, err := range p.Entries(t.Context(), "closure") {
+			must(t, err)
+			if e.Path == "program" {
+				return p.SameContent(t.Context(), e, f)
+			}
+		}
+		panic("it was not stored")
+	}
+	if same, err := same(p); !errors.Is(err, syscall.EBADF) {
+		t.Errorf("a file that cannot be read compares as %v, %v", same, err)
+	}
+	if same, err := same(p.Knowing(cache)); !same || err != nil {
+		t.Errorf("a file that is known compares as %v, %v", same, err)
+	}
+	must(t, os.WriteFile(file, contiguousBytes(5<<20+18)[1:], 0o755))
+	if same, err := same(p.Knowing(cache)); !errors.Is(err, syscall.EBADF) {
+		t.Errorf("a file that has changed since compares as %v, %v", same, err)
+	}
+}
+
 // readCounter counts the bytes that are read of packs.
 type readCounter struct {
 	backend.Backend
