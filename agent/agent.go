@@ -47,6 +47,7 @@ type Agent struct {
 	lanes    *lanes
 	answers  *answers
 	clock    controllerClock
+	garbage  collector
 	tree     *treeNode
 	links    *treeLinks
 	monitor  *monitor

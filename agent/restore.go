@@ -122,6 +122,10 @@ func (a *Agent) canRun(entry *repository.TaskManifest) error {
 	return criu.CheckCPU(have, need.CPU)
 }
 
+// smallTask is up to which size a task is there so soon that the collection of
+// garbage would be much of the time.
+const smallTask = 1 << 30
+
 // rebuild fetches the task's part and wakes the task.
 func (a *Agent) rebuild(ctx context.Context, t *task, h *restoring, entry *repository.TaskManifest, plan *agentpb.NetworkPlan, progress func(float64, string)) (err error) {
 	repo, err := a.repository()
@@ -131,6 +135,9 @@ func (a *Agent) rebuild(ctx context.Context, t *task, h *restoring, entry *repos
 	part, err := repo.OpenPart(ctx, entry.Part)
 	if err != nil {
 		return err
+	}
+	if part.Size() <= smallTask {
+		defer a.garbage.relax()()
 	}
 	r, _ := t.snapshot()
 	size, err := a.spool.sizeOfRestore(ctx, part)

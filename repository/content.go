@@ -88,7 +88,6 @@ func newChunker(u *upload, seed uint64) *chunker {
 		gather:  make([]byte, 0, maxChunk),
 		compact: make([]byte, 0, maxChunk),
 		zip:     make([]byte, 0, maxChunk+maxChunk/8),
-		arena:   make([]byte, 0, batchSize),
 	}
 }
 
@@ -106,7 +105,7 @@ func newChunker(u *upload, seed uint64) *chunker {
 func (c *chunker) work(b *batch) (batchResult, error) {
 	c.b, c.out, c.known, c.stored = b, &segment{}, make(map[ID]int), 0
 	c.gather, c.waiting = c.gather[:0], c.waiting[:0]
-	c.news, c.arena = c.news[:0], c.arena[:0]
+	c.news = c.news[:0]
 	if b.hole {
 		c.out.add(b.length, hole, 0)
 		return batchResult{segment: *c.out}, nil
@@ -115,6 +114,9 @@ func (c *chunker) work(b *batch) (batchResult, error) {
 		return batchResult{}, err
 	}
 	defer c.unmap()
+	if c.arena = c.arena[:0]; cap(c.arena) < int(b.length) {
+		c.arena = make([]byte, 0, b.length)
+	}
 	pages := c.pages()
 	for from := 0; from < pages; {
 		to := c.windowEnd(from, pages)
