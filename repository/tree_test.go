@@ -452,7 +452,7 @@ func TestAKnownFileIsComparedWithoutReadingIt(t *testing.T) {
 	if same, err := same(p.Knowing(cache)); !same || err != nil {
 		t.Errorf("a file that is known compares as %v, %v", same, err)
 	}
-	must(t, os.WriteFile(file, contiguousBytes(5<<20+18)[1:], 0o755))
+	must(t, os.WriteFile(file, contiguousBytes(5<<20 + 18)[1:], 0o755))
 	if same, err := same(p.Knowing(cache)); !errors.Is(err, syscall.EBADF) {
 		t.Errorf("a file that has changed since compares as %v, %v", same, err)
 	}
