@@ -483,3 +483,53 @@ func TestGCFreesARemovedCheckpointAtOnce(t *testing.T) {
 		t.Errorf("lock objects %q are left", left)
 	}
 }
+
+// mergedMeanwhile is a backend whose first list of index objects takes so long that
+// they are merged within it: what was there at its beginning is not there any more
+// when it comes to it, and what is new has its place before.
+type mergedMeanwhile struct {
+	backend.Backend
+	merge func()
+}
+
+func (b *mergedMeanwhile) List(ctx context.Context, kind backend.Kind, fn func(backend.Info) error) error {
+	if kind != backend.Index || b.merge == nil {
+		return b.Backend.List(ctx, kind, fn)
+	}
+	before := make(map[string]bool)
+	if err := b.Backend.List(ctx, kind, func(info backend.Info) error { before[info.Name] = true; return nil }); err != nil {
+		return err
+	}
+	b.merge()
+	b.merge = nil
+	return b.Backend.List(ctx, kind, func(info backend.Info) error {
+		if !before[info.Name] {
+			return nil
+		}
+		return fn(info)
+	})
+}
+
+func TestAChunkIsFoundWhereIndexesAreMergedWhileTheyAreListed(t *testing.T) {
+	r := newTestRepo(t)
+	dir := images(t, 50, 1)
+	slow := &mergedMeanwhile{Backend: r.be}
+	reader, err := Open(t.Context(), slow, Options{CacheDir: filepath.Join(t.TempDir(), "cache")})
+	must(t, err)
+	defer reader.Close()
+	res := r.checkpoint(t, "c-1", dir, PartOptions{})
+	slow.merge = func() {
+		for i := range mergeFrom { // of which each makes an index object
+			r.checkpoint(t, fmt.Sprint("c-more-", i), images(t, 2, uint64(100+i)), PartOptions{})
+		}
+		must(t, r.dropFromIndex(t.Context(), nil))
+	}
+	p, err := reader.OpenPart(t.Context(), res.ID)
+	must(t, err)
+	dest := filepath.Join(t.TempDir(), "dest")
+	must(t, p.RestoreImages(t.Context(), dest, RestoreOptions{}))
+	wantSameFiles(t, dir, dest)
+	if slow.merge != nil {
+		t.Error("nothing was merged while the index was listed")
+	}
+}

@@ -118,27 +118,35 @@ func (r *Repository) ID() string { return r.config.ID }
 // Location names the place of the repository for people.
 func (r *Repository) Location() string { return r.be.Location() }
 
-// sync brings the local copy of the index up to date. When an index object
-// vanishes meanwhile, another that it was merged into may have been missed.
+// sync brings the local copy of the index up to date. A list of objects is not
+// made at one moment: where index objects are merged meanwhile, it may have neither
+// them nor what they were merged into. So two lists in a row have to agree.
 func (r *Repository) sync(ctx context.Context) error {
 	r.syncing.Lock()
 	defer r.syncing.Unlock()
-	for range 10 {
-		vanished, err := r.syncOnce(ctx)
-		if err != nil {
+	var vanished bool
+	for look := range 10 {
+		var changed bool
+		var err error
+		if changed, vanished, err = r.syncOnce(ctx); err != nil {
 			return fmt.Errorf("read the repository's index: %w", err)
 		}
-		if !vanished {
+		if look > 0 && !changed {
 			return nil
 		}
+	}
+	if !vanished { // others only add to it
+		return nil
 	}
 	return fmt.Errorf("read the repository's index: it keeps changing in %s", r.be.Location())
 }
 
-func (r *Repository) syncOnce(ctx context.Context) (vanished bool, err error) {
+// syncOnce looks once. It reports whether that is not what the local copy had, and
+// whether an object vanished before it was read.
+func (r *Repository) syncOnce(ctx context.Context) (changed, vanished bool, err error) {
 	have, err := r.db.indexNames()
 	if err != nil {
-		return false, err
+		return false, false, err
 	}
 	there := make(map[ID]bool)
 	var damaged []ID
@@ -151,6 +159,7 @@ func (r *Repository) syncOnce(ctx context.Context) (vanished bool, err error) {
 		if _, found := slices.BinarySearchFunc(have, name, compareIDs); found {
 			return nil
 		}
+		changed = true
 		packs, err := r.loadIndex(ctx, name)
 		switch {
 		case errors.Is(err, backend.ErrNotExist):
@@ -165,22 +174,23 @@ func (r *Repository) syncOnce(ctx context.Context) (vanished bool, err error) {
 		return r.db.add(name, packs)
 	})
 	if err != nil {
-		return false, err
+		return false, false, err
 	}
 	for _, name := range have {
 		if there[name] {
 			continue
 		}
+		changed = true
 		if err := r.db.drop(name); err != nil {
-			return false, err
+			return false, false, err
 		}
 	}
 	for _, name := range damaged {
 		if err := r.indexFromPacks(ctx, name); err != nil {
-			return false, fmt.Errorf("read the tables of packs in place of the damaged index %s: %w", name, err)
+			return false, false, fmt.Errorf("read the tables of packs in place of the damaged index %s: %w", name, err)
 		}
 	}
-	return vanished, nil
+	return changed, vanished, nil
 }
 
 func compareIDs(a, b ID) int { return bytes.Compare(a[:], b[:]) }
