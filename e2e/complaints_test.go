@@ -191,18 +191,22 @@ while True:
 
 // TestComplaintSlowWrapper: what Dormouse adds to CRIU's own time is small (how
 // small, the bench measures), and the upload of memory is not what the job waits
-// for. It runs alone.
+// for. It runs alone. A machine may stand still during one checkpoint, but hardly
+// during each of several.
 func TestComplaintSlowWrapper(t *testing.T) {
 	p := onShared(t)
 	job := p.submit("--mem", "1G", "--", program("memory"), "512", "2", "1000000", "10")
 	p.waitLines(job, 3)
 	p.checkpoint(job) // the first one of a process touches everything for the first time
-	c := p.checkpoint(job)
-	step := c.Steps[0]
-	t.Logf("512 MiB: frozen by criu for %.0f ms, paused for %.0f ms", step.FrozenMS, c.PauseMS)
-	if limit := 2*step.FrozenMS + 2000; c.PauseMS > limit {
-		t.Errorf("the job stood still for %.0f ms of which CRIU froze it for %.0f ms; expected at most %.0f ms", c.PauseMS, step.FrozenMS, limit)
+	for range 4 {
+		c := p.checkpoint(job)
+		frozen := c.Steps[0].FrozenMS
+		t.Logf("512 MiB: frozen by criu for %.0f ms, paused for %.0f ms", frozen, c.PauseMS)
+		if c.PauseMS <= 2*frozen+300 {
+			return
+		}
 	}
+	t.Error("the job stood still for more than twice as long as CRIU froze it and 300 ms, each time")
 }
 
 // TestComplaintSecretsReadable: nobody but root can read what was captured.
