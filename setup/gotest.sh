@@ -1,8 +1,8 @@
 #!/bin/bash
 # Runs `go test` so that a person sees what matters: one line per top-level test
-# as it ends, the whole output of packages that failed, and at the end go's own
-# line of each package, every skipped test with its reason, every failed test with
-# what it printed, and the counts.
+# as it ends, what a failed test printed with its line, and at the end go's own
+# line of each package, every skipped test with its reason, every failed test once
+# more, and the counts.
 #
 # usage: gotest.sh ARGUMENTS OF go test...
 #
@@ -10,13 +10,13 @@
 # there, everything that tests need is expected to be present.
 set -uo pipefail
 
-tab=$'\t'
+tab=$'\t' newline=$'\n'
 
 # summarise: reads the output of go test -v.
 summarise() {
-	local line name='' passed=0 failed=0 skipped=0
-	local held=() packages=() skips=() failures=()
-	local -A said=() # what each test of this package printed
+	local line name=- passed=0 failed=0 skipped=0
+	local packages=() skips=() failures=()
+	local -A said=() # what each test that has not ended printed; "-" is no test
 	while IFS= read -r line; do
 		case $line in
 		'=== '*)
@@ -27,40 +27,44 @@ summarise() {
 			continue
 			;;
 		"ok  $tab"* | "FAIL$tab"*)
-			[[ $line != FAIL* ]] || printf '%s\n' ${held[@]+"${held[@]}"}
+			[[ $line != FAIL* ]] || printf '%s' "${said[@]}" # of tests that did not come to their end
 			echo "$line"
 			packages+=("$line")
-			held=() said=()
+			name=- said=()
+			continue
+			;;
+		*'--- PASS: '* | *'--- FAIL: '* | *'--- SKIP: '*) ;;
+		*)
+			said[$name]+=$line$newline
 			continue
 			;;
 		esac
-		held+=("$line")
+		name=${line##*--- ????: }
+		name=${name%% *}
 		case $line in
-		'--- PASS: '*) passed=$((passed + 1)) ;;
 		*'--- FAIL: '*)
-			[[ $line == ' '* ]] || failed=$((failed + 1))
-			name=${line##*--- FAIL: }
-			name=${name%% *}
-			failures+=("$line${said[$name]:-}")
+			printf '%s\n%s' "$line" "${said[$name]:-}"
+			failures+=("$line$newline${said[$name]:-}")
 			;;
 		*'--- SKIP: '*)
-			name=${line##*--- SKIP: }
-			name=${name%% *}
 			skipped=$((skipped + 1))
-			skips+=("$line${said[$name]:-}")
+			skips+=("$line$newline${said[$name]:-}")
 			;;
-		*'--- PASS: '*) ;;
-		*) [ -z "$name" ] || said[$name]+=$'\n'$line ;;
 		esac
-		[[ $line != ---* ]] || echo "$line"
+		case $line in
+		'--- PASS: '*) passed=$((passed + 1)) ;;
+		'--- FAIL: '*) failed=$((failed + 1)) ;;
+		esac
+		[[ $line != '--- '[PS]* ]] || echo "$line"
+		unset "said[$name]"
 	done
 	# What is left belongs to no package: go test itself failed.
-	[ ${#held[@]} -eq 0 ] || printf '%s\n' "${held[@]}"
+	printf '%s' "${said[@]}"
 
 	echo "----"
 	[ ${#packages[@]} -eq 0 ] || printf '%s\n' "${packages[@]}"
-	[ ${#skips[@]} -eq 0 ] || printf '%s\n' "skipped:" "${skips[@]}"
-	[ ${#failures[@]} -eq 0 ] || printf '%s\n' "failed:" "${failures[@]}"
+	[ ${#skips[@]} -eq 0 ] || printf '%s' "skipped:$newline" "${skips[@]}"
+	[ ${#failures[@]} -eq 0 ] || printf '%s' "failed:$newline" "${failures[@]}"
 	echo "top-level tests: $passed passed, $failed failed; tests and subtests skipped: $skipped"
 	if [ "$skipped" -gt 0 ] && [ "${CI:-}" = true ]; then
 		echo "failed: with CI=true no test may be skipped"
