@@ -38,6 +38,7 @@ import (
 	"mime"
 	"net"
 	"net/http"
+	"net/http/httptrace"
 	"net/url"
 	"os"
 	"strings"
@@ -226,15 +227,21 @@ func (c *Client) send(ctx context.Context, method, path string, query url.Values
 // last, until one answers. What may have been acted upon goes to another one
 // only if doing it again changes nothing. A question whose connection breaks is asked
 // once more: whoever was there may be there again.
+//
+// Whether anything was sent is not read from the error: net/http repeats a request
+// that has a key by itself, when a connection that it had used before breaks, and
+// tells how the last try ended.
 func (c *Client) do(ctx context.Context, ask func(base string) (*http.Request, error)) (*http.Response, error) {
 	left := len(c.bases)
+	var sent atomic.Bool
+	trace := &httptrace.ClientTrace{WroteHeaders: func() { sent.Store(true) }}
 	for asked := false; ; {
 		at := c.first.Load()
 		request, err := ask(c.bases[at].String())
 		if err != nil {
 			return nil, err
 		}
-		response, err := c.http.Do(request)
+		response, err := c.http.Do(request.WithContext(httptrace.WithClientTrace(request.Context(), trace)))
 		if err == nil && response.StatusCode != http.StatusServiceUnavailable || ctx.Err() != nil {
 			return response, c.failed(ctx, err)
 		}
@@ -243,8 +250,8 @@ func (c *Client) do(ctx context.Context, ask func(base string) (*http.Request, e
 		if left == 0 && !asked && request.Method == http.MethodGet && broke(err) {
 			asked, left = true, 1
 		}
-		if left == 0 || !again(request, err) {
-			return response, c.failedAt(ctx, c.bases[at], err)
+		if left == 0 || sent.Load() && !repeatable(request) {
+			return response, c.failedAt(ctx, c.bases[at], err, sent.Load() && request.Method != http.MethodGet)
 		}
 		if err == nil {
 			response.Body.Close()
@@ -252,9 +259,9 @@ func (c *Client) do(ctx context.Context, ask func(base string) (*http.Request, e
 	}
 }
 
-// again reports whether a request may be sent to another controller.
-func again(request *http.Request, err error) bool {
-	return notSent(err) || request.Method == http.MethodGet || request.Header.Get("Idempotency-Key") != ""
+// repeatable reports whether a request that was sent may be sent again.
+func repeatable(request *http.Request) bool {
+	return request.Method == http.MethodGet || request.Header.Get("Idempotency-Key") != ""
 }
 
 // broke reports whether a connection ended that somebody had taken.
@@ -264,6 +271,10 @@ func broke(err error) bool {
 
 // notSent reports whether a request did not even find anybody.
 func notSent(err error) bool {
+	var unreachable *UnreachableError
+	if errors.As(err, &unreachable) && unreachable.Sent {
+		return false
+	}
 	var dial *net.OpError
 	return errors.As(err, &dial) && dial.Op == "dial"
 }
@@ -316,10 +327,10 @@ func problem(response *http.Response) error {
 
 // failed explains why no whole answer came, if err is not nil.
 func (c *Client) failed(ctx context.Context, err error) error {
-	return c.failedAt(ctx, c.bases[c.first.Load()], err)
+	return c.failedAt(ctx, c.bases[c.first.Load()], err, false)
 }
 
-func (c *Client) failedAt(ctx context.Context, from *url.URL, err error) error {
+func (c *Client) failedAt(ctx context.Context, from *url.URL, err error, sent bool) error {
 	if err == nil {
 		return nil
 	}
@@ -334,7 +345,7 @@ func (c *Client) failedAt(ctx context.Context, from *url.URL, err error) error {
 	if errors.As(err, &wrapped) {
 		err = wrapped.Err
 	}
-	return &UnreachableError{URL: from.String(), Err: err}
+	return &UnreachableError{URL: from.String(), Err: err, Sent: sent}
 }
 
 // segment makes a user's word one segment of a path.

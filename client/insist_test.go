@@ -1,11 +1,14 @@
 package client
 
 import (
+	"context"
 	"errors"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -142,11 +145,47 @@ func TestWhoGivesUpLearnsThatItMayBeDone(t *testing.T) {
 	t.Cleanup(c.Close)
 	_, err = c.Suspend(t.Context(), "j")
 	var unreachable *UnreachableError
-	if !errors.As(err, &unreachable) || !unreachable.Sent || !notSent(err) {
+	if !errors.As(err, &unreachable) || !unreachable.Sent || !errors.Is(err, syscall.ECONNREFUSED) {
 		t.Errorf("want an unreachable controller that was asked before, got %v", err)
 	}
 	if !strings.Contains(err.Error(), "look before you repeat it") {
 		t.Errorf("the error does not tell that it may be done: %v", err)
+	}
+}
+
+// TestCallWhoseUsedConnectionBreaksIsRepeated: the connection had carried an earlier
+// call, so net/http repeats the request itself. It finds nobody, and that is all
+// that it tells.
+func TestCallWhoseUsedConnectionBreaksIsRepeated(t *testing.T) {
+	var keys []string
+	c := newClient(t, func(w http.ResponseWriter, r *http.Request) {
+		if r.Method == http.MethodGet {
+			answer(t, w, http.StatusOK, "application/json", []api.Job{})
+			return
+		}
+		if keys = append(keys, r.Header.Get("Idempotency-Key")); len(keys) == 1 {
+			brokenAnswers["broken connection"](w)
+			return
+		}
+		answer(t, w, http.StatusCreated, "application/json", api.JobDetail{Job: api.Job{ID: "j-1"}})
+	})
+	dials, transport := 0, c.http.Transport.(*http.Transport)
+	dial := transport.DialContext
+	transport.DialContext = func(ctx context.Context, network, address string) (net.Conn, error) {
+		if dials++; dials == 2 {
+			return nil, &net.OpError{Op: "dial", Net: network, Err: syscall.ECONNREFUSED}
+		}
+		return dial(ctx, network, address)
+	}
+	if _, err := c.Jobs(t.Context(), false); err != nil {
+		t.Fatal(err)
+	}
+	job, err := c.Submit(t.Context(), api.JobSpec{Command: []string{"x"}})
+	if err != nil || job.ID != "j-1" {
+		t.Fatalf("want the second answer, got %v, %v", job, err)
+	}
+	if dials != 3 || len(keys) != 2 || keys[0] == "" || keys[0] != keys[1] {
+		t.Errorf("want two requests with one key, and a third connection, got %q after %d", keys, dials)
 	}
 }
 
